@@ -1,0 +1,82 @@
+"""The one stream of configuration from an agent to a sidecar.
+
+The agent serves it as newline-delimited JSON at ``GET /v1/agent/connect/proxy/<sidecar-id>/stream``. Each line
+is one :class:`SidecarUpdate`; a section that is not ``None`` replaces the sidecar's copy whole. The first line
+carries every section; an update with no section is a heartbeat. When the stream ends, the sidecar keeps what
+it has and dials again: nothing opens that was closed, nothing closes that was open.
+"""
+
+from __future__ import annotations
+
+from raftstate.model.connect import Leaf, Revocation
+from raftstate.model.intention import Intention
+from raftstate.model.wire import Wire
+
+
+class SidecarSelf(Wire, frozen=True):
+    """Which instance the sidecar stands for and where it listens."""
+
+    proxy_id: str
+    service: str
+    service_id: str
+    node: str
+    datacenter: str
+    trust_domain: str
+    public_address: str
+    public_port: int
+    local_address: str
+    """Host of the app's own port; plain."""
+    local_port: int
+    """0 when the app takes no calls; the public listener then refuses every stream."""
+    protocol: str = "tcp"
+    """``tcp`` or ``http``: what the app speaks. With ``tcp``, L7 permissions still make the sidecar parse HTTP."""
+    zone: str = ""
+    config: dict[str, object] = {}
+
+
+class Endpoint(Wire, frozen=True):
+    """One instance of an upstream's service: where its sidecar's public listener is and who must answer there."""
+
+    node: str
+    address: str
+    port: int
+    service: str
+    service_id: str
+    """The instance behind the sidecar; the peer certificate's UID must equal it."""
+    weight: int = 1
+    zone: str = ""
+    healthy: bool = True
+    """False when a check is critical; kept for panic routing."""
+    meta: dict[str, str] = {}
+
+
+class SidecarUpstream(Wire, frozen=True):
+    """One upstream listener and the instances behind it."""
+
+    name: str
+    service: str
+    """Resolved service name; empty while it cannot be resolved (then ``error`` says why)."""
+    bind_address: str
+    bind_port: int
+    protocol: str = "tcp"
+    endpoints: tuple[Endpoint, ...] = ()
+    loopback_port: int = 0
+    """When non-zero the upstream is the sidecar's own app: relay plainly to local_address at this port."""
+    error: str = ""
+    config: dict[str, object] = {}
+
+
+class SidecarUpdate(Wire, frozen=True, omit_defaults=True):
+    """One line of the stream."""
+
+    version: int
+    self: SidecarSelf | None = None
+    leaf: Leaf | None = None
+    roots: tuple[str, ...] | None = None
+    """The trust bundle, PEM, active root first."""
+    intentions: tuple[Intention, ...] | None = None
+    """Those whose destination may be this instance (its id, its service, ``*``), by falling precedence."""
+    default_allow: bool | None = None
+    """What holds when no intention matches. Missing knowledge is deny, whatever this says."""
+    revocations: tuple[Revocation, ...] | None = None
+    upstreams: tuple[SidecarUpstream, ...] | None = None
