@@ -1,0 +1,71 @@
+"""Errors of the replicated state. One root, `RaftError`; every text says what to do next."""
+
+from __future__ import annotations
+
+
+class RaftError(Exception):
+    """Root of every error that `raftstate` raises."""
+
+
+class NotLeader(RaftError):
+    """This server is not the leader; nothing was proposed, so a retry elsewhere is safe."""
+
+    def __init__(self, leader: str | None = None) -> None:
+        self.leader = leader
+        hint = f"the leader is {leader!r}: ask it" if leader else "no leader is known yet: retry in a moment"
+        super().__init__(f"this server is not the raft leader; {hint}")
+
+
+class UnknownOutcome(RaftError):
+    """The command may or may not have been applied. Retry with the same request id: it is applied once."""
+
+
+class TooBusy(RaftError):
+    """A bounded queue is full; nothing was proposed. Try again after a short wait."""
+
+
+class CommandTooLarge(RaftError):
+    """The command exceeds the size bound; split it. Nothing was proposed."""
+
+
+class Stopped(RaftError):
+    """The replica has stopped and takes no more work; ask another server."""
+
+
+_RECOVER = (
+    "nothing was changed on disk; run `lictor operator raft recover` on this server to set its data aside and "
+    "rejoin from a healthy peer"
+)
+
+
+class JournalDamaged(RaftError):
+    """A part of the journal that was once durable cannot be read back as written.
+
+    `path` and `offset` (bytes) name the place. It is refused, not cut: acknowledged entries would be lost.
+    """
+
+    def __init__(self, path: str, offset: int, what: str) -> None:
+        self.path, self.offset, self.what = path, offset, what
+        super().__init__(f"raft journal is damaged: {what} in {path} at byte {offset}; {_RECOVER}")
+
+
+class JournalFailed(RaftError):
+    """A write or sync of the journal failed, now or earlier; the journal takes no more writes.
+
+    A failed fsync is never retried: the kernel may have dropped the pages, and a second call that succeeds
+    would prove nothing. The server must stop and be started again once the disk is well.
+    """
+
+    def __init__(self, cause: BaseException | str) -> None:
+        super().__init__(
+            f"raft journal cannot be written ({cause}); this server stops: "
+            "free or replace the disk, then start it again"
+        )
+
+
+class SnapshotDamaged(RaftError):
+    """A snapshot file, or a stream in its format, is torn or fails its checksum."""
+
+    def __init__(self, where: str, what: str, *, advice: str = _RECOVER) -> None:
+        self.where, self.what = where, what
+        super().__init__(f"snapshot is damaged: {what} in {where}; {advice}")
