@@ -1,0 +1,145 @@
+"""From a peer's certificate to its :class:`~raftstate.model.identity.Identity`, and whether that is acceptable.
+
+The chain itself was verified by the TLS handshake; here is what TLS does not know: the SPIFFE id, the instance, the
+trust domain, revocations. Pure.
+
+Sources: SPIFFE X.509-SVID standard, sections 2 to 5 (exactly one URI SAN, not a CA on a leaf); the instance id in
+the subject's UID is Lictor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.x509.oid import NameOID
+
+from proxy.errors import BadCertificate
+from raftstate.model.connect import Revocation
+from raftstate.model.identity import Identity, InvalidSpiffeId, SpiffeId
+
+
+def identity_of(der: bytes) -> Identity:
+    """Return who a leaf certificate speaks for. Raises :class:`BadCertificate`."""
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        san = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = san.get_values_for_type(x509.UniformResourceIdentifier)
+        is_ca = _is_ca(certificate)
+        uids = certificate.subject.get_attributes_for_oid(NameOID.USER_ID)
+    except x509.ExtensionNotFound as error:
+        raise BadCertificate("no-spiffe-id", "certificate has no SPIFFE id (no subject alternative name)") from error
+    except (ValueError, x509.DuplicateExtension) as error:
+        raise BadCertificate("malformed", f"certificate cannot be read: {error}") from error
+    if is_ca:
+        raise BadCertificate("not-a-leaf", "certificate is a CA's, not a workload's")
+    if len(uris) != 1:
+        raise BadCertificate("no-spiffe-id", f"certificate has {len(uris)} URI names; a workload's has exactly one")
+    try:
+        spiffe = SpiffeId.parse(uris[0])
+    except InvalidSpiffeId as error:
+        raise BadCertificate("no-spiffe-id", str(error)) from error
+    if len(uids) > 1:
+        raise BadCertificate("malformed", "certificate names several instances (UID)")
+    return Identity(
+        service=spiffe.service,
+        instance=str(uids[0].value) if uids else "",
+        serial=format_serial(certificate.serial_number),
+        trust_domain=spiffe.trust_domain,
+        datacenter=spiffe.datacenter,
+    )
+
+
+def format_serial(number: int) -> str:
+    """Return a serial number as Consul prints it: lower-case hex bytes joined by ``:``."""
+    return number.to_bytes(max(1, (number.bit_length() + 7) // 8), "big").hex(":")
+
+
+class Revoked:
+    """The revocations in force, indexed for lookup per handshake."""
+
+    def __init__(self, revocations: Iterable[Revocation] = ()) -> None:
+        self._instances: dict[str, set[str]] = {}
+        """Instance id to the services it is revoked for; ``""`` stands for any."""
+        self._services: set[str] = set()
+        self._serials: set[str] = set()
+        for revocation in revocations:
+            if revocation.kind == "instance":
+                self._instances.setdefault(revocation.value, set()).add(revocation.service)
+            elif revocation.kind == "service":
+                self._services.add(revocation.value)
+            elif revocation.kind == "serial":
+                self._serials.add(revocation.value.lower())
+
+    def reason(self, identity: Identity) -> str:
+        """Return why the identity is revoked, or ``""``."""
+        if identity.service in self._services:
+            return f"service {identity.service} is revoked"
+        services = self._instances.get(identity.instance)
+        if services and identity.instance and ("" in services or identity.service in services):
+            return f"instance {identity.instance} of {identity.service} is revoked"
+        if identity.serial in self._serials:
+            return f"certificate {identity.serial} of {identity.service} is revoked"
+        return ""
+
+
+def check_peer(identity: Identity, trust_domain: str, revoked: Revoked) -> None:
+    """Raise :class:`BadCertificate` unless the identity is of our trust domain and in force."""
+    if identity.trust_domain != trust_domain.lower():
+        text = f"certificate is of trust domain {identity.trust_domain}, ours is {trust_domain}"
+        raise BadCertificate("trust-domain", text)
+    if reason := revoked.reason(identity):
+        raise BadCertificate("revoked", reason)
+
+
+def check_expected(identity: Identity, service: str, instance: str) -> None:
+    """Raise :class:`BadCertificate` unless the peer is the very instance that was dialed."""
+    if identity.service != service or identity.instance != instance:
+        text = (
+            f"dialed {service} ({instance}), but {identity.service} ({identity.instance or 'no instance'}) answered"
+        )
+        raise BadCertificate("wrong-identity", text)
+
+
+class TrustBundle:
+    """The roots in force; tells whether a chain that was verified once still leads to one of them."""
+
+    def __init__(self, roots_pem: Sequence[str] = ()) -> None:
+        self._roots: list[x509.Certificate] = []
+        for pem in roots_pem:
+            self._roots.extend(x509.load_pem_x509_certificates(pem.encode()))
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+    def leads_here(self, chain_der: Sequence[bytes]) -> bool:
+        """Whether the leaf ``chain_der[0]`` leads to a root, over the other certificates where needed."""
+        chain = [x509.load_der_x509_certificate(der) for der in chain_der]
+        if not chain:
+            return False
+        reached, others = chain[0], chain[1:]
+        for _ in range(len(others) + 1):
+            if any(_issued(reached, root) for root in self._roots):
+                return True
+            above = next((other for other in others if _is_ca(other) and _issued(reached, other)), None)
+            if above is None:
+                return False
+            others.remove(above)
+            reached = above
+        return False
+
+
+def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _is_ca(certificate: x509.Certificate) -> bool:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False

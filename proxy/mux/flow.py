@@ -1,0 +1,86 @@
+"""Flow control of one stream in one direction. Pure.
+
+The receiver grants credit, the sender spends it; both begin with :data:`INITIAL_WINDOW_BYTES`, so data can follow
+OPEN at once. The receiver grants again what its app has taken, and twice as much while the app keeps taking, up to
+:data:`MAX_WINDOW_BYTES`; a slow app therefore holds no more than its window, and delays nobody else's stream.
+"""
+
+from __future__ import annotations
+
+from proxy.errors import MuxError
+
+INITIAL_WINDOW_BYTES = 256 * 1024
+MAX_WINDOW_BYTES = 2 * 1024 * 1024
+MAX_CREDIT_BYTES = 1 << 31
+"""A peer that grants more than this in sum has broken the protocol."""
+
+
+class SendCredit:
+    """What we may still send on a stream."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = INITIAL_WINDOW_BYTES
+
+    def grant(self, credit: int) -> None:
+        """Add what the receiver granted. Raises :class:`MuxError` when it exceeds all measure."""
+        self.left += credit
+        if self.left > MAX_CREDIT_BYTES:
+            raise MuxError("more send credit granted than a window may hold")
+
+
+class GrowthBudget:
+    """How much the windows of one session may grow in sum beyond their initial size; shared by its streams."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+
+class ReceiveWindow:
+    """What the peer may still send on a stream, and when to grant more."""
+
+    __slots__ = ("_budget", "_held", "left", "size", "taking")
+
+    def __init__(self, budget: GrowthBudget) -> None:
+        self.size = INITIAL_WINDOW_BYTES
+        self.left = INITIAL_WINDOW_BYTES
+        self.taking = True
+        """False while our app does not take what arrived; nothing is granted then."""
+        self._held = 0
+        """Received, not granted again yet."""
+        self._budget = budget
+
+    def received(self, count: int) -> int:
+        """Count data in; return the credit to grant now (often 0). Raises :class:`MuxError` on overrun."""
+        self.left -= count
+        if self.left < 0:
+            raise MuxError(f"peer sent {-self.left} bytes beyond the stream's window")
+        self._held += count
+        return self._grant() if self.taking and self._held * 2 >= self.size else 0
+
+    def resume(self) -> int:
+        """The app takes data again; return the credit to grant now."""
+        self.taking = True
+        return self._grant(grow=False) if self._held * 2 >= self.size else 0
+
+    def pause(self) -> None:
+        """The app takes no more data for now."""
+        self.taking = False
+
+    def close(self) -> None:
+        """Give what this window had grown back to the session's budget."""
+        self._budget.left += self.size - INITIAL_WINDOW_BYTES
+        self.size = INITIAL_WINDOW_BYTES
+
+    def _grant(self, *, grow: bool = True) -> int:
+        credit, self._held = self._held, 0
+        if grow and self.size < MAX_WINDOW_BYTES:
+            extra = min(self.size, MAX_WINDOW_BYTES - self.size, self._budget.left)
+            self._budget.left -= extra
+            self.size += extra
+            credit += extra
+        self.left += credit
+        return credit

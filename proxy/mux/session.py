@@ -1,0 +1,164 @@
+"""A mux session on an asyncio transport: the shell around :class:`~proxy.mux.core.MuxCore`.
+
+Frames made during one turn of the loop leave in one write, so many small streams share TLS records and system
+calls; that is where multiplexing wins over one TLS connection for each app connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import cast
+
+from proxy.errors import MuxError, StreamClosed
+from proxy.mux import frames
+from proxy.mux.core import MAX_STREAMS, MuxCore, MuxStream
+from proxy.stream import Data
+from raftstate.model.identity import Identity
+
+log = logging.getLogger("lictor.proxy.mux")
+
+KEEPALIVE_S = 15.0
+"""A session that was silent this long is pinged; silent twice as long, it is lost."""
+JOIN_BYTES = 64 * 1024
+"""Output up to this size is joined into one write; longer output is not copied."""
+WRITE_HIGH_BYTES = 512 * 1024
+
+
+class MuxSession(asyncio.Protocol):
+    """One session. Ends by :meth:`close`, :meth:`kill`, or with its connection; ``on_lost`` is called once."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        name: str,
+        acceptor: Callable[[MuxSession, MuxStream], None] | None,
+        on_lost: Callable[[MuxSession, Exception | None], None],
+        max_streams: int = MAX_STREAMS,
+        keepalive_s: float = KEEPALIVE_S,
+    ) -> None:
+        self.identity = identity
+        """Who the peer is, from its certificate."""
+        self.name = name
+        """The peer for logs: address and service."""
+        self.closed = False
+        accept = None if acceptor is None else lambda stream: acceptor(self, stream)
+        self.core = MuxCore(acceptor=accept, wake=self._schedule, max_streams=max_streams)
+        self._on_lost = on_lost
+        self._keepalive_s = keepalive_s
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._flush_due = False
+        self._heard = True
+        self._pinged = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._error: Exception | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        if self.closed:
+            return
+        try:
+            self.core.receive(data)
+        except MuxError as error:
+            log.warning("session with %s ended: protocol error: %s", self.name, error)
+            self.kill(error, frames.PROTOCOL_ERROR)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self.core.blocked = True
+
+    def resume_writing(self) -> None:
+        self.core.blocked = False
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.closed:
+            self.closed = True
+            self.core.lose(StreamClosed(f"session with {self.name} was lost" + (f": {exc}" if exc else "")))
+        self._on_lost(self, self._error or exc)
+
+    # For the sidecar
+
+    def close(self, code: int, text: str) -> None:
+        """Take no more streams; end the connection once the live ones have ended."""
+        self.core.go_away(code, text)
+
+    def kill(self, error: Exception, code: int = frames.CANCELLED) -> None:
+        """End the connection and all its streams at once."""
+        if self.closed:
+            return
+        self._error = error
+        self.core.go_away(code, str(error))
+        if self._transport is not None:
+            if not self.core.blocked:
+                self._transport.write(b"".join(self.core.take_output()))
+            self.closed = True
+            self.core.lose(error)
+            self._transport.abort()
+
+    # Output
+
+    def _schedule(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        transport, core = self._transport, self.core
+        if transport is None or self.closed:
+            return
+        while not core.blocked:
+            if core.out:
+                size = core.out_bytes
+                out = core.take_output()
+                if len(out) == 1:
+                    transport.write(out[0])
+                elif size <= JOIN_BYTES:
+                    transport.write(b"".join(out))
+                else:
+                    self._write_long(transport, out)
+            if not core.waiting:
+                break
+            core.pump()
+        if core.finished:
+            transport.close()
+
+    @staticmethod
+    def _write_long(transport: asyncio.Transport, out: list[Data]) -> None:
+        """Join runs of short pieces; write long ones as they are."""
+        short: list[Data] = []
+        for piece in out:
+            if len(piece) < 4096:
+                short.append(piece)
+            else:
+                if short:
+                    transport.write(b"".join(short))
+                    short.clear()
+                transport.write(piece)
+        if short:
+            transport.write(b"".join(short))
+
+    def _keepalive(self) -> None:
+        if not self._heard and self._pinged:
+            self.kill(StreamClosed(f"session with {self.name} answers no ping"), frames.TIMED_OUT)
+            return
+        self._pinged = not self._heard
+        if self._pinged and not self.closed:
+            self.core.ping()
+        self._heard = False
+        self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)

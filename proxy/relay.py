@@ -1,0 +1,112 @@
+"""Bytes between a socket and whatever it is joined with.
+
+A :class:`SocketChannel` is an asyncio protocol on a plain or TLS connection. Two of them, or one and a mux stream,
+joined by :func:`proxy.stream.join`, are a relay: each call of the event loop goes straight to the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import cast
+
+from proxy.mux.core import NOBODY
+from proxy.stream import Channel, Data
+
+_LINGER_RESET = struct.pack("ii", 1, 0)
+
+
+class SocketChannel(asyncio.Protocol):
+    """A connection as a channel. Counts its bytes; ``on_closed`` is called once, when the connection is gone."""
+
+    __slots__ = ("_closing", "_eof_in", "_eof_out", "_plain", "peer", "received", "sent", "transport")
+
+    transport: asyncio.Transport
+    waits_after_eof = False
+    """What the end of the peer's data means on a TLS connection, which cannot be half open here: close at once
+    (the app on the answering side is done), or wait for the other side's end (the app on the asking side is)."""
+
+    def __init__(self) -> None:
+        self.peer: Channel = NOBODY
+        self.received = 0
+        self.sent = 0
+        self._eof_in = False
+        self._eof_out = False
+        self._closing = False
+        self._plain = True
+
+    # asyncio.Protocol: from outside to the peer
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._plain = self.transport.can_write_eof()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        self.peer.write(data)
+
+    def eof_received(self) -> bool:
+        self._eof_in = True
+        if not self._closing:
+            self.peer.write_eof()
+            if self._eof_out:
+                self._closing = True
+                self.transport.close()
+        # A TLS transport closes at the peer's end whatever we return; a plain one stays half open.
+        return self._plain and not self._closing
+
+    def pause_writing(self) -> None:
+        self.peer.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.peer.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._closing:
+            self._closing = True
+            self.peer.abort(exc)
+        self.peer = NOBODY
+        self.on_closed()
+
+    def on_closed(self) -> None:
+        """The connection is gone; for subclasses."""
+
+    # Channel: from the peer to outside
+
+    def write(self, data: Data) -> None:
+        if not self._eof_out and not self._closing:
+            self.sent += len(data)
+            self.transport.write(data)
+
+    def write_eof(self) -> None:
+        if self._eof_out or self._closing:
+            return
+        self._eof_out = True
+        if self._eof_in or not (self._plain or self.waits_after_eof):
+            self._closing = True
+            self.transport.close()
+        elif self._plain:
+            self.transport.write_eof()
+
+    def abort(self, error: Exception | None = None) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        if self._plain:
+            # A reset, so that the app does not take what it has for the whole of the data.
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                try:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+                except OSError:
+                    pass  # already gone
+        self.transport.abort()
+
+    def pause_reading(self) -> None:
+        if not self._closing and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._closing and not self.transport.is_closing():
+            self.transport.resume_reading()

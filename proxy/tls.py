@@ -1,0 +1,160 @@
+"""TLS between sidecars: contexts made of a leaf and a trust bundle, and what a finished handshake proves.
+
+TLS 1.3 only, a certificate on both sides. No session tickets: a resumed session would skip the certificate check,
+so a ticket could outlive a revocation or a rotation.
+
+A :class:`TlsMaterial` never changes; on a new leaf or bundle the sidecar makes a new one, and handshakes from then
+on use it. Connections made before go on.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from cryptography import x509
+
+from proxy.errors import BadCertificate, BadConfiguration
+from proxy.identity import TrustBundle, identity_of
+from proxy.mux import ALPN
+from raftstate.model.connect import Leaf
+from raftstate.model.identity import Identity
+
+
+class TlsMaterial(NamedTuple):
+    """Contexts for both sides, the bundle they trust, and who they speak for."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+    client_plain: ssl.SSLContext
+    """As ``client`` without offering mux: for peers known to speak plain mTLS, one connection for each app's."""
+    bundle: TrustBundle
+    identity: Identity
+    not_after_s: float
+    """Unix time at which the leaf expires."""
+
+
+class PeerProof(NamedTuple):
+    """What a handshake proved."""
+
+    identity: Identity
+    chain_der: tuple[bytes, ...]
+    """The leaf and the intermediates that the peer sent."""
+    alpn: str
+    """The application protocol agreed on; empty when none."""
+
+
+def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
+    """Make the contexts. Raises :class:`BadConfiguration` naming what is wrong with the leaf or the bundle."""
+    try:
+        certificate = x509.load_pem_x509_certificate(leaf.cert_pem.encode())
+        identity = identity_of(ssl.PEM_cert_to_DER_cert(_first_certificate(leaf.cert_pem)))
+    except (ValueError, BadCertificate) as error:
+        raise BadConfiguration(f"the leaf certificate cannot be used: {error}") from error
+    try:
+        bundle = TrustBundle(roots_pem)
+    except ValueError as error:
+        raise BadConfiguration(f"the trust bundle cannot be used: {error}") from error
+    if not len(bundle):
+        raise BadConfiguration("the trust bundle is empty; the cluster has no certificate authority yet")
+    try:
+        with _as_file(leaf.private_key_pem + "\n" + leaf.cert_pem) as path:
+            server = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "http/1.1"))
+            client = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN,))
+            client_plain = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ())
+    except (ssl.SSLError, ValueError) as error:
+        raise BadConfiguration(f"the leaf or its key cannot be used: {error}") from error
+    return TlsMaterial(server, client, client_plain, bundle, identity, certificate.not_valid_after_utc.timestamp())
+
+
+def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False  # the peer is known by its SPIFFE id and instance, checked after the handshake
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.options |= ssl.OP_NO_TICKET
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+    context.load_verify_locations(cadata="\n".join(roots_pem))
+    context.load_cert_chain(path)
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    return context
+
+
+def proof_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> PeerProof:
+    """Return what a finished handshake proved. Raises :class:`BadCertificate`."""
+    der = ssl_object.getpeercert(binary_form=True)
+    if not der:
+        raise BadCertificate("no-certificate", "peer showed no certificate")
+    chain = _sent_chain(ssl_object)
+    return PeerProof(identity_of(der), (der, *chain[1:]), ssl_object.selected_alpn_protocol() or "")
+
+
+def _sent_chain(ssl_object: Any) -> list[bytes]:
+    if hasattr(ssl_object, "get_unverified_chain"):  # Python 3.13
+        return [bytes(der) for der in ssl_object.get_unverified_chain()]
+    chain = ssl_object._sslobj.get_unverified_chain() or ()
+    return [ssl.PEM_cert_to_DER_cert(certificate.public_bytes()) for certificate in chain]
+
+
+_CAUSES = (
+    ("HTTP_REQUEST", "plain-text", "plain-text HTTP, not TLS"),
+    ("WRONG_VERSION_NUMBER", "plain-text", "not TLS"),
+    ("RECORD_LAYER_FAILURE", "plain-text", "not TLS"),
+    ("UNSUPPORTED_PROTOCOL", "tls-version", "TLS older than 1.3"),
+    ("NO_PROTOCOLS_AVAILABLE", "tls-version", "TLS older than 1.3"),
+    ("PROTOCOL_VERSION", "tls-version", "no common TLS version"),
+    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "no-certificate", "peer showed no certificate"),
+    ("CERTIFICATE_REQUIRED", "peer-rejects-us", "peer demands a certificate"),
+    ("UNKNOWN_CA", "peer-rejects-us", "peer does not trust our certificate authority"),
+    ("ALERT", "peer-rejects-us", "peer ended the handshake"),
+    ("UNEXPECTED_EOF", "closed", "peer closed the connection during the handshake"),
+)
+
+
+def explain_handshake_failure(error: BaseException) -> tuple[str, str]:
+    """Return a short label (for metrics) and a text for a failed handshake."""
+    if isinstance(error, BadCertificate):
+        return error.cause, str(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        label = "expired-certificate" if error.verify_code == 10 else "untrusted-certificate"
+        return label, f"peer's certificate is not acceptable: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        reason = str(error.reason or error)
+        for part, label, text in _CAUSES:
+            if part in reason:
+                return label, f"{text} ({reason})"
+        return "tls", f"TLS error ({reason})"
+    if isinstance(error, TimeoutError) or "timed out" in str(error) or "is taking longer" in str(error):
+        return "timeout", "handshake took too long"
+    if isinstance(error, ConnectionError | EOFError | OSError):
+        return "closed", f"connection was lost during the handshake ({error or type(error).__name__})"
+    return "other", repr(error)
+
+
+def _first_certificate(pem: str) -> str:
+    end = "-----END CERTIFICATE-----"
+    return pem[pem.index("-----BEGIN CERTIFICATE-----") : pem.index(end) + len(end)] + "\n"
+
+
+@contextmanager
+def _as_file(text: str) -> Iterator[str]:
+    """Give the ssl module, which reads keys from files only, a file that nobody else can open."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("leaf", os.MFD_CLOEXEC)
+        try:
+            os.write(descriptor, text.encode())
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+        return
+    with tempfile.TemporaryDirectory() as directory:  # 0700, and mkstemp makes 0600
+        descriptor, path = tempfile.mkstemp(dir=directory)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        yield path
