@@ -32,6 +32,25 @@ class Stopped(RaftError):
     """The replica has stopped and takes no more work; ask another server."""
 
 
+class MembershipRefused(RaftError):
+    """The change of membership may not be made now, or not at all; nothing was proposed."""
+
+
+class TransferFailed(RaftError):
+    """Leadership could not be handed over; this server still leads, or another was elected meanwhile."""
+
+
+class StateDiverged(RaftError):
+    """The leader's log contradicts what this server has committed: someone's disk lied or was rolled back."""
+
+    def __init__(self, index: int, commit: int) -> None:
+        super().__init__(
+            f"the leader's log differs at index {index}, which is committed here (up to {commit}); this server stops "
+            "before it serves a diverged state: compare `lictor operator raft state` on all servers, set the odd "
+            "one's data aside with `lictor operator raft recover` and let it rejoin"
+        )
+
+
 _RECOVER = (
     "nothing was changed on disk; run `lictor operator raft recover` on this server to set its data aside and "
     "rejoin from a healthy peer"

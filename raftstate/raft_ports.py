@@ -1,0 +1,52 @@
+"""What the core needs from outside: a log and a snapshot store. `journal.py` and `snapshots.py` are the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, overload
+
+Entry = tuple[bytes, int, int]
+"""(command, index, term): pysyncobj's order."""
+
+
+class Log(Protocol):
+    """pysyncobj's journal interface, with positions counted from the first record, and durability."""
+
+    @property
+    def durable_index(self) -> int:
+        """Greatest index up to which every entry is synced."""
+
+    def add(self, command: bytes, idx: int, term: int) -> None: ...
+    def clear(self) -> None: ...
+    def deleteEntriesFrom(self, entryFrom: int) -> None: ...
+    def compact_to(self, index: int) -> None:
+        """Forget the entries below `index`; its own record stays as the first."""
+
+    def reset_to(self, index: int, term: int) -> None:
+        """Begin anew behind an installed snapshot: one record that names (index, term)."""
+
+    @overload
+    def __getitem__(self, item: int) -> Entry: ...
+    @overload
+    def __getitem__(self, item: slice) -> list[Entry]: ...
+    def __len__(self) -> int: ...
+
+
+class Position(Protocol):
+    """A place in the log."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def term(self) -> int: ...
+
+
+class Snapshots(Protocol):
+    """The snapshot store: writes a snapshot in chunks, finds the newest good one, reads it back in chunks.
+
+    A meta has `index`, `term` and `members` (a dict); a writer has `write(chunk)`, `commit()` and `abort()`.
+    """
+
+    def begin(self, index: int, term: int, members: dict[str, Any]) -> Any: ...
+    def latest(self) -> Any: ...
+    def open(self, meta: Any) -> Iterator[bytes]: ...
