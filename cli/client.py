@@ -160,6 +160,8 @@ class Api:
                 if response.status == 200 or (allow_404 and response.status == 404):
                     return Answer(response.status, dict(response.headers), content)
                 problem = _refusal(response.status, content)
+                if response.status == 504 and method != "GET":
+                    problem = OutcomeUnknown(f"{problem}; the write may or may not have been applied")
                 if not isinstance(problem, NoLeader | OutcomeUnknown | _Busy):
                     raise problem
                 sent = sent or isinstance(problem, OutcomeUnknown)
@@ -273,6 +275,8 @@ def _refusal(status: int, body: bytes) -> CliError:
         return NoLeader(f"{text}: the servers have elected none in time. See: lictor members; lictor cluster status")
     if "outcome" in lowered and "unknown" in lowered:
         return OutcomeUnknown(text)
-    if status in (429, 503):
+    if status == 503 and "no server" in lowered:
+        return NoLeader(text)
+    if status in (429, 503, 504):
         return _Busy(text)
     return Refused(text, status)
