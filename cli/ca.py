@@ -27,7 +27,9 @@ def roots(args: Args) -> int:
 def rotate(args: Args) -> int:
     """Make a new root."""
     new = Api.of(args).put("/v1/connect/ca/rotate").json()
-    print(f"Rotated: the active root is {new.get('ID', '?')}. Leaves move to it; the old root stays trusted till then.")
+    print(
+        f"Rotated: the active root is {new.get('ID', '?')}. Leaves move to it; the old root stays trusted till then."
+    )
     return 0
 
 

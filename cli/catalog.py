@@ -64,9 +64,7 @@ FAMILIES = {
         "Look into the catalog",
         {
             "nodes": Command("List nodes", nodes, (Flag("service", "only nodes that run it", "NAME"), *READ_FLAGS)),
-            "services": Command(
-                "List services", services, (Flag("tags", "show tags", switch=True), *READ_FLAGS)
-            ),
+            "services": Command("List services", services, (Flag("tags", "show tags", switch=True), *READ_FLAGS)),
             "instances": Command("List a service's instances", instances, READ_FLAGS, "SERVICE", 1, 1),
             "datacenters": Command("List datacenters", datacenters, READ_FLAGS),
         },

@@ -96,22 +96,30 @@ class Api:
         """Return the address as a URL without a trailing slash."""
         return (self.address if "://" in self.address else f"http://{self.address}").rstrip("/")
 
-    def get(self, path: str, *, allow_404: bool = False, **params: str) -> Answer:
+    def get(self, path: str, params: Mapping[str, str] | None = None, *, allow_404: bool = False) -> Answer:
         """Read. With ``allow_404`` a 404 is an answer and not an error."""
-        return self._ask("GET", path, {**self.query, **params}, None, {}, allow_404)
+        return self._ask("GET", path, {**self.query, **(params or {})}, None, {}, allow_404)
 
-    def put(self, path: str, body: Any = None, **params: str) -> Answer:
+    def put(self, path: str, body: Any = None, params: Mapping[str, str] | None = None) -> Answer:
         """Write with PUT; ``body`` is sent as JSON unless it is bytes."""
-        return self.write("PUT", path, body, **params)
+        return self.write("PUT", path, body, params)
 
-    def write(self, method: str, path: str, body: Any = None, *, allow_404: bool = False, **params: str) -> Answer:
+    def write(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        params: Mapping[str, str] | None = None,
+        *,
+        allow_404: bool = False,
+    ) -> Answer:
         """Write. Sent again until it is known to be applied or the time is up; the request id makes that safe."""
         payload = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        return self._ask(method, path, params, payload, {REQUEST_ID_HEADER: _request_id()}, allow_404)
+        return self._ask(method, path, params or {}, payload, {REQUEST_ID_HEADER: _request_id()}, allow_404)
 
-    def read_stream(self, path: str, **params: str) -> Iterator[bytes]:
+    def read_stream(self, path: str) -> Iterator[bytes]:
         """Yield the body of a GET in chunks, such as a snapshot's."""
-        connection, response = self._once("GET", path, params, None, {}, timeout_s=60.0)
+        connection, response = self._once("GET", path, self.query, None, {}, timeout_s=60.0)
         try:
             if response.status != 200:
                 raise _refusal(response.status, response.read())
@@ -207,7 +215,7 @@ class Api:
         *,
         timeout_s: float,
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """Send one request; raises :class:`NoAgent` if nothing was sent, :class:`_Broken` if something may have been."""
+        """Send one request. Raises :class:`NoAgent` if surely nothing was sent, else :class:`_Broken`."""
         connection = self._connection(timeout_s)
         try:
             connection.connect()
@@ -222,7 +230,9 @@ class Api:
         if self.token:
             sent_headers["X-Consul-Token"] = self.token
         if body is not None:
-            sent_headers["Content-Type"] = "application/json" if isinstance(body, bytes) else "application/octet-stream"
+            sent_headers["Content-Type"] = (
+                "application/json" if isinstance(body, bytes) else "application/octet-stream"
+            )
         try:
             connection.request(method, target, body, sent_headers, encode_chunked=False)
             return connection, connection.getresponse()

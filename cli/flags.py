@@ -133,7 +133,7 @@ class Family:
 HELP = ("-h", "-help", "--help", "--h")
 
 
-class HelpWanted(Exception):  # noqa: N818 - a request, not an error
+class HelpWanted(Exception):
     """``-h``, ``-help`` or ``--help`` stands among the arguments."""
 
 
@@ -165,9 +165,7 @@ def parse(command: Command, name: str, argv: Sequence[str]) -> Args:
         flag = known.get(spelled)
         if flag is None:
             dashed = [f"-{spelling}" for spelling in known]
-            raise UsageError(
-                f"{where}: unknown flag -{spelled}.{suggest('-' + spelled, dashed)} See: {where} -help"
-            )
+            raise UsageError(f"{where}: unknown flag -{spelled}.{suggest('-' + spelled, dashed)} See: {where} -help")
         if flag.switch and not has_value:
             text = "true"
         elif not has_value:

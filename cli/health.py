@@ -28,11 +28,11 @@ def show(args: Args) -> int:
         print(_coloured(table(("Node", "Check", "Service", "Status", "Output"), rows)))
         return 0
     params = {"passing": "1"} if args.on("passing") else {}
-    found = api.get(f"/v1/health/service/{quote(args.words[0])}", **params).json()
+    found = api.get(f"/v1/health/service/{quote(args.words[0])}", params).json()
     if args.on("json"):
         print_json(found)
         return 0
-    rows = [
+    instances = [
         (
             row["Service"]["ID"],
             row["Node"]["Node"],
@@ -41,7 +41,7 @@ def show(args: Args) -> int:
         )
         for row in found
     ]
-    print(_coloured(table(("ID", "Node", "Address", "Status"), rows)))
+    print(_coloured(table(("ID", "Node", "Address", "Status"), instances)))
     return 0
 
 

@@ -39,7 +39,7 @@ def restore(args: Args) -> int:
     params = {"kind": subject["Kind"], "value": subject["Value"]}
     if "Service" in subject:
         params["service"] = subject["Service"]
-    if Api.of(args).write("DELETE", REVOCATIONS, allow_404=True, **params).status == 404:
+    if Api.of(args).write("DELETE", REVOCATIONS, params=params, allow_404=True).status == 404:
         raise CliError(f"{_name(subject)} is not revoked. See: lictor identity list")
     print(f"Restored: {_name(subject)}")
     return 0

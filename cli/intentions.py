@@ -32,22 +32,28 @@ def _sides(args: Args, command: str) -> tuple[str, str]:
     return args.words[0], args.words[1]
 
 
+def _pair(source: str, destination: str) -> dict[str, str]:
+    return {"source": source, "destination": destination}
+
+
 def body_of(args: Args) -> dict[str, Any]:
     """Return what the flags say an intention does: an action, or permissions made from ``-verb``."""
     if args.on("allow") and args.on("deny"):
         raise UsageError("lictor intentions create: -allow and -deny contradict each other")
-    action = "deny" if args.on("deny") else "allow"
-    body: dict[str, Any] = {"Action": action}
+    body: dict[str, Any] = {"Action": "deny" if args.on("deny") else "allow"}
     if args.given("verb"):
+        if args.on("deny"):
+            raise UsageError("lictor intentions create: -verb lists what is permitted; it does not go with -deny")
         import msgspec
 
         from raftstate.model.verbs import verbs_to_permissions
 
         try:
-            permissions = verbs_to_permissions(args.text("verb"), action)
+            permissions = verbs_to_permissions(args.text("verb"))
         except ValueError as error:
             raise UsageError(f"lictor intentions create: -verb: {error}") from None
-        body = {"Permissions": msgspec.to_builtins(permissions)}
+        if permissions:
+            body = {"Permissions": msgspec.to_builtins(permissions)}
     if args.given("description"):
         body["Description"] = args.text("description")
     if args.many("meta"):
@@ -61,7 +67,7 @@ def create(args: Args) -> int:
     body = body_of(args)
     api = Api.of(args)
     if args.on("replace"):
-        api.put(EXACT, body, source=source, destination=destination)
+        api.put(EXACT, body, _pair(source, destination))
     else:
         try:
             api.write(
@@ -82,7 +88,7 @@ def create(args: Args) -> int:
 
 def _say_what_was_meant(api: Api, source: str, destination: str) -> None:
     """Tell when a name was taken for a service that is not registered: it might be a misspelt instance id."""
-    answer = api.get(EXACT, allow_404=True, source=source, destination=destination)
+    answer = api.get(EXACT, _pair(source, destination), allow_404=True)
     if answer.status != 200:
         return
     row = answer.json()
@@ -97,12 +103,14 @@ def _one_row(api: Api, args: Args, command: str) -> tuple[dict[str, Any], str]:
     """Return the intention that an ID or two names mean, and how it was called."""
     if len(args.words) == 1 and not args.given("from"):
         if not _UUID.fullmatch(args.words[0]):
-            raise UsageError(f"lictor intentions {command}: {args.words[0]!r} is not an intention's id; give two names")
+            raise UsageError(
+                f"lictor intentions {command}: {args.words[0]!r} is not an intention's id; give two names"
+            )
         answer = api.get(f"/v1/connect/intentions/{quote(args.words[0])}", allow_404=True)
         called = args.words[0]
     else:
         source, destination = _sides(args, command)
-        answer = api.get(EXACT, allow_404=True, source=source, destination=destination)
+        answer = api.get(EXACT, _pair(source, destination), allow_404=True)
         called = f"{source} => {destination}"
     if answer.status == 404:
         raise CliError(f"there is no intention {called}. See: lictor intentions list")
@@ -119,7 +127,7 @@ def delete(args: Args) -> int:
         source, destination = _sides(args, "delete")
         called = f"{source} => {destination}"
         _one_row(api, args, "delete")
-        api.write("DELETE", EXACT, source=source, destination=destination)
+        api.write("DELETE", EXACT, params=_pair(source, destination))
     print(f"Intention deleted: {called}")
     return 0
 
@@ -179,7 +187,7 @@ def get(args: Args) -> int:
 def check(args: Args) -> int:
     """Say whether a connection would be allowed. The exit code is 1 when it would not."""
     source, destination = _sides(args, "check")
-    found = Api.of(args).get("/v1/connect/intentions/check", source=source, destination=destination).json()
+    found = Api.of(args).get("/v1/connect/intentions/check", _pair(source, destination)).json()
     reason = f"  ({found['Reason']})" if found.get("Reason") else ""
     print((paint("Allowed", "green") if found["Allowed"] else paint("Denied", "red")) + reason)
     return 0 if found["Allowed"] else 1
@@ -190,7 +198,7 @@ def match(args: Args) -> int:
     if args.on("source") and args.on("destination"):
         raise UsageError("lictor intentions match: give -source or -destination, not both")
     by, name = "source" if args.on("source") else "destination", args.words[0]
-    found = Api.of(args).get("/v1/connect/intentions/match", by=by, name=name).json()
+    found = Api.of(args).get("/v1/connect/intentions/match", {"by": by, "name": name}).json()
     if args.on("json"):
         print_json(found)
         return 0

@@ -31,10 +31,10 @@ def get(args: Args) -> int:
         raise UsageError("lictor kv get: expects KEY (or -recurse, -keys). See: lictor kv get -help")
     if args.on("keys"):
         params = {"keys": "", **({"separator": args.text("separator")} if args.given("separator") else {})}
-        answer = api.get(_path(key), allow_404=True, **params)
+        answer = api.get(_path(key), params, allow_404=True)
         print("\n".join(answer.json() if answer.status == 200 else ()))
         return 0
-    answer = api.get(_path(key), allow_404=True, **({"recurse": ""} if args.on("recurse") else {}))
+    answer = api.get(_path(key), {"recurse": ""} if args.on("recurse") else {}, allow_404=True)
     if answer.status == 404:
         raise CliError(f"no key {'begins with' if args.on('recurse') else 'is named'} {key!r}")
     rows = answer.json()
@@ -69,7 +69,7 @@ def put(args: Args) -> int:
     params = {"cas": str(args.number("modify-index"))} if args.on("cas") else {}
     if args.given("flags"):
         params["flags"] = str(args.number("flags"))
-    if not Api.of(args).put(_path(key), value, **params).json():
+    if not Api.of(args).put(_path(key), value, params).json():
         raise CliError(f"{key} was not written: its ModifyIndex is not {args.number('modify-index')}")
     print(f"Success! Data written to: {key}")
     return 0
@@ -81,7 +81,7 @@ def delete(args: Args) -> int:
     params = {"recurse": ""} if args.on("recurse") else {}
     if args.on("cas"):
         params["cas"] = str(args.number("modify-index"))
-    if not Api.of(args).write("DELETE", _path(key), **params).json():
+    if not Api.of(args).write("DELETE", _path(key), params=params).json():
         raise CliError(f"{key} was not deleted: its ModifyIndex is not {args.number('modify-index')}")
     print(f"Success! Deleted key{'s with prefix' if args.on('recurse') else ''}: {key}")
     return 0

@@ -27,7 +27,7 @@ def remove_peer(args: Args) -> int:
     params = {key: args.text(key) for key in ("id", "address") if args.text(key)}
     if len(params) != 1:
         raise UsageError("lictor operator raft remove-peer: give one of -id ID, -address HOST:PORT")
-    Api.of(args).write("DELETE", "/v1/operator/raft/peer", **params)
+    Api.of(args).write("DELETE", "/v1/operator/raft/peer", params=params)
     (key, value), *_ = params.items()
     print(f'Removed peer with {key} "{value}"')
     return 0
@@ -36,7 +36,7 @@ def remove_peer(args: Args) -> int:
 def transfer(args: Args) -> int:
     """Hand the leadership to another server."""
     params = {"id": args.text("id")} if args.text("id") else {}
-    Api.of(args).write("POST", "/v1/operator/raft/transfer-leader", **params)
+    Api.of(args).write("POST", "/v1/operator/raft/transfer-leader", params=params)
     print("Success" + (f": {args.text('id')} leads now" if args.text("id") else ""))
     return 0
 
@@ -65,7 +65,11 @@ FAMILIES = {
             "raft remove-peer": Command(
                 "Remove a server that will not come back",
                 remove_peer,
-                (Flag("id", "the server's raft id", "ID"), Flag("address", "or its address", "HOST:PORT"), *API_FLAGS),
+                (
+                    Flag("id", "the server's raft id", "ID"),
+                    Flag("address", "or its address", "HOST:PORT"),
+                    *API_FLAGS,
+                ),
             ),
             "raft transfer-leader": Command(
                 "Hand the leadership to another server",

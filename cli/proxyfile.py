@@ -105,7 +105,9 @@ class _Reader:
             port=self.port(f"{path}.port", entry.get("port", 0)),
             id=self.text(f"{path}.id", entry.get("id")),
             protocol=protocol,
-            public_port=self.port(f"{path}.public_port", entry["public_port"], least=1) if "public_port" in entry else 0,
+            public_port=self.port(f"{path}.public_port", entry["public_port"], least=1)
+            if "public_port" in entry
+            else 0,
             upstreams=tuple(one for one in found if one is not None),
         )
 
@@ -135,7 +137,8 @@ def read_proxy_file(path: str) -> tuple[ProxyService, ...]:
         text = Path(path).read_text()
     except FileNotFoundError:
         raise UsageError(
-            f'there is no {path}. Write it before the sidecar starts: {{"services": [{{"name": "web", "port": 8080}}]}}'
+            f"there is no {path}. Write it before the sidecar starts, such as: "
+            '{"services": [{"name": "web", "port": 8080}]}'
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"can't read {path}: {error}") from None
@@ -152,5 +155,7 @@ def choose(services: tuple[ProxyService, ...], name: str, instance: str, path: s
     there = ", ".join(f"{one.name}{f' ({one.id})' if one.id else ''}" for one in services)
     wanted = " ".join([*([f"-name {name}"] if name else []), *([f"-service-id {instance}"] if instance else [])])
     if matching:
-        raise UsageError(f"{path} has several services that fit {wanted or 'the flags'}: {there}. Give -name or an id")
+        raise UsageError(
+            f"{path} has several services that fit {wanted or 'the flags'}: {there}. Give -name or an id"
+        )
     raise UsageError(f"{path} contradicts the flags: it describes {there}, but the command says {wanted}")

@@ -21,7 +21,7 @@ def read_definitions(path: str) -> list[dict[str, Any]]:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if isinstance(value, dict) and isinstance(value.get("services"), list):
-        found = value["services"]
+        found: list[Any] = value["services"]
     elif isinstance(value, dict):
         found = [value.get("service", value)]
     else:

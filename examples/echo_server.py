@@ -1,0 +1,1 @@
+../cli/demo_apps/echo_server.py
