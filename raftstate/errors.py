@@ -28,6 +28,10 @@ class CommandTooLarge(RaftError):
     """The command exceeds the size bound; split it. Nothing was proposed."""
 
 
+class NoQuorum(RaftError):
+    """A read could not be confirmed by a quorum in time. Nothing was changed; retry, or read with mode `stale`."""
+
+
 class Stopped(RaftError):
     """The replica has stopped and takes no more work; ask another server."""
 

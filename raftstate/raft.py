@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 from raftstate.errors import MembershipRefused, TooBusy, TransferFailed
 from raftstate.messages import (
@@ -33,7 +32,7 @@ from raftstate.messages import (
     VoteReply,
 )
 from raftstate.raft_config import RaftConfig
-from raftstate.raft_driven import ROLES, prepare_log
+from raftstate.raft_driven import prepare_log
 from raftstate.raft_election import Outbox
 from raftstate.raft_install import Installing, members_of
 from raftstate.raft_members import Member, Members
@@ -265,15 +264,6 @@ class RaftCore(Installing):
 
     # -- looking in ------------------------------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """State for operators and logs."""
-        return {
-            "role": ROLES[self.role],
-            "term": self.term,
-            "leader": self.leader,
-            "commit": self.commit,
-            "applied": self.applied,
-            "first": self.first_index,
-            "last": self.last_index,
-            "match": {peer: progress.match for peer, progress in self._progress.items()},
-        }
+    def lag(self) -> dict[str, int]:
+        """How many entries each other member still lacks; empty unless leading."""
+        return {peer: self.last_index - progress.match for peer, progress in self._progress.items()}

@@ -1,0 +1,522 @@
+"""Replica: one server's copy of the replicated state, as the rest of the program sees it.
+
+The asyncio shell that ties RaftCore, Journal, SnapshotStore, StateMachine and Watches together. It takes no
+forwarding decisions: a server that is not the leader raises NotLeader, and `node` asks the leader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from raftstate.errors import NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
+from raftstate.messages import BadMessage, Message, decode_message, encode_message
+from raftstate.raft import Member, Members, RaftConfig, RaftCore
+from raftstate.raft_driven import ROLES
+from raftstate.raft_driver import Driver, Syncing
+from raftstate.raft_install import Install
+from raftstate.raft_ports import Log, Snapshots
+from raftstate.raft_snapshotter import SnapshotMaker
+
+log = logging.getLogger(__name__)
+
+ReadMode = Literal["stale", "default", "consistent"]
+SNAPSHOT_SLICE_S = 0.005
+"""How long a snapshot may hold the loop before others get their turn."""
+
+
+class Machine(Protocol):
+    """The pure state machine (`raftstate.state.machine.StateMachine`). `apply` returns an Applied."""
+
+    def apply(self, index: int, data: bytes) -> Any: ...
+    def snapshot(self) -> Any: ...
+    def restore(self, chunks: Iterable[bytes]) -> None: ...
+
+
+class JournalLike(Log, Syncing, Protocol):
+    def close(self) -> None: ...
+
+
+class Peers(Protocol):
+    """What the replica asks of the peer transport."""
+
+    def send(self, peer: str, data: bytes) -> None:
+        """Send one message, without blocking; drop it if there is no connection or its buffer is full."""
+
+    def set_peers(self, addresses: dict[str, str]) -> None:
+        """The other members now, id -> host:port: connect to these, drop the rest."""
+
+
+@dataclass(frozen=True)
+class ReadStamp:
+    """What a read may say of itself: it sees all up to `index`."""
+
+    index: int
+    known_leader: bool
+    last_contact_ms: int
+
+
+@dataclass(frozen=True)
+class RaftStatus:
+    """One server's view. `role` is follower, candidate or leader; `lag` maps followers to entries not yet held."""
+
+    id: str
+    role: str
+    term: int
+    leader: str | None
+    commit_index: int
+    applied_index: int
+    first_index: int
+    last_index: int
+    durable_index: int
+    snapshot_index: int
+    last_contact_ms: int
+    members: tuple[Member, ...]
+    lag: dict[str, int]
+    failure: str | None
+
+
+def boot_clock() -> float:
+    """Seconds on a clock that never jumps and also counts while the machine is suspended: a lease must run out."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Replica:
+    """One server of the cluster. All methods belong to the event loop that `start` ran on.
+
+    `machine` and `watches` are public to read; `watches.notify(keys)` is called after each applied command. The
+    transport hands what arrives to `deliver` and broken connections to `peer_lost`. `on_failure(error)` is called
+    once if the replica must stop (a failed sync, a diverged log): the process should end then, loudly.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        *,
+        journal: JournalLike,
+        snapshots: Snapshots,
+        machine: Machine,
+        peers: Peers,
+        bootstrap: Members,
+        watches: Any = None,
+        config: RaftConfig | None = None,
+        snapshot_entries: int = 20_000,
+        snapshot_bytes: int = 32 * 1024 * 1024,
+        clock: Callable[[], float] = boot_clock,
+        rng: random.Random | None = None,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.id = server
+        self.machine = machine
+        self.watches = watches
+        self.failure: BaseException | None = None
+        self._journal, self._snapshots, self._peers = journal, snapshots, peers
+        self._bootstrap, self._config = bootstrap, config or RaftConfig()
+        self._snapshot_entries, self._snapshot_bytes = snapshot_entries, snapshot_bytes
+        self._clock, self._rng = clock, rng or random.Random()
+        self._on_failure = on_failure
+        self._core: RaftCore | None = None
+        self._driver: Driver | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._proposals: set[asyncio.Future[Any]] = set()
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._snapshotting = self._restoring = False
+        self._snapshot_index = 0
+        self._bytes_since_snapshot = 0
+        self._known_members = Members()
+        self._known_leader: tuple[str | None, int] = (None, 0)
+        self._leader_callbacks: list[Callable[[str | None], None]] = []
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Restore the newest snapshot and begin to take part. Raises RaftError if the data on disk is damaged."""
+        meta = await asyncio.to_thread(self._snapshots.latest)
+        if meta is not None:
+            await asyncio.to_thread(self.machine.restore, self._snapshots.open(meta))
+            self._snapshot_index = meta.index
+        self._core = RaftCore(
+            self.id,
+            self._journal,
+            self._snapshots,
+            self._apply,
+            bootstrap=self._bootstrap,
+            clock=self._clock,
+            rng=self._rng,
+            config=self._config,
+        )
+        self._driver = Driver(
+            self._core,
+            self._journal,
+            clock=self._clock,
+            send=self._send,
+            after=self._after_pump,
+            on_failure=self._fail,
+        )
+        self._driver.poke()
+
+    async def stop(self) -> None:
+        """Leave in good order: hand over leadership if there is someone to take it, sync, close the journal."""
+        if self._driver is None:
+            return
+        if self.failure is None and self.is_leader and len(self._running_core().members.voters) > 1:
+            try:
+                await self.transfer_leadership(timeout_s=2 * self._config.election_timeout_max_s)
+            except RaftError as error:
+                log.warning("raft: leaving without handing over leadership: %s", error)
+        driver, self._driver = self._driver, None
+        await driver.stop()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._wake_all(Stopped("this server is stopping: ask another one"))
+        await asyncio.to_thread(self._journal.close)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        log.critical("raft: this server stops: %s", error, exc_info=error)
+        self._wake_all(Stopped(f"this server has stopped: {error}"))
+        if self._on_failure is not None:
+            self._on_failure(error)
+
+    def _running_core(self) -> RaftCore:
+        if self._core is None or self._driver is None or self.failure is not None:
+            reason = f": {self.failure}" if self.failure else ""
+            raise Stopped(f"this server takes no part in raft now{reason}; ask another server")
+        return self._core
+
+    # -- writes ----------------------------------------------------------------------------------------------------
+
+    async def apply(self, envelope: bytes, timeout_s: float = 10.0) -> Any:
+        """Replicate a command; return the Applied once it is committed and applied here.
+
+        Raises NotLeader, TooBusy, CommandTooLarge (nothing was proposed), UnknownOutcome, Stopped.
+        """
+        return await self._propose(lambda core, done: core.propose(envelope, done), timeout_s)
+
+    async def _propose(
+        self, propose: Callable[[RaftCore, Callable[[Any, Any], None]], object], timeout_s: float
+    ) -> Any:
+        core = self._running_core()
+        deadline = self._clock() + timeout_s
+        if core.transferring:
+            await self._until(lambda: not core.transferring, timeout_s)
+            core = self._running_core()
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(value: Any, error: Any) -> None:
+            if result.done():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+        propose(core, done)
+        self._poke()
+        self._proposals.add(result)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                return await result
+        except TimeoutError:
+            raise UnknownOutcome(
+                f"no quorum confirmed the write within {timeout_s:g} s: retry with the same request id"
+            ) from None
+        finally:
+            self._proposals.discard(result)
+
+    def _apply(self, index: int, data: bytes) -> Any:
+        applied = self.machine.apply(index, data)
+        self._bytes_since_snapshot += len(data)
+        if self.watches is not None:
+            self.watches.notify(applied.touched)
+        return applied
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    async def read_barrier(self, mode: ReadMode = "default", timeout_s: float = 5.0) -> ReadStamp:
+        """Return once `machine` may be read in this mode; read it without awaiting in between.
+
+        `stale`: at once, on any server. `default`: the leader under its lease, else as consistent. `consistent`: the
+        leader, after a quorum round that many readers share. Raises NotLeader, NoQuorum, Stopped.
+        """
+        core = self._running_core()
+        if mode == "stale":
+            return self._stamp(core)
+        if not core.is_leader:
+            raise NotLeader(core.leader)
+        if mode == "default" and core.lease_valid():
+            index = core.commit
+        else:
+            index = await self._confirmed_index(core, timeout_s)
+        if core.applied < index:
+            await self._until(lambda: core.applied >= index, timeout_s)
+        return self._stamp(core)
+
+    async def _confirmed_index(self, core: RaftCore, timeout_s: float) -> int:
+        result: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
+
+        def done(index: int | None) -> None:
+            if not result.done():
+                result.set_result(index)
+
+        core.read_index(done)
+        self._poke()
+        try:
+            async with asyncio.timeout(timeout_s):
+                index = await result
+        except TimeoutError:
+            raise NoQuorum(
+                f"no quorum confirmed the read within {timeout_s:g} s: retry, or accept a stale read"
+            ) from None
+        if index is None:
+            raise NotLeader(core.leader)
+        return index
+
+    async def wait_applied(self, index: int, timeout_s: float = 5.0) -> None:
+        """Wait until this server has applied `index`, so that a client sees no older state than it has seen before.
+
+        Raises NoQuorum if that takes longer.
+        """
+        core = self._running_core()
+        await self._until(lambda: core.applied >= index, timeout_s)
+
+    def _stamp(self, core: RaftCore) -> ReadStamp:
+        return ReadStamp(core.applied, core.leader is not None, self._contact_ms(core))
+
+    def _contact_ms(self, core: RaftCore) -> int:
+        if core.is_leader:
+            return 0
+        age_s = self._clock() - core.heard_at
+        return int(age_s * 1000) if age_s < 1e9 else 2**31 - 1
+
+    # -- leadership and membership ---------------------------------------------------------------------------------
+
+    @property
+    def leader(self) -> str | None:
+        """Node id of the leader, if known."""
+        return self._core.leader if self._core is not None else None
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this server believes that it leads. Reads and writes do not rest on this."""
+        return self._core is not None and self._core.is_leader
+
+    def on_leader(self, callback: Callable[[str | None], None]) -> None:
+        """Have `callback(leader)` called whenever the leader or its term changes."""
+        self._leader_callbacks.append(callback)
+
+    async def wait_leader(self, timeout_s: float) -> str:
+        """Wait until a leader is known (here: also ready to serve). Raises NoQuorum."""
+        core = self._running_core()
+
+        def known() -> bool:
+            return core.leader is not None and (not core.is_leader or core.applied >= core.noop_index)
+
+        await self._until(known, timeout_s)
+        assert core.leader is not None
+        return core.leader
+
+    def members(self) -> tuple[Member, ...]:
+        """The membership that counts now, sorted by id."""
+        return self._running_core().members.all
+
+    async def add_server(self, server: str, address: str, timeout_s: float = 60.0) -> None:
+        """Add a server: a learner first, with a vote once it has caught up. Raises MembershipRefused, NotLeader."""
+        core = self._running_core()
+        present = core.members.get(server)
+        if present is None or not present.voter or present.address != address:
+            member = Member(server, address, bool(present and present.voter))
+            await self._propose(lambda core, done: core.change_members(lambda all: all.put(member), done), timeout_s)
+
+        def votes() -> bool:
+            found = core.members.get(server)
+            return found is None or (found.voter and core.membership_index <= core.commit) or not core.is_leader
+
+        await self._until(votes, timeout_s)
+        if not core.is_leader:
+            raise UnknownOutcome(f"leadership was lost while {server!r} was catching up: see the members and retry")
+
+    async def remove_server(self, server: str, timeout_s: float = 10.0) -> None:
+        """Remove a server, this one included. Raises MembershipRefused, NotLeader, UnknownOutcome."""
+        if self._running_core().members.get(server) is None:
+            return
+        await self._propose(lambda core, done: core.change_members(lambda all: all.without(server), done), timeout_s)
+
+    async def transfer_leadership(self, to: str | None = None, timeout_s: float = 5.0) -> None:
+        """Hand leadership to `to`, or to the most advanced voter. Raises NotLeader, TransferFailed."""
+        core = self._running_core()
+        result: asyncio.Future[TransferFailed | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: TransferFailed | None) -> None:
+            if not result.done():
+                result.set_result(error)
+
+        core.transfer(to, done)
+        self._poke()
+        try:
+            async with asyncio.timeout(timeout_s):
+                error = await result
+        except TimeoutError:
+            raise TransferFailed(f"leadership was not taken over within {timeout_s:g} s: try again") from None
+        if error is not None:
+            raise error
+
+    def status(self) -> RaftStatus:
+        """This server's view of the cluster, for operators; also after a failure."""
+        core = self._core
+        if core is None:
+            raise Stopped("this server has not started yet")
+        return RaftStatus(
+            id=self.id,
+            role=ROLES[core.role],
+            term=core.term,
+            leader=core.leader,
+            commit_index=core.commit,
+            applied_index=core.applied,
+            first_index=core.first_index,
+            last_index=core.last_index,
+            durable_index=self._journal.durable_index,
+            snapshot_index=self._snapshot_index,
+            last_contact_ms=self._contact_ms(core),
+            members=core.members.all,
+            lag=core.lag(),
+            failure=str(self.failure) if self.failure else None,
+        )
+
+    # -- transport -------------------------------------------------------------------------------------------------
+
+    def deliver(self, peer: str, data: bytes) -> None:
+        """Take in a message from the authenticated server `peer`. Raises BadMessage: close that connection."""
+        message = decode_message(data)
+        if self._driver is None or self.failure is not None or self._core is None:
+            return
+        try:
+            self._core.receive(peer, message)
+        except BadMessage:
+            raise
+        except Exception as error:  # noqa: BLE001 - a core in an unknown state must not go on
+            self._driver.fail(error)
+            return
+        self._driver.poke()
+
+    def peer_lost(self, peer: str) -> None:
+        """The connection to `peer` broke."""
+        if self._core is not None and self._driver is not None:
+            self._core.peer_lost(peer)
+
+    def _send(self, peer: str, message: Message) -> None:
+        self._peers.send(peer, encode_message(message))
+
+    # -- after each pump -------------------------------------------------------------------------------------------
+
+    def _poke(self) -> None:
+        if self._driver is not None:
+            self._driver.poke()
+
+    def _after_pump(self) -> None:
+        core = self._core
+        assert core is not None
+        if core.members != self._known_members:
+            self._known_members = core.members
+            self._peers.set_peers({m.id: m.address for m in core.members.all if m.id != self.id})
+        if (core.leader, core.term) != self._known_leader:
+            self._known_leader = (core.leader, core.term)
+            log.info("raft: leader of term %d is %s", core.term, core.leader or "not known")
+            for callback in self._leader_callbacks:
+                callback(core.leader)
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for predicate, future in waiters:
+                if future.done():
+                    continue
+                if predicate():
+                    future.set_result(None)
+                else:
+                    self._waiters.append((predicate, future))
+        if core.install is not None and not self._restoring:
+            self._restoring = True
+            self._spawn(self._restore(core, core.install))
+        elif not self._snapshotting and not self._restoring and self._snapshot_due(core):
+            self._snapshotting = True
+            self._spawn(self._make_snapshot(core))
+
+    async def _until(self, predicate: Callable[[], bool], timeout_s: float) -> None:
+        if predicate():
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((predicate, future))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await future
+        except TimeoutError:
+            raise NoQuorum(f"the cluster did not get there within {timeout_s:g} s: see `lictor status`") from None
+
+    def _wake_all(self, error: RaftError) -> None:
+        waiters, self._waiters = self._waiters, []
+        for _, future in waiters:
+            if not future.done():
+                future.set_exception(error)
+        for result in tuple(self._proposals):
+            if not result.done():
+                result.set_exception(
+                    UnknownOutcome(
+                        "this server stopped while the write was on its way: retry with the same request id"
+                    )
+                )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._report)
+
+    def _report(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._driver is not None:
+            self._driver.fail(error)
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def _snapshot_due(self, core: RaftCore) -> bool:
+        new = core.applied - self._snapshot_index
+        return new > 0 and (
+            new >= self._snapshot_entries
+            or self._bytes_since_snapshot >= self._snapshot_bytes
+            or core.snapshot_wanted
+        )
+
+    async def _make_snapshot(self, core: RaftCore) -> None:
+        self._bytes_since_snapshot = 0
+        maker = SnapshotMaker(core, self.machine, self._snapshots)
+        try:
+            turn_until = self._clock() + SNAPSHOT_SLICE_S
+            while maker.step():
+                if self._clock() >= turn_until:
+                    await asyncio.sleep(0)
+                    turn_until = self._clock() + SNAPSHOT_SLICE_S
+            await asyncio.to_thread(maker.commit)
+        except BaseException:
+            maker.abort()
+            raise
+        finally:
+            self._snapshotting = False
+        maker.finish()
+        self._snapshot_index = maker.index
+        self._poke()
+
+    async def _restore(self, core: RaftCore, install: Install) -> None:
+        try:
+            await asyncio.to_thread(install.writer.commit)
+            meta = await asyncio.to_thread(self._snapshots.latest)
+            await asyncio.to_thread(self.machine.restore, self._snapshots.open(meta))
+        finally:
+            self._restoring = False
+        core.installed()
+        self._snapshot_index = install.index
+        self._poke()

@@ -1,0 +1,76 @@
+"""A small state machine with the shape of the real one: registers, request ids, a hash of all it applied."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+
+def command(request: str, key: str, value: str | None = None) -> bytes:
+    """Write `value` to `key`, or with None add one to it as a counter; applied once per `request`."""
+    return msgspec.msgpack.encode((request, key, value))
+
+
+@dataclass
+class TestApplied:
+    __test__ = False
+    index: int
+    value: Any
+    refusal: None = None
+    touched: tuple[Any, ...] = ()
+
+
+@dataclass
+class RegisterMachine:
+    """`dedup=False` is the planted bug 'a retry is applied twice'."""
+
+    dedup: bool = True
+    index: int = 0
+    chain: str = ""
+    registers: dict[str, str] = field(default_factory=dict)
+    requests: dict[str, str] = field(default_factory=dict)
+    """request id -> the value it left behind."""
+    doubled: list[str] = field(default_factory=list)
+
+    def apply(self, index: int, data: bytes) -> TestApplied:
+        assert index > self.index, f"index {index} after {self.index}"
+        self.index = index
+        request, key, value = msgspec.msgpack.decode(data, type=tuple[str, str, str | None])
+        self.chain = hashlib.blake2b(self.chain.encode() + data + index.to_bytes(8), digest_size=8).hexdigest()
+        if request in self.requests:
+            if self.dedup:
+                return TestApplied(index, self.requests[request])
+            self.doubled.append(request)
+        if value is None:
+            value = str(int(self.registers.get(key, "0")) + 1)
+        self.registers[key] = value
+        self.requests[request] = value
+        return TestApplied(index, value, touched=((key,),))
+
+    def snapshot(self) -> FrozenRegisters:
+        state = (self.index, self.chain, self.registers, self.requests)
+        return FrozenRegisters(msgspec.msgpack.encode(state))
+
+    def restore(self, chunks: Iterable[bytes]) -> None:
+        state = msgspec.msgpack.decode(b"".join(chunks), type=tuple[int, str, dict[str, str], dict[str, str]])
+        self.index, self.chain, self.registers, self.requests = state
+
+    def digest(self) -> str:
+        return self.chain
+
+
+class FrozenRegisters:
+    """Cut into small chunks, so that even a little state is sent in several."""
+
+    def __init__(self, data: bytes, size: int = 512) -> None:
+        self._data, self._size = data, size
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self._data), self._size):
+            yield self._data[start : start + self._size]
+
+    def close(self) -> None: ...

@@ -1,0 +1,199 @@
+"""Replica on a real loop with a real journal: what the rest of the program relies on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, TooBusy, UnknownOutcome
+from raftstate.raft import RaftConfig
+from raftstate.replica import Replica
+from tests.support.raft_cluster import FAST, ReplicaCluster
+from tests.support.raft_machine import RegisterMachine, command
+
+
+def registers(replica: Replica) -> dict[str, str]:
+    machine = replica.machine
+    assert isinstance(machine, RegisterMachine)
+    return machine.registers
+
+
+async def test_a_write_is_applied_on_every_server(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        applied = await leader.apply(command("r1", "k", "v"))
+        assert applied.value == "v"
+        for replica in cluster.replicas.values():
+            await replica.wait_applied(applied.index)
+            assert registers(replica) == {"k": "v"}
+
+
+async def test_a_single_server_serves(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 1) as cluster:
+        leader = await cluster.leader(timeout_s=1)
+        await leader.apply(command("r1", "k", "v"))
+        for mode in ("stale", "default", "consistent"):
+            stamp = await leader.read_barrier(mode)  # type: ignore[arg-type]
+            assert stamp.known_leader
+
+
+async def test_a_follower_names_the_leader(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        follower = next(replica for replica in cluster.replicas.values() if replica is not leader)
+        await follower.wait_leader(2)
+        with pytest.raises(NotLeader, match=leader.id):
+            await follower.apply(command("r1", "k", "v"))
+        with pytest.raises(NotLeader, match=leader.id):
+            await follower.read_barrier("consistent")
+        assert (await follower.read_barrier("stale")).known_leader
+
+
+async def test_reads_share_rounds(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        await leader.apply(command("r1", "k", "v"))
+        before = leader._running_core()._reads.round  # type: ignore[union-attr]
+        stamps = await asyncio.gather(*(leader.read_barrier("consistent") for _ in range(100)))
+        after = leader._running_core()._reads.round  # type: ignore[union-attr]
+        assert all(stamp.index >= 2 for stamp in stamps)
+        assert after - before < 10
+
+
+async def test_an_isolated_leader_answers_no_read_and_steps_down(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        await leader.apply(command("r1", "k", "v"))
+        cluster.wire.isolate(leader.id)
+        with pytest.raises((NoQuorum, NotLeader)):
+            await leader.read_barrier("consistent", timeout_s=2)
+        with pytest.raises((UnknownOutcome, NotLeader)):
+            await leader.apply(command("r2", "k", "w"), timeout_s=1)
+        assert not leader.is_leader
+        others = {name: replica for name, replica in cluster.replicas.items() if replica is not leader}
+        cluster.wire.replicas = others
+        new = await cluster.leader()
+        await new.apply(command("r3", "k", "x"))
+        cluster.wire.replicas = {**others, leader.id: leader}
+        cluster.wire.cut.clear()
+        await leader.wait_leader(2)
+        index = (await new.apply(command("r4", "k", "y"))).index
+        await leader.wait_applied(index)
+        assert registers(leader) == {"k": "y"}
+
+
+async def test_bounds_are_kept(tmp_path: Path) -> None:
+    config = RaftConfig(
+        heartbeat_s=0.03,
+        election_timeout_min_s=0.15,
+        election_timeout_max_s=0.3,
+        proposals_max=2,
+        command_bytes_max=100,
+    )
+    async with ReplicaCluster(tmp_path, 3, config=config) as cluster:
+        leader = await cluster.leader()
+        with pytest.raises(CommandTooLarge, match="bound is 100"):
+            await leader.apply(b"x" * 101)
+        cluster.wire.isolate(leader.id)
+        stuck = [asyncio.ensure_future(leader.apply(command(f"r{n}", "k", "v"), 1)) for n in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(TooBusy):
+            await leader.apply(command("r9", "k", "v"))
+        for outcome in await asyncio.gather(*stuck, return_exceptions=True):
+            assert isinstance(outcome, UnknownOutcome)
+        cluster.wire.cut.clear()
+
+
+async def test_everything_acknowledged_survives_a_crash_of_all(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        for round_ in range(3):
+            leader = await cluster.leader()
+            for number in range(20):
+                await leader.apply(command(f"{round_}.{number}", f"k{number}", str(round_)))
+            for name in cluster.names:
+                await cluster.crash(name)
+            for name in cluster.names:
+                await cluster.start(name)
+        leader = await cluster.leader()
+        await leader.read_barrier("consistent")
+        assert registers(leader) == {f"k{number}": "2" for number in range(20)}
+
+
+async def test_a_far_behind_server_gets_a_snapshot(tmp_path: Path) -> None:
+    config = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=0.15, election_timeout_max_s=0.3, trailing_entries=5)
+    async with ReplicaCluster(tmp_path, 3, config=config, snapshot_entries=50) as cluster:
+        leader = await cluster.leader()
+        behind = next(name for name in cluster.names if name != leader.id)
+        await cluster.crash(behind)
+        for number in range(300):
+            applied = await leader.apply(command(f"r{number}", f"k{number}", "v"))
+        assert leader.status().first_index > 100
+        replica = await cluster.start(behind)
+        await replica.wait_applied(applied.index)
+        assert registers(replica) == registers(leader)
+        assert replica.status().snapshot_index > 100
+        # A restart begins at that snapshot.
+        await cluster.crash(behind)
+        replica = await cluster.start(behind)
+        await replica.wait_applied(applied.index)
+        assert registers(replica) == registers(leader)
+
+
+async def test_servers_are_added_and_removed(tmp_path: Path) -> None:
+    from raftstate.raft import Members
+
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        for number in range(100):
+            await leader.apply(command(f"r{number}", f"k{number}", "v"))
+        joined = await cluster.start("server-4", bootstrap=Members())
+        await leader.add_server("server-4", "server-4:8300", timeout_s=5)
+        assert [member.id for member in leader.members() if member.voter] == [*cluster.names, "server-4"]
+        index = (await leader.apply(command("after", "k", "v"))).index
+        await joined.wait_applied(index)
+        assert registers(joined) == registers(leader)
+        await leader.remove_server("server-4")
+        assert [member.id for member in leader.members()] == cluster.names
+        await leader.remove_server(leader.id)
+        rest = {name: replica for name, replica in cluster.replicas.items() if replica not in (leader, joined)}
+        everyone, cluster.wire.replicas = cluster.wire.replicas, rest
+        successor = await cluster.leader()
+        await successor.apply(command("last", "k", "w"))
+        assert [member.id for member in successor.members()] == sorted(rest)
+        cluster.wire.replicas = everyone
+
+
+async def test_leadership_moves_without_a_gap(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        target = next(name for name in cluster.names if name != leader.id)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await leader.transfer_leadership(target)
+        assert not leader.is_leader
+        new = cluster.replicas[target]
+        await new.wait_leader(1)
+        await new.apply(command("r1", "k", "v"))
+        assert loop.time() - began < FAST.election_timeout_min_s, "a transfer waits for no election timeout"
+
+
+async def test_a_failed_sync_stops_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+
+        def full(_fd: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fdatasync", full)
+            with pytest.raises(RaftError):
+                await leader.apply(command("r1", "k", "v"))
+            async with asyncio.timeout(2):
+                failure = await cluster.failures.get()
+        assert "disk" in str(failure)
+        with pytest.raises(RaftError, match="takes no part"):
+            await cluster.replicas[leader.id].apply(command("r2", "k", "v"))
+        for replica in cluster.replicas.values():
+            replica._journal.close()
