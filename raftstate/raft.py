@@ -37,6 +37,7 @@ from raftstate.raft_election import Outbox
 from raftstate.raft_install import Installing, members_of
 from raftstate.raft_members import Member, Members
 from raftstate.raft_ports import Log, Snapshots
+from raftstate.raft_reads import ReadDone
 from raftstate.raft_replication import Apply, ProposeDone
 
 __all__ = ["Member", "Members", "Outbox", "RaftConfig", "RaftCore"]
@@ -67,6 +68,8 @@ class RaftCore(Installing):
         self._transfer: tuple[str, float, TransferDone] | None = None
         """(target, give up at, done)"""
         self._timeout_now_sent = False
+        self._apply_waiters: list[tuple[int, ReadDone]] = []
+        """Confirmed reads that wait for the state machine."""
         snapshot = snapshots.latest()
         prepare_log(log, snapshot, bootstrap)
         base = (snapshot.index, members_of(snapshot)) if snapshot else (0, Members())
@@ -204,6 +207,13 @@ class RaftCore(Installing):
                 return
 
     def _after_apply(self) -> None:
+        if self._apply_waiters:
+            waiters, self._apply_waiters = self._apply_waiters, []
+            for index, done in waiters:
+                if index <= self.applied:
+                    done(index)
+                else:
+                    self._apply_waiters.append((index, done))
         if self.is_leader:
             if not self._is_voter and self.membership_index <= self.commit:
                 self._step_down(self.term, self._clock())  # our own removal is committed
@@ -261,6 +271,27 @@ class RaftCore(Installing):
     def _on_leadership_lost(self) -> None:
         super()._on_leadership_lost()
         self._end_transfer(None)
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    def read(self, *, lease: bool, done: ReadDone) -> None:
+        """Have `done(index)` called once the state machine may be read; `done(None)` if leadership was lost.
+
+        With `lease` a valid lease answers without a quorum round. Raises NotLeader.
+        """
+        self.enter()
+        self._refuse_unless_leading()
+
+        def confirmed(index: int | None) -> None:
+            if index is None or index <= self.applied:
+                done(index)
+            else:
+                self._apply_waiters.append((index, done))
+
+        if lease and self.lease_valid():
+            confirmed(self.commit)
+        else:
+            self.read_index(confirmed)
 
     # -- looking in ------------------------------------------------------------------------------------------------
 

@@ -1,16 +1,16 @@
-"""The driver: moves messages, time and disk syncs for a RaftCore on an asyncio loop.
+"""The driver: moves messages, time and disk syncs for a RaftCore.
 
-Every input pokes the driver; one pump per loop iteration then handles all of them together, so that many proposals
+Every input pokes the driver; one pump per turn of the loop then handles all of them together, so that many proposals
 travel in one append and share one disk sync. Here is where a message waits for the disk: `held` messages leave when
 the sync that covers them has returned (law 3).
+
+It knows no asyncio: the loop is whatever can call back (`Loop`), so that the simulation drives the same code.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 from raftstate.messages import Message
 from raftstate.raft import RaftCore
@@ -28,31 +28,46 @@ class Syncing(Protocol):
     def take_pending(self) -> Group | None: ...
 
 
+class Handle(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Loop(Protocol):
+    """An asyncio loop, or the simulation's."""
+
+    def call_soon(self, callback: Callable[[], None], /) -> Any: ...
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> Handle: ...
+
+
+SyncDone = Callable[[BaseException | None], None]
+
+
 class Driver:
-    """`send` must not block; `after` runs after each pump; `on_failure` is told once why the driver stopped."""
+    """`send` must not block; `after` runs in each pump; `on_failure` is told once why the driver stopped.
+
+    `run_sync(group, done)` runs `group.sync()` off the loop and then has the loop call `done(error or None)`.
+    """
 
     def __init__(
         self,
         core: RaftCore,
         journal: Syncing,
+        loop: Loop,
         *,
         clock: Callable[[], float],
+        run_sync: Callable[[Group, SyncDone], None],
         send: Callable[[str, Message], None],
         after: Callable[[], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._core, self._journal, self._clock = core, journal, clock
-        self._send, self._after, self._on_failure = send, after, on_failure
-        self._loop = asyncio.get_running_loop()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
-        self._timer: asyncio.TimerHandle | None = None
+        self._core, self._journal, self._loop, self._clock = core, journal, loop, clock
+        self._run_sync, self._send, self._after, self._on_failure = run_sync, send, after, on_failure
+        self._timer: Handle | None = None
         self._poked = False
         self._running = True
         self._held: list[tuple[str, Message]] = []
-        self._syncing = False
-        self._idle = asyncio.Event()
-        """Set while no sync is under way."""
-        self._idle.set()
+        self.syncing = False
+        """Whether a sync is under way; the journal must not be closed then."""
 
     def poke(self) -> None:
         """Something was handed to the core: see to it in this iteration of the loop."""
@@ -89,26 +104,22 @@ class Driver:
         self._timer = self._loop.call_later(delay_s, self._pump)
 
     def _sync(self, term: int) -> None:
-        if self._syncing:
+        if self.syncing:
             return  # what is held now waits for the next group
         group = self._journal.take_pending()
         held, self._held = self._held, []
         if group is None:
             self._release(held)
             return
-        self._syncing = True
-        self._idle.clear()
-        work = self._thread.submit(group.sync)
-        work.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._synced, done, held, term))
+        self.syncing = True
+        self._run_sync(group, lambda error: self._synced(error, held, term))
 
-    def _synced(self, work: Future[None], held: list[tuple[str, Message]], term: int) -> None:
-        self._syncing = False
-        self._idle.set()
-        error = work.exception()
+    def _synced(self, error: BaseException | None, held: list[tuple[str, Message]], term: int) -> None:
+        self.syncing = False
+        if not self._running:
+            return
         if error is not None:
             self.fail(error)
-            return
-        if not self._running:
             return
         self._release(held)
         try:
@@ -125,16 +136,11 @@ class Driver:
     def fail(self, error: BaseException) -> None:
         """Stop for good because of `error`."""
         if self._running:
-            self._halt()
+            self.stop()
             self._on_failure(error)
 
-    def _halt(self) -> None:
+    def stop(self) -> None:
+        """Move nothing any more. A sync under way goes on; its end is not acted upon."""
         self._running = False
         if self._timer is not None:
             self._timer.cancel()
-
-    async def stop(self) -> None:
-        """Stop moving; waits for a sync under way. The journal may be closed afterwards."""
-        self._halt()
-        await self._idle.wait()
-        self._thread.shutdown(wait=False)

@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,7 +19,7 @@ from raftstate.errors import NoQuorum, NotLeader, RaftError, Stopped, TransferFa
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
 from raftstate.raft_driven import ROLES
-from raftstate.raft_driver import Driver, Syncing
+from raftstate.raft_driver import Driver, Group, SyncDone, Syncing
 from raftstate.raft_install import Install
 from raftstate.raft_ports import Log, Snapshots
 from raftstate.raft_snapshotter import SnapshotMaker
@@ -122,6 +123,7 @@ class Replica:
         self._on_failure = on_failure
         self._core: RaftCore | None = None
         self._driver: Driver | None = None
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
         self._tasks: set[asyncio.Task[None]] = set()
         self._proposals: set[asyncio.Future[Any]] = set()
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
@@ -153,7 +155,9 @@ class Replica:
         self._driver = Driver(
             self._core,
             self._journal,
+            asyncio.get_running_loop(),
             clock=self._clock,
+            run_sync=self._run_sync,
             send=self._send,
             after=self._after_pump,
             on_failure=self._fail,
@@ -170,12 +174,19 @@ class Replica:
             except RaftError as error:
                 log.warning("raft: leaving without handing over leadership: %s", error)
         driver, self._driver = self._driver, None
-        await driver.stop()
+        driver.stop()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._wake_all(Stopped("this server is stopping: ask another one"))
-        await asyncio.to_thread(self._journal.close)
+        # One thread, so this comes after a sync that is still under way.
+        await asyncio.get_running_loop().run_in_executor(self._sync_thread, self._journal.close)
+        self._sync_thread.shutdown(wait=False)
+
+    def _run_sync(self, group: Group, done: SyncDone) -> None:
+        loop = asyncio.get_running_loop()
+        work = self._sync_thread.submit(group.sync)
+        work.add_done_callback(lambda work: loop.call_soon_threadsafe(done, work.exception()))
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
@@ -250,33 +261,28 @@ class Replica:
             return self._stamp(core)
         if not core.is_leader:
             raise NotLeader(core.leader)
-        if mode == "default" and core.lease_valid():
-            index = core.commit
-        else:
-            index = await self._confirmed_index(core, timeout_s)
-        if core.applied < index:
-            await self._until(lambda: core.applied >= index, timeout_s)
+        await self._confirm(core, lease=mode == "default", timeout_s=timeout_s)
         return self._stamp(core)
 
-    async def _confirmed_index(self, core: RaftCore, timeout_s: float) -> int:
+    async def _confirm(self, core: RaftCore, *, lease: bool, timeout_s: float) -> None:
         result: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
         def done(index: int | None) -> None:
             if not result.done():
                 result.set_result(index)
 
-        core.read_index(done)
-        self._poke()
-        try:
-            async with asyncio.timeout(timeout_s):
-                index = await result
-        except TimeoutError:
-            raise NoQuorum(
-                f"no quorum confirmed the read within {timeout_s:g} s: retry, or accept a stale read"
-            ) from None
-        if index is None:
+        core.read(lease=lease, done=done)
+        if not result.done():
+            self._poke()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await result
+            except TimeoutError:
+                raise NoQuorum(
+                    f"no quorum confirmed the read within {timeout_s:g} s: retry, or accept a stale read"
+                ) from None
+        if result.result() is None:
             raise NotLeader(core.leader)
-        return index
 
     async def wait_applied(self, index: int, timeout_s: float = 5.0) -> None:
         """Wait until this server has applied `index`, so that a client sees no older state than it has seen before.
