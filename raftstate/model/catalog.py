@@ -122,3 +122,38 @@ class InstanceHealth(Wire, frozen=True):
     def dial_address(self) -> str:
         """Return the host part to dial: the instance's own address, else its node's."""
         return self.service.address or self.node.address
+
+
+class CatalogService(Wire, frozen=True):
+    """An instance with its node in one flat row, as ``/v1/catalog/service/:name`` shows it."""
+
+    id: str
+    """The node's id."""
+    node: str
+    address: str
+    """The node's address."""
+    datacenter: str
+    tagged_addresses: dict[str, str]
+    node_meta: dict[str, str]
+    service_id: str
+    service_name: str
+    service_kind: str
+    service_address: str
+    service_tagged_addresses: dict[str, Any]
+    service_tags: tuple[str, ...]
+    service_meta: dict[str, str]
+    service_port: int
+    service_weights: Weights
+    service_enable_tag_override: bool
+    service_proxy: ServiceProxy | None = None
+    service_connect: dict[str, Any] = {}
+    service_locality: dict[str, str] = {}
+    create_index: int = 0
+    modify_index: int = 0
+
+
+class CatalogNode(Wire, frozen=True):
+    """A node and all instances on it by id, as ``/v1/catalog/node/:node`` shows it."""
+
+    node: Node
+    services: dict[str, ServiceInstance]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from raftstate.model.wire import Wire
 
 
@@ -60,3 +62,24 @@ class Revocation(Wire, frozen=True):
     created_at: str = ""
     create_index: int = 0
     modify_index: int = 0
+
+
+class CAConfig(Wire, frozen=True):
+    """The authority's configuration, as ``/v1/connect/ca/configuration`` shows it (plus the trust domain)."""
+
+    provider: str = "consul"
+    config: dict[str, Any] = {}
+    state: dict[str, str] = {}
+    force_without_cross_signing: bool = False
+    trust_domain: str = ""
+    """Made once, with the first configuration; later configurations keep it."""
+    create_index: int = 0
+    modify_index: int = 0
+
+
+class SigningMaterial(Wire, frozen=True):
+    """The active root with its sealed key. Only the authority on a server may ask for it."""
+
+    root: CARoot
+    sealed_key: bytes
+    """AES-256-GCM under the cluster key; useless without it."""
