@@ -112,7 +112,9 @@ class Journal:
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         """Remove the entries from this position on: the leader has others in their place."""
-        if entryFrom < len(self._state.entries):
+        if entryFrom <= 0:
+            self.clear()  # an empty log may start anew at any index
+        elif entryFrom < len(self._state.entries):
             self._forget_from(self._state.entries[entryFrom][1])
             self._change(Record(Kind.CUT, 0, self._state.entries[entryFrom][1]))
 
@@ -135,7 +137,7 @@ class Journal:
 
     def reset_to(self, index: int, term: int) -> None:
         """Start the log anew behind (index, term): a snapshot up to there is installed, and durable already."""
-        self._forget_from(index + 1)
+        self._forget_from(index)
         self._change(Record(Kind.RESET, term, index))
 
     def clear(self) -> None:

@@ -91,6 +91,17 @@ class SimDisk:
         self._durable_names: dict[str, _Inode] = {}
         self._name_ops: list[tuple[str, Callable[[dict[str, _Inode]], None]]] = []  # (directory, change), not synced
 
+    @classmethod
+    def of(cls, files: dict[str, bytes], seed: int = 0) -> SimDisk:
+        """A disk that durably holds these files, such as `snapshot` gives them."""
+        disk = cls(seed)
+        for path, data in files.items():
+            disk.make_dir(os.path.dirname(path))
+            inode = _Inode()
+            inode.data, inode.durable = bytearray(data), bytearray(data)
+            disk._names[path] = disk._durable_names[path] = inode
+        return disk
+
     # --- Disk ---
 
     def make_dir(self, path: str) -> None:
