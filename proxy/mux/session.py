@@ -55,6 +55,7 @@ class MuxSession(asyncio.Protocol):
         self._pinged = False
         self._timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
+        self._idle_since: float | None = None
 
     # asyncio.Protocol
 
@@ -92,6 +93,11 @@ class MuxSession(asyncio.Protocol):
         self._on_lost(self, self._error or exc)
 
     # For the sidecar
+
+    @property
+    def idle_s(self) -> float:
+        """How long, at the resolution of the keepalive, no stream was open."""
+        return self._loop.time() - self._idle_since if self._idle_since is not None else 0.0
 
     def close(self, code: int, text: str) -> None:
         """Take no more streams; end the connection once the live ones have ended."""
@@ -161,4 +167,8 @@ class MuxSession(asyncio.Protocol):
         if self._pinged and not self.closed:
             self.core.ping()
         self._heard = False
+        if self.core.streams:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = self._loop.time()
         self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)

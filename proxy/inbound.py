@@ -1,0 +1,349 @@
+"""Calls to our app: each stream (or foreign connection) is decided by intention, then joined with the app.
+
+What was admitted is decided again whenever intentions or revocations change, and cut when the answer has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from proxy.authz import Decision, Request
+from proxy.config import Configuration
+from proxy.errors import StreamClosed
+from proxy.logs import LimitedLog
+from proxy.metrics import Metrics, PairStats
+from proxy.mux import frames
+from proxy.mux.core import MuxStream
+from proxy.mux.session import MuxSession
+from proxy.relay import SocketChannel
+from proxy.stream import ByteStream, Channel, ChannelStream, Data, join
+from proxy.tasks import Tasks
+from raftstate.model.identity import Identity
+
+log = logging.getLogger("lictor.proxy.inbound")
+
+APP_CONNECT_TIMEOUT_S = 5.0
+MAX_INBOUND = 50_000
+
+
+class HttpServer(Protocol):
+    """Serves one stream as HTTP, deciding each request (:mod:`proxy.http`)."""
+
+    async def __call__(
+        self,
+        downstream: ByteStream,
+        dial_app: Callable[[], Awaitable[ByteStream]],
+        decide: Callable[[Request], Decision],
+        identity: Identity,
+    ) -> None: ...
+
+
+class Call:
+    """One call to our app, on a mux stream or on a foreign connection. Until the app is connected it is the stream's
+    peer and keeps what arrives (at most the stream's window)."""
+
+    __slots__ = (
+        "_desk",
+        "_early",
+        "_early_eof",
+        "_task",
+        "app",
+        "decision",
+        "gone",
+        "http",
+        "identity",
+        "outside",
+        "peer",
+        "stats",
+    )
+
+    def __init__(self, desk: Desk, outside: Channel, identity: Identity, decision: Decision) -> None:
+        self._desk = desk
+        self.outside = outside
+        """The mux stream or foreign connection."""
+        self.identity = identity
+        self.decision = decision
+        self.peer: Channel = outside
+        self.app: SocketChannel | None = None
+        self.gone = False
+        self.http = False
+        self.stats: PairStats = desk.pair(identity)
+        self._early: list[Data] = []
+        self._early_eof = False
+        self._task: asyncio.Task[None] | None = None
+        outside.peer = self
+        desk.calls.add(self)
+        self.stats.total += 1
+        self.stats.active += 1
+
+    def start(self) -> None:
+        """Connect the app and join, or serve as HTTP where requests are to be decided."""
+        self.http = self._desk.needs_http(self.decision)
+        self._task = self._desk.tasks.spawn(self._serve_http() if self.http else self._relay())
+
+    async def _relay(self) -> None:
+        app = await self._dial()
+        if app is None:
+            return
+        self._accept()
+        join(app, self.outside)
+        for data in self._early:
+            app.write(data)
+        self._early.clear()
+        if self._early_eof:
+            app.write_eof()
+
+    async def _serve_http(self) -> None:
+        app = await self._dial()
+        if app is None:
+            return
+        self._accept()
+        downstream = ChannelStream(self.outside)
+        inlet = self.outside.peer
+        for data in self._early:
+            inlet.write(data)
+        self._early.clear()
+        if self._early_eof:
+            inlet.write_eof()
+        first: list[SocketChannel] = [app]
+
+        async def dial_app() -> ByteStream:
+            return ChannelStream(first.pop() if first else await self._desk.dial_app(self))
+
+        try:
+            await self._desk.serve_http(downstream, dial_app, self._decide_request, self.identity)
+        except StreamClosed:
+            pass  # the client, the app or a withdrawn intention ended it; nothing is left to do
+        finally:
+            for unused in first:
+                unused.abort()
+            if not downstream.closed:
+                downstream.abort()
+            self.end()
+
+    def _decide_request(self, request: Request) -> Decision:
+        return self._desk.decide_request(self.identity, request)
+
+    async def _dial(self) -> SocketChannel | None:
+        try:
+            app = await self._desk.dial_app(self)
+        except (OSError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+            self._desk.refused("app-down", f"app does not take the connection: {reason}")
+            self.turn_away(frames.APP_DOWN, f"app does not take the connection: {reason}")
+            return None
+        if self.gone:
+            app.abort()
+            return None
+        self.app = app
+        return app
+
+    def _accept(self) -> None:
+        if isinstance(self.outside, MuxStream):
+            self.outside.accept()
+
+    def turn_away(self, code: int, text: str) -> None:
+        """Refuse the call before anything reached the app."""
+        if isinstance(self.outside, MuxStream):
+            self.outside.refuse(code, text)
+        else:
+            self.outside.abort()
+        self.end()
+
+    def cut(self, code: int, reason: str) -> None:
+        """End the call now: what allowed it holds no longer."""
+        if self.gone:
+            return
+        outside = self.outside
+        peer = outside.peer
+        if isinstance(outside, MuxStream):
+            outside.reset(code, reason)
+        else:
+            outside.abort()
+        if peer is not self:
+            peer.abort(StreamClosed(reason))
+        self.end()
+
+    def end(self) -> None:
+        """Account for the end; once."""
+        if self.gone:
+            return
+        self.gone = True
+        self.stats.active -= 1
+        self._desk.calls.discard(self)
+        if self._task is not None and not self._task.done() and self._task is not asyncio.current_task():
+            self._task.cancel()
+
+    # StreamOwner
+
+    def stream_accepted(self, stream: MuxStream) -> None:
+        pass
+
+    def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
+        pass
+
+    def stream_closed(self, stream: MuxStream) -> None:
+        if self.app is None or not self.http:
+            self.end()
+
+    # Channel, while the app is being connected
+
+    def write(self, data: Data) -> None:
+        self._early.append(data)
+
+    def write_eof(self) -> None:
+        self._early_eof = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.end()
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class AppChannel(SocketChannel):
+    """The connection to our app for one call."""
+
+    __slots__ = ("_stats",)
+
+    def __init__(self, stats: PairStats) -> None:
+        super().__init__()
+        self._stats = stats
+
+    def on_closed(self) -> None:
+        self._stats.bytes_in += self.received
+        self._stats.bytes_out += self.sent
+
+
+class Desk:
+    """Admits calls and keeps those that live."""
+
+    def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks, serve_http: HttpServer) -> None:
+        self.calls: set[Call] = set()
+        self.draining = False
+        self.tasks = tasks
+        self.serve_http = serve_http
+        self._config = config
+        self._metrics = metrics
+        self._log = LimitedLog(log)
+        self._decisions: dict[Identity, Decision] = {}
+        self._decisions_version = -1
+
+    # Admission
+
+    def admit_stream(self, session: MuxSession, stream: MuxStream) -> None:
+        """Take a stream that a peer opened: refuse it, or start its call."""
+        identity = session.identity
+        if (refusal := self._refusal(identity, stream.service)) is not None:
+            code, text = refusal
+            stream.refuse(code, text)
+            return
+        call = Call(self, stream, identity, self.decide(identity))
+        stream.owner = call
+        call.start()
+
+    def admit_connection(self, channel: SocketChannel, identity: Identity) -> Call | None:
+        """Take a foreign peer's connection: close it, or start its call."""
+        if self._refusal(identity, "") is not None:
+            channel.abort()
+            return None
+        call = Call(self, channel, identity, self.decide(identity))
+        call.start()
+        return call
+
+    def _refusal(self, identity: Identity, service: str) -> tuple[int, str] | None:
+        config = self._config
+        me = config.self
+        if not config.ready or me is None:
+            return self._refuse(identity, frames.NOT_READY, f"sidecar still awaits: {', '.join(config.missing())}")
+        if self.draining:
+            return self._refuse(identity, frames.DRAINING, "sidecar is draining")
+        if service and service != me.service:
+            return self._refuse(identity, frames.WRONG_SERVICE, f"this is {me.service}, not {service}")
+        if not me.local_port:
+            return self._refuse(identity, frames.APP_DOWN, f"{me.service_id} takes no calls (registered with port 0)")
+        if len(self.calls) >= MAX_INBOUND:
+            return self._refuse(identity, frames.TOO_MANY, f"{MAX_INBOUND} calls are live already")
+        decision = self.decide(identity)
+        if not decision.allowed:
+            return self._refuse(identity, frames.DENIED, decision.reason)
+        return None
+
+    def _refuse(self, identity: Identity, code: int, text: str) -> tuple[int, str]:
+        cause = frames.CODE_NAMES[code]
+        self.refused(cause, f"call from {identity.service} ({identity.instance or 'no instance'}): {text}")
+        return code, text
+
+    def refused(self, cause: str, text: str) -> None:
+        """Count and log a call that was not taken."""
+        self._metrics.count("lictor_refused_total", direction="inbound", reason=cause)
+        self._log.warning(text, f"refused: {text}")
+
+    def decide(self, identity: Identity) -> Decision:
+        """Decide connections from ``identity``; remembered until the policy changes."""
+        config = self._config
+        if self._decisions_version != config.policy_version:
+            self._decisions.clear()
+            self._decisions_version = config.policy_version
+        decision = self._decisions.get(identity)
+        if decision is None:
+            if config.policy is None or config.self is None:
+                return NOT_KNOWN
+            decision = config.policy.decide(identity, config.self.service, config.self.service_id)
+            self._decisions[identity] = decision
+        return decision
+
+    def decide_request(self, identity: Identity, request: Request) -> Decision:
+        """Decide one HTTP request by the policy in force now."""
+        config = self._config
+        if config.policy is None or config.self is None:
+            return NOT_KNOWN
+        return config.policy.decide_request(identity, config.self.service, config.self.service_id, request)
+
+    def needs_http(self, decision: Decision) -> bool:
+        """Whether a call is to be served as HTTP."""
+        me = self._config.self
+        return bool(decision.permissions) or (me is not None and me.protocol == "http")
+
+    async def dial_app(self, call: Call) -> SocketChannel:
+        """Connect to our app. Raises OSError or TimeoutError."""
+        me = self._config.self
+        if me is None or not me.local_port:
+            raise ConnectionRefusedError("no app is registered")
+        async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
+            _, app = await asyncio.get_running_loop().create_connection(
+                lambda: AppChannel(call.stats), me.local_address or "127.0.0.1", me.local_port
+            )
+        return app
+
+    # Withdrawal
+
+    def recheck(self) -> None:
+        """The policy changed: decide live calls again and cut those that it no longer admits as they are."""
+        for call in list(self.calls):
+            decision = self.decide(call.identity)
+            before, call.decision = call.decision, decision
+            if not decision.allowed:
+                self._cut(call, decision.reason)
+            elif decision.permissions != before.permissions and decision.permissions:
+                # What is under way was admitted under other permissions, and may not be under these.
+                self._cut(call, "the intention's permissions changed")
+
+    def _cut(self, call: Call, reason: str) -> None:
+        self._metrics.count("lictor_cut_total", direction="inbound", reason="denied")
+        self._log.warning(f"cut {reason}", f"live call from {call.identity.service} ended: {reason}")
+        call.cut(frames.DENIED, reason)
+
+    def pair(self, identity: Identity) -> PairStats:
+        """Return the counters for calls from ``identity``."""
+        me = self._config.self
+        return self._metrics.pair("inbound", identity.service, me.service if me else "")
+
+
+NOT_KNOWN = Decision(False, None, "intentions are not known yet")

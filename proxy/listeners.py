@@ -1,0 +1,282 @@
+"""Listening sockets: bound before anything is registered, accepting once the sidecar runs.
+
+The public listener accepts by itself and runs each handshake with the TLS material in force at that moment; so a
+renewed certificate serves the very next handshake and no connection is dropped for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+
+from proxy.config import Configuration
+from proxy.errors import BadCertificate, PortUnavailable, StreamClosed
+from proxy.identity import check_peer
+from proxy.inbound import Call, Desk
+from proxy.logs import BurstLog
+from proxy.metrics import Metrics
+from proxy.mux import ALPN, frames
+from proxy.mux.core import MAX_STREAMS
+from proxy.mux.session import MuxSession
+from proxy.pool import SHUTDOWN_TIMEOUT_S
+from proxy.relay import SocketChannel
+from proxy.tasks import Tasks
+from proxy.tls import PeerProof, explain_handshake_failure, proof_of
+
+log = logging.getLogger("lictor.proxy.public")
+
+BACKLOG = 1024
+HANDSHAKE_TIMEOUT_S = 10.0
+MAX_HANDSHAKES = 512
+"""Handshakes at a time; beyond it connections wait in the kernel's backlog."""
+MAX_CONNECTIONS = 20_000
+_ACCEPTS_PER_TURN = 64
+_ACCEPT_PAUSE_S = 0.1
+
+
+def bind(host: str, port: int, first_free_from: int = 0) -> socket.socket:
+    """Bind and listen; with port 0, on the first free one from ``first_free_from``.
+
+    Raises :class:`PortUnavailable`.
+    """
+    if port or not first_free_from:
+        try:
+            return _listen(host, port)
+        except OSError as error:
+            raise PortUnavailable(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+    for candidate in range(first_free_from, min(first_free_from + 1000, 65536)):
+        try:
+            return _listen(host, candidate)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise PortUnavailable(f"cannot listen on {host}:{candidate}: {error.strerror}") from error
+    raise PortUnavailable(f"no free port from {first_free_from} to {candidate} on {host}")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)  # from now on nobody else can have the port
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class ForeignCaller(SocketChannel):
+    """A TLS connection to the public listener; becomes a mux session, or one call when the peer is foreign."""
+
+    __slots__ = ("call", "early", "early_eof", "listener", "lost")
+
+    def __init__(self, listener: PublicListener) -> None:
+        super().__init__()
+        self.listener = listener
+        self.call: Call | None = None
+        self.early: list[bytes] = []
+        self.early_eof = False
+        self.lost = False
+
+    def data_received(self, data: bytes) -> None:
+        if self.call is not None:
+            super().data_received(data)
+        else:
+            self.early.append(data)
+
+    def eof_received(self) -> bool:
+        if self.call is not None:
+            return super().eof_received()
+        self.early_eof = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        super().connection_lost(exc)
+
+    def on_closed(self) -> None:
+        self.listener.callers.pop(self, None)
+        if self.call is not None:
+            self.call.end()
+
+    def begin(self, call: Call) -> None:
+        """The call is admitted: hand over what arrived with the handshake."""
+        self.call = call
+        early, self.early = self.early, []
+        for data in early:
+            super().data_received(data)
+        if self.early_eof:
+            super().eof_received()
+
+
+class PublicListener:
+    """Takes connections of other sidecars: handshake, checks, then a mux session or a foreign call."""
+
+    def __init__(
+        self, sock: socket.socket, config: Configuration, desk: Desk, metrics: Metrics, tasks: Tasks
+    ) -> None:
+        self.sessions: dict[MuxSession, PeerProof] = {}
+        self.callers: dict[ForeignCaller, PeerProof] = {}
+        self._sock = sock
+        self._config = config
+        self._desk = desk
+        self._metrics = metrics
+        self._tasks = tasks
+        self._log = BurstLog(log)
+        self._handshakes = 0
+        self._accepting = False
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to accept."""
+        if not self._accepting and not self._closed:
+            self._accepting = True
+            asyncio.get_running_loop().add_reader(self._sock, self._accept)
+
+    def _stop_accepting(self) -> None:
+        if self._accepting:
+            self._accepting = False
+            asyncio.get_running_loop().remove_reader(self._sock)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            if self._handshakes >= MAX_HANDSHAKES:
+                self._stop_accepting()  # _handshake starts it again
+                return
+            try:
+                connection, address = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # Out of descriptors, most likely: leave the others in the backlog for a moment.
+                self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
+                self._stop_accepting()
+                asyncio.get_running_loop().call_later(_ACCEPT_PAUSE_S, self.start)
+                return
+            if len(self.sessions) + len(self.callers) >= MAX_CONNECTIONS:
+                self._metrics.count("lictor_refused_total", direction="inbound", reason="too-many-connections")
+                connection.close()
+                continue
+            connection.setblocking(False)
+            self._handshakes += 1
+            self._tasks.spawn(self._take(connection, f"{address[0]}:{address[1]}"))
+
+    async def _take(self, connection: socket.socket, address: str) -> None:
+        try:
+            await self._handshake(connection, address)
+        finally:
+            self._handshakes -= 1
+            self.start()
+
+    async def _handshake(self, connection: socket.socket, address: str) -> None:
+        material = self._config.material
+        if material is None:
+            connection.close()
+            self._failed(address, "not-ready", "no certificate yet")
+            return
+        try:
+            transport, caller = await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: ForeignCaller(self),
+                connection,
+                ssl=material.server,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            )
+        except (ssl.SSLError, OSError, EOFError) as error:
+            connection.close()
+            self._failed(address, *explain_handshake_failure(error))
+            return
+        try:
+            proof = proof_of(transport.get_extra_info("ssl_object"))
+            if problem := self._problem(proof):
+                raise BadCertificate(problem[0], problem[1])
+        except BadCertificate as error:
+            transport.abort()
+            self._failed(address, error.cause, str(error))
+            return
+        if proof.alpn == ALPN:
+            self._begin_session(transport, caller, proof, address)
+        elif not caller.lost:
+            self.callers[caller] = proof
+            call = self._desk.admit_connection(caller, proof.identity)
+            if call is not None:
+                caller.begin(call)
+
+    def _begin_session(
+        self, transport: asyncio.Transport, caller: ForeignCaller, proof: PeerProof, address: str
+    ) -> None:
+        session = MuxSession(
+            identity=proof.identity,
+            name=f"{proof.identity.service} ({proof.identity.instance}) from {address}",
+            acceptor=self._desk.admit_stream,
+            on_lost=lambda session, _: self.sessions.pop(session, None) and None,
+            max_streams=MAX_STREAMS,
+        )
+        self.sessions[session] = proof
+        transport.set_protocol(session)
+        session.connection_made(transport)
+        for data in caller.early:
+            session.data_received(data)
+        if caller.lost:
+            session.connection_lost(None)
+        self._metrics.count("lictor_sessions_opened_total", direction="inbound")
+
+    def _failed(self, address: str, cause: str, text: str) -> None:
+        self._metrics.count("lictor_handshake_failures_total", direction="inbound", cause=cause)
+        self._log.warning(f"public listener closed a connection from {address}: {text}")
+
+    def _problem(self, proof: PeerProof) -> tuple[str, str] | None:
+        """Why a connection made with this proof may not go on."""
+        config = self._config
+        me, material = config.self, config.material
+        if me is None or material is None:
+            return "not-ready", "sidecar has no configuration yet"
+        if reason := config.revoked.reason(material.identity):
+            return "revoked", f"our own {reason}"
+        try:
+            check_peer(proof.identity, me.trust_domain, config.revoked)
+        except BadCertificate as error:
+            return error.cause, str(error)
+        if not material.bundle.leads_here(proof.chain_der):
+            return "untrusted-certificate", "peer's root has left the trust bundle"
+        return None
+
+    # Withdrawal and end
+
+    def recheck(self) -> None:
+        """Trust or revocations changed: end at once the sessions and foreign calls that may not go on."""
+        for session, proof in list(self.sessions.items()):
+            if problem := self._problem(proof):
+                self._metrics.count("lictor_cut_total", direction="inbound", reason=problem[0])
+                self._log.warning(f"session with {session.name} ended: {problem[1]}")
+                session.kill(StreamClosed(problem[1]), frames.REVOKED)
+        for caller, proof in list(self.callers.items()):
+            if problem := self._problem(proof):
+                self._metrics.count("lictor_cut_total", direction="inbound", reason=problem[0])
+                if caller.call is not None:
+                    caller.call.cut(frames.REVOKED, problem[1])
+                else:
+                    caller.abort()
+
+    def drain(self, reason: str) -> None:
+        """Accept no more connections, sessions take no more streams; what lives goes on."""
+        self._closed = True
+        self._stop_accepting()
+        self._sock.close()
+        for session in list(self.sessions):
+            session.close(frames.DRAINING, reason)
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._closed = True
+        self._stop_accepting()
+        self._sock.close()
+        for session in list(self.sessions):
+            session.kill(StreamClosed("the sidecar is stopping"))
+        for caller in list(self.callers):
+            caller.abort()

@@ -1,0 +1,300 @@
+"""Connections to other sidecars: few long-lived mux sessions to Lictor ones, one TLS connection per app connection to
+foreign ones. Which of the two a peer is, its answer to our ALPN tells.
+
+A session belongs to the pair (our identity now, the endpoint's identity). When our leaf is renewed, sessions made
+with the old one take no new streams and end with their last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+
+from proxy.balancer import Key
+from proxy.errors import BadCertificate, ConnectFailed, StreamClosed
+from proxy.identity import Revoked, TrustBundle, check_expected, check_peer
+from proxy.metrics import Metrics
+from proxy.mux import ALPN, frames
+from proxy.mux.core import MAX_STREAMS
+from proxy.mux.session import MuxSession
+from proxy.relay import SocketChannel
+from proxy.tasks import Tasks
+from proxy.tls import PeerProof, TlsMaterial, explain_handshake_failure, proof_of
+
+log = logging.getLogger("lictor.proxy.outbound")
+
+CONNECT_TIMEOUT_S = 5.0
+IDLE_SESSION_S = 300.0
+SHUTDOWN_TIMEOUT_S = 2.0
+MAX_PENDING_DIALS = 1024
+FOREIGN_MEMORY_S = 60.0
+"""How long a peer that did not speak mux is dialed as foreign before mux is offered again."""
+
+
+class ForeignChannel(SocketChannel):
+    """One TLS connection to a foreign sidecar, for one app connection. Keeps what arrives before it is joined."""
+
+    __slots__ = ("early", "early_eof", "joined", "lost", "pool")
+
+    waits_after_eof = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early: list[bytes] = []
+        self.early_eof = False
+        self.joined = False
+        self.lost = False
+        self.pool: dict[ForeignChannel, PeerProof] = {}
+
+    def data_received(self, data: bytes) -> None:
+        if self.joined:
+            super().data_received(data)
+        else:
+            self.early.append(data)
+
+    def eof_received(self) -> bool:
+        if self.joined:
+            return super().eof_received()
+        self.early_eof = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self.pool.pop(self, None)
+        super().connection_lost(exc)
+
+    def attach(self, peer: SocketChannel) -> None:
+        """Join with the app's connection and hand over what arrived early."""
+        self.joined = True
+        self.peer = peer
+        peer.peer = self
+        early, self.early = self.early, []
+        for data in early:
+            super().data_received(data)
+        if self.early_eof:
+            super().eof_received()
+        elif self.lost:
+            peer.abort(StreamClosed("foreign sidecar closed the connection"))
+
+
+class _Peer:
+    """What the pool holds for one endpoint."""
+
+    __slots__ = ("dialing", "foreign_until", "sessions")
+
+    def __init__(self) -> None:
+        self.sessions: list[MuxSession] = []
+        """Those that may take new streams, the newest last."""
+        self.dialing: asyncio.Task[MuxSession | ForeignChannel] | None = None
+        self.foreign_until = 0.0
+
+
+class SessionPool:
+    """All sessions that this sidecar dialed."""
+
+    def __init__(self, metrics: Metrics, tasks: Tasks, *, max_streams: int = MAX_STREAMS) -> None:
+        self._metrics = metrics
+        self._tasks = tasks
+        self._max_streams = max_streams
+        self._material: TlsMaterial | None = None
+        self._trust_domain = ""
+        self._revoked = Revoked()
+        self._peers: dict[Key, _Peer] = {}
+        self._live: dict[MuxSession, tuple[Key, PeerProof]] = {}
+        """All sessions, those that take no more streams too."""
+        self._foreign: dict[ForeignChannel, PeerProof] = {}
+        self._pending = 0
+
+    # Configuration
+
+    def use(self, material: TlsMaterial | None, trust_domain: str, revoked: Revoked) -> None:
+        """Take new TLS material, trust domain or revocations; end the sessions that these no longer allow."""
+        if material is not self._material:
+            self._retire_all("the certificate was renewed")
+        self._material, self._trust_domain, self._revoked = material, trust_domain, revoked
+        bundle = material.bundle if material else TrustBundle()
+        for session, (_, proof) in list(self._live.items()):
+            if problem := self.problem(proof, bundle):
+                log.warning("session with %s ended: %s", session.name, problem)
+                session.kill(StreamClosed(problem), frames.REVOKED)
+        for channel, proof in list(self._foreign.items()):
+            if problem := self.problem(proof, bundle):
+                peer = channel.peer
+                channel.abort()
+                peer.abort(StreamClosed(problem))
+
+    def problem(self, proof: PeerProof, bundle: TrustBundle) -> str:
+        """Return why a connection made with this proof may not go on, or ``""``."""
+        if self._material and (reason := self._revoked.reason(self._material.identity)):
+            return f"our own {reason}"
+        try:
+            check_peer(proof.identity, self._trust_domain, self._revoked)
+        except BadCertificate as error:
+            return str(error)
+        return "" if bundle.leads_here(proof.chain_der) else "peer's root has left the trust bundle"
+
+    def drop(self, key: Key, reason: str) -> None:
+        """The endpoint is gone from the catalog: end its sessions and their streams."""
+        self._peers.pop(key, None)
+        for session, (at, _) in list(self._live.items()):
+            if at == key:
+                session.kill(StreamClosed(reason))
+
+    # Use
+
+    def ready(self, key: Key) -> MuxSession | None:
+        """Return a session to the endpoint that takes a stream now, or None: then :meth:`connect`."""
+        peer = self._peers.get(key)
+        if peer is not None:
+            for session in reversed(peer.sessions):
+                if session.core.can_open and not session.closed:
+                    return session
+        return None
+
+    async def connect(self, key: Key, timeout_s: float = CONNECT_TIMEOUT_S) -> MuxSession | ForeignChannel:
+        """Return a session that takes a stream, or a fresh connection if the peer is foreign.
+
+        Raises :class:`ConnectFailed`.
+        """
+        loop = asyncio.get_running_loop()
+        peer = self._peers.setdefault(key, _Peer())
+        while True:
+            if (session := self.ready(key)) is not None:
+                return session
+            if peer.foreign_until > loop.time():
+                return await self._dial(key, timeout_s, offer_mux=False)
+            if peer.dialing is None:
+                task = peer.dialing = self._tasks.spawn(self._dial(key, timeout_s, offer_mux=True))
+                task.add_done_callback(lambda _: setattr(peer, "dialing", None))
+                mine = True
+            else:
+                task, mine = peer.dialing, False
+            # Not cancelled with us: others wait for it too. Its failure is ours to report, so wait, then look.
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise ConnectFailed("closed", "the sidecar is closing")
+            if (error := task.exception()) is not None:
+                raise error
+            result = task.result()
+            if isinstance(result, MuxSession) and result.core.can_open and not result.closed:
+                return result
+            if isinstance(result, ForeignChannel) and mine:
+                return result
+
+    async def _dial(self, key: Key, timeout_s: float, *, offer_mux: bool) -> MuxSession | ForeignChannel:
+        if self._pending >= MAX_PENDING_DIALS:
+            raise ConnectFailed("too-many-pending", f"{self._pending} connections are being made already")
+        self._pending += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._handshake(key, timeout_s, offer_mux=offer_mux)
+        except TimeoutError as error:
+            raise ConnectFailed("timeout", f"{key.address}:{key.port} did not answer in {timeout_s:g} s") from error
+        except (ssl.SSLError, BadCertificate) as error:
+            cause, text = explain_handshake_failure(error)
+            self._metrics.count("lictor_handshake_failures_total", direction="outbound", cause=cause)
+            raise ConnectFailed(cause, f"handshake with {key.address}:{key.port} failed: {text}") from error
+        except OSError as error:
+            text = error.strerror or str(error) or type(error).__name__
+            raise ConnectFailed("refused", f"{key.address}:{key.port} cannot be reached: {text}") from error
+        finally:
+            self._pending -= 1
+
+    async def _handshake(self, key: Key, timeout_s: float, *, offer_mux: bool) -> MuxSession | ForeignChannel:
+        material = self._material
+        if material is None:
+            raise ConnectFailed("not-ready", "no certificate yet")
+        loop = asyncio.get_running_loop()
+        transport, channel = await loop.create_connection(
+            ForeignChannel,
+            key.address,
+            key.port,
+            ssl=material.client if offer_mux else material.client_plain,
+            server_hostname="",
+            ssl_handshake_timeout=timeout_s,
+            ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        )
+        try:
+            proof = proof_of(transport.get_extra_info("ssl_object"))
+            check_peer(proof.identity, self._trust_domain, self._revoked)
+            check_expected(proof.identity, key.service, key.instance)
+            if material is not self._material and not (self._material and self._still_trusts(proof)):
+                raise BadCertificate("rotated", "trust changed during the handshake")
+        except BadCertificate:
+            transport.abort()
+            raise
+        peer = self._peers.setdefault(key, _Peer())
+        if proof.alpn != ALPN:
+            peer.foreign_until = loop.time() + FOREIGN_MEMORY_S
+            self._foreign[channel] = proof
+            channel.pool = self._foreign
+            return channel
+        session = MuxSession(
+            identity=proof.identity,
+            name=f"{key.service} ({key.instance}) at {key.address}:{key.port}",
+            acceptor=None,
+            on_lost=self._lost,
+            max_streams=self._max_streams,
+        )
+        self._live[session] = (key, proof)
+        transport.set_protocol(session)
+        session.connection_made(transport)
+        for data in channel.early:
+            session.data_received(data)
+        if material is self._material:
+            peer.sessions.append(session)
+        if channel.lost:
+            session.connection_lost(None)
+        self._metrics.count("lictor_sessions_opened_total", direction="outbound")
+        return session
+
+    def _still_trusts(self, proof: PeerProof) -> bool:
+        return self._material is not None and self._material.bundle.leads_here(proof.chain_der)
+
+    def _lost(self, session: MuxSession, error: Exception | None) -> None:
+        key, _ = self._live.pop(session)
+        peer = self._peers.get(key)
+        if peer is not None and session in peer.sessions:
+            peer.sessions.remove(session)
+
+    # End
+
+    def _retire_all(self, reason: str) -> None:
+        for peer in self._peers.values():
+            for session in peer.sessions:
+                session.close(frames.NORMAL, reason)
+            peer.sessions.clear()
+
+    def sweep(self) -> None:
+        """End sessions that carried nothing for a while. Called now and then."""
+        for peer in self._peers.values():
+            for session in list(peer.sessions):
+                if session.idle_s > IDLE_SESSION_S:
+                    peer.sessions.remove(session)
+                    session.close(frames.NORMAL, "idle")
+
+    def drain(self, reason: str) -> None:
+        """Take no more streams; sessions end with their last one."""
+        self._retire_all(reason)
+
+    def close(self) -> None:
+        """End everything at once."""
+        self._peers.clear()
+        for session in list(self._live):
+            session.kill(StreamClosed("the sidecar is stopping"))
+        for channel in list(self._foreign):
+            channel.abort()
+
+    def describe(self) -> list[dict[str, object]]:
+        """Return the sessions in plain values, for the admin endpoint."""
+        return [
+            {
+                "address": f"{key.address}:{key.port}",
+                "service": key.service,
+                "instance": key.instance,
+                "streams": len(session.core.streams),
+                "takes_streams": session.core.can_open,
+            }
+            for session, (key, _) in self._live.items()
+        ]

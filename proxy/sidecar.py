@@ -1,0 +1,316 @@
+"""The sidecar, put together; read from top to bottom.
+
+Outbound: app -> upstream's listener (:mod:`proxy.listeners`) -> instance chosen (:mod:`proxy.balancer`)
+          -> session to its sidecar (:mod:`proxy.pool`) -> stream (:mod:`proxy.outbound`)
+Inbound:  public listener (:mod:`proxy.listeners`) -> handshake, identity (:mod:`proxy.tls`, :mod:`proxy.identity`)
+          -> session -> stream -> intention (:mod:`proxy.authz`) -> app (:mod:`proxy.inbound`)
+
+All of it follows the stream of :class:`SidecarUpdate`; each update touches only what it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from proxy import config as sections
+from proxy.admin import AdminServer
+from proxy.authz import Decision, Request
+from proxy.config import Configuration
+from proxy.errors import PortUnavailable, ProxyError
+from proxy.inbound import Desk
+from proxy.listeners import PublicListener, bind
+from proxy.metrics import Metrics
+from proxy.outbound import Upstream
+from proxy.pool import SessionPool
+from proxy.stream import ByteStream
+from proxy.tasks import Tasks
+from raftstate.model.identity import Identity
+from raftstate.model.sidecar import SidecarUpdate, SidecarUpstream
+
+log = logging.getLogger("lictor.proxy")
+
+FIRST_PUBLIC_PORT = 20000
+FIRST_UPSTREAM_PORT = 21000
+FIRST_ADMIN_PORT = 19000
+OFF = -1
+_SWEEP_S = 30.0
+
+
+async def serve_inbound(
+    downstream: ByteStream,
+    dial_app: Callable[[], Awaitable[ByteStream]],
+    decide: Callable[[Request], Decision],
+    identity: Identity,
+) -> None:
+    """Serve one call as HTTP."""
+    import importlib
+
+    await importlib.import_module("proxy.http").serve_inbound(downstream, dial_app, decide, identity)
+
+
+@dataclass(frozen=True)
+class SidecarOptions:
+    """What is known before the agent is asked."""
+
+    public_host: str = "127.0.0.1"
+    public_port: int = 0
+    """0: the first free one from 20000."""
+    upstreams: tuple[tuple[str, str, int], ...] = ()
+    """(name, host, port) to bind for each upstream; port 0: the first free one from 21000."""
+    admin_port: int = OFF
+    """On loopback; -1: none, 0: the first free one from 19000."""
+
+
+@dataclass(frozen=True)
+class BoundPorts:
+    """What :meth:`Sidecar.bind` got."""
+
+    public_port: int
+    upstreams: dict[str, int] = field(default_factory=dict)
+    admin_port: int = 0
+    """0 when there is none."""
+
+
+class Sidecar:
+    """One sidecar: ``await bind()``, then ``await run(updates)``; ``drain`` and ``close`` end it."""
+
+    def __init__(self, options: SidecarOptions) -> None:
+        self.options = options
+        self.config = Configuration()
+        self.metrics = Metrics()
+        self.draining = False
+        self._tasks = Tasks("sidecar")
+        self._pool = SessionPool(self.metrics, self._tasks)
+        self._desk = Desk(self.config, self.metrics, self._tasks, serve_inbound)
+        self._public: PublicListener | None = None
+        self._upstreams: dict[str, Upstream] = {}
+        self._sockets: dict[str, socket.socket] = {}
+        self._servers: dict[str, asyncio.Server] = {}
+        self._admin: AdminServer | None = None
+        self._drained = asyncio.Event()
+        self._running = False
+        self._draining_task: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def bind(self) -> BoundPorts:
+        """Bind every listening socket; nothing is accepted yet. Raises :class:`PortUnavailable`."""
+        options = self.options
+        public = bind(options.public_host, options.public_port, FIRST_PUBLIC_PORT)
+        self._public = PublicListener(public, self.config, self._desk, self.metrics, self._tasks)
+        try:
+            for name, host, port in options.upstreams:
+                if name in self._sockets:
+                    raise PortUnavailable(f"upstream {name} is named twice")
+                self._sockets[name] = bind(host or "127.0.0.1", port, FIRST_UPSTREAM_PORT)
+                self._upstreams[name] = self._make_upstream(name)
+            if options.admin_port != OFF:
+                admin = bind("127.0.0.1", options.admin_port, FIRST_ADMIN_PORT)
+                self._admin = AdminServer(admin, self, self._tasks)
+        except PortUnavailable:
+            await self.close()
+            raise
+        return BoundPorts(
+            public_port=public.getsockname()[1],
+            upstreams={name: sock.getsockname()[1] for name, sock in self._sockets.items()},
+            admin_port=self._admin.port if self._admin else 0,
+        )
+
+    async def run(self, updates: AsyncIterator[SidecarUpdate]) -> None:
+        """Serve, following ``updates``, until cancelled or drained. Raises :class:`ProxyError` if not bound."""
+        if self._public is None:
+            raise ProxyError("bind the sidecar's ports before it runs")
+        self._watch_gauges()
+        if self._admin is not None:
+            await self._admin.start()
+        self._running = True
+        for name in list(self._sockets):
+            await self._serve_upstream(name)
+        self._tasks.spawn(self._sweep())
+        following = self._tasks.spawn(self._follow(updates))
+        drained = self._tasks.spawn(self._drained.wait())
+        try:
+            await asyncio.wait([following, drained], return_when=asyncio.FIRST_COMPLETED)
+            if following.done() and not self._drained.is_set():
+                following.result()
+                log.warning("the configuration stream ended; going on with what is known")
+                await self._drained.wait()
+        finally:
+            self._running = False
+            following.cancel()
+
+    async def _follow(self, updates: AsyncIterator[SidecarUpdate]) -> None:
+        async for update in updates:
+            await self.apply(update)
+
+    async def apply(self, update: SidecarUpdate) -> None:
+        """Take one update: what it withdraws ends first, then what it brings is opened."""
+        changed = self.config.apply(update)
+        if not changed or self._public is None:
+            return
+        config = self.config
+        if changed & {sections.TLS, sections.REVOCATIONS, sections.SELF}:
+            self._pool.use(config.material, config.self.trust_domain if config.self else "", config.revoked)
+            self._public.recheck()
+        if changed & {sections.POLICY, sections.SELF}:
+            if sections.SELF in changed:
+                config.policy_version += 1  # decisions are about the service and instance that we are
+            self._desk.recheck()
+        if changed & {sections.UPSTREAMS, sections.SELF}:
+            await self._update_upstreams()
+        self._block_if_revoked()
+        if not self.draining:
+            self._public.start()
+
+    def start_drain(self, timeout_s: float) -> None:
+        """Run :meth:`drain` in the background; :meth:`run` returns when it is done."""
+        # Not one of self._tasks: it ends by closing those.
+        self._draining_task = asyncio.get_running_loop().create_task(self.drain(timeout_s))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new calls, let live ones end, for at most ``timeout_s``; then :meth:`close`."""
+        if not self.draining:
+            self.draining = self._desk.draining = True
+            log.info("draining: live calls have %g s to end", timeout_s)
+            if self._public is not None:
+                self._public.drain("sidecar is draining")
+            for server in self._servers.values():
+                server.close()
+            self._servers.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.live_calls():  # noqa: ASYNC110 - calls must not pay for signalling their end
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("%d calls were still live when the time to drain was over", self.live_calls())
+        await self.close()
+
+    async def close(self) -> None:
+        """End everything at once. Idempotent."""
+        self.draining = self._desk.draining = True
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+        for sock in self._sockets.values():
+            sock.close()
+        for upstream in self._upstreams.values():
+            for connection in list(upstream.connections):
+                connection.cut("the sidecar is stopping")
+        if self._public is not None:
+            self._public.close()
+        self._pool.close()
+        if self._admin is not None:
+            await self._admin.close()
+        self._drained.set()
+        await self._tasks.close()
+
+    def live_calls(self) -> int:
+        """Calls in both directions that have not ended."""
+        return len(self._desk.calls) + sum(len(upstream.connections) for upstream in self._upstreams.values())
+
+    # Upstreams
+
+    def _make_upstream(self, name: str) -> Upstream:
+        return Upstream(name, self._pool, self.metrics, self._tasks)
+
+    async def _serve_upstream(self, name: str) -> None:
+        if name not in self._servers:
+            upstream = self._upstreams[name]
+            loop = asyncio.get_running_loop()
+            self._servers[name] = await loop.create_server(upstream.protocol_factory, sock=self._sockets[name])
+
+    async def _update_upstreams(self) -> None:
+        specs = {spec.name: spec for spec in self.config.upstreams}
+        for name, spec in specs.items():
+            if name not in self._upstreams and not self._add_upstream(name, spec):
+                continue
+            if self._running and not self.draining:
+                await self._serve_upstream(name)
+        gone = [
+            key for name, each in self._upstreams.items() for key in each.update(specs.get(name), self.config.self)
+        ]
+        kept = {key for upstream in self._upstreams.values() for key in upstream.balancer.instances}
+        for key in gone:
+            if key not in kept:
+                self._pool.drop(key, f"{key.instance} is no longer an instance of {key.service}")
+
+    def _add_upstream(self, name: str, spec: SidecarUpstream) -> bool:
+        """Bind an upstream that was added after the start; one whose port is taken is left out, and said so."""
+        try:
+            self._sockets[name] = bind(spec.bind_address or "127.0.0.1", spec.bind_port, FIRST_UPSTREAM_PORT)
+        except PortUnavailable as error:
+            log.warning("upstream %s is not served: %s", name, error)
+            return False
+        self._upstreams[name] = self._make_upstream(name)
+        return True
+
+    def _block_if_revoked(self) -> None:
+        material = self.config.material
+        reason = self.config.revoked.reason(material.identity) if material else ""
+        for upstream in self._upstreams.values():
+            upstream.blocked = f"our own identity is revoked: {reason}" if reason else ""
+            if reason:
+                for connection in list(upstream.connections):
+                    connection.cut(upstream.blocked)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self._pool.sweep()
+
+    # Seen from outside
+
+    def _watch_gauges(self) -> None:
+        public = self._public
+        gauges = self.metrics.gauges
+        gauges["lictor_sessions"] = lambda: [
+            ((("direction", "inbound"),), len(public.sessions) if public else 0),
+            ((("direction", "outbound"),), len(self._pool.describe())),
+        ]
+        gauges["lictor_certificate_expiry_seconds"] = lambda: (
+            [((), self.config.material.not_after_s)] if self.config.material else []
+        )
+        gauges["lictor_ready"] = lambda: [((), 1 if self.ready else 0)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls can be taken and made."""
+        return self.config.ready and self._running and not self.draining
+
+    def clusters(self) -> list[dict[str, object]]:
+        """Return the upstreams with their instances as this sidecar sees them."""
+        now = asyncio.get_running_loop().time()
+        return [
+            {
+                "upstream": upstream.name,
+                "service": upstream.spec.service if upstream.spec else "",
+                "error": upstream.unavailable(),
+                "connections": len(upstream.connections),
+                "panicking": upstream.balancer.panicking,
+                "instances": [
+                    {
+                        "instance": instance.key.instance,
+                        "address": f"{instance.key.address}:{instance.key.port}",
+                        "healthy": instance.endpoint.healthy,
+                        "weight": instance.endpoint.weight,
+                        "active": instance.active,
+                        "failures": instance.failures,
+                        "ejected_for_s": round(max(0.0, instance.ejected_until - now), 3),
+                    }
+                    for instance in upstream.balancer.instances.values()
+                ],
+            }
+            for upstream in self._upstreams.values()
+        ]
+
+    def sessions(self) -> dict[str, object]:
+        """Return the mux sessions in both directions."""
+        inbound = [
+            {"peer": session.name, "streams": len(session.core.streams)}
+            for session in (self._public.sessions if self._public else ())
+        ]
+        return {"outbound": self._pool.describe(), "inbound": inbound}

@@ -1,0 +1,251 @@
+"""The sidecar's data plane end to end on loopback: two or more sidecars, real TLS, real apps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from raftstate.model.connect import Revocation
+from tests.support.sidecars import Mesh, digest, hang_up, naming, until
+
+
+@pytest.fixture
+async def mesh() -> AsyncIterator[Mesh]:
+    async with Mesh() as mesh:
+        yield mesh
+
+
+async def test_echo_through_two_sidecars(mesh: Mesh) -> None:
+    client, _, _ = await mesh.pair()
+    assert await client.ask(b"hello\n") == b"hello\n"
+
+
+async def test_refused_without_intention_and_allowed_with_one(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    await server.push(intentions=())
+    assert await client.ask() == b""
+    await server.allow("web")
+    assert await client.ask() == b"hi\n"
+
+
+async def test_large_transfer_both_ways(mesh: Mesh) -> None:
+    client, _, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    block = bytes(range(256)) * 4096
+    total = 50
+
+    async def send() -> None:
+        for _ in range(total):
+            writer.write(block)
+            await writer.drain()
+        writer.write_eof()
+
+    sending = asyncio.get_running_loop().create_task(send())
+    received = await reader.read(-1)
+    await sending
+    assert len(received) == total * len(block)
+    assert digest(received) == digest(block * total)
+    await hang_up(writer)
+
+
+async def test_half_close_lets_the_answer_through(mesh: Mesh) -> None:
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        data = await reader.read(-1)
+        writer.write(b"%d" % len(data))
+
+    client, _, _ = await mesh.pair(count)
+    reader, writer = await client.dial()
+    writer.write(b"x" * 1000)
+    writer.write_eof()
+    assert await reader.read(-1) == b"1000"
+    await hang_up(writer)
+
+
+async def test_server_speaks_first(mesh: Mesh) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 ready\n")
+        await reader.read(1)
+
+    client, _, _ = await mesh.pair(greet)
+    reader, writer = await client.dial()
+    assert await asyncio.wait_for(reader.readline(), 5) == b"220 ready\n"
+    await hang_up(writer)
+
+
+async def test_slow_reader_delays_nobody(mesh: Mesh) -> None:
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readline() == b"flood\n":
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        writer.write(b"quick\n")
+
+    client, server, _ = await mesh.pair(flood)
+    _, slow = await client.dial()
+    slow.write(b"flood\n")
+    pair = server.sidecar.metrics.pair("inbound", "web", "backend")
+    await until(lambda: pair.active == 1)
+    for _ in range(20):
+        assert await asyncio.wait_for(client.ask(b"now\n"), 2) == b"quick\n"
+    await hang_up(slow)
+
+
+async def test_deleted_intention_cuts_the_live_call_and_no_other(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    other = await mesh.member("other", "other-1", upstreams=("backend",))
+    await server.allow("web", "other")
+    await other.route("backend", server.endpoint)
+    reader, writer = await client.dial()
+    kept_reader, kept_writer = await other.dial()
+    for r, w in ((reader, writer), (kept_reader, kept_writer)):
+        w.write(b"one\n")
+        assert await r.readline() == b"one\n"
+    await server.allow("other")
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(reader.read(), 1)
+    kept_writer.write(b"two\n")
+    assert await kept_reader.readline() == b"two\n"
+    assert await client.ask() == b""
+    for w in (writer, kept_writer):
+        await hang_up(w)
+
+
+@pytest.mark.parametrize(
+    "revocation",
+    [Revocation("instance", "web-1"), Revocation("service", "web"), Revocation("instance", "web-1", service="web")],
+)
+async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
+    mesh: Mesh, revocation: Revocation
+) -> None:
+    client, server, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"one\n")
+    assert await reader.readline() == b"one\n"
+    await server.revoke(revocation)
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(reader.read(), 1)
+    assert await client.ask() == b""
+    await server.revoke()
+    assert await client.ask() == b"hi\n"
+    await hang_up(writer)
+
+
+async def test_own_revocation_stops_our_calls_at_the_source(mesh: Mesh) -> None:
+    client, _, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"one\n")
+    assert await reader.readline() == b"one\n"
+    await client.revoke(Revocation("instance", "web-1"))
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(reader.read(), 1)
+    assert await client.ask() == b""
+    await hang_up(writer)
+
+
+async def test_app_that_is_down_is_retried_on_the_other_instance(mesh: Mesh) -> None:
+    up, down = await mesh.app(naming("up")), await mesh.app(naming("down"))
+    one = await mesh.member("backend", "backend-1", port=up.port)
+    two = await mesh.member("backend", "backend-2", port=down.port)
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    for server in (one, two):
+        await server.allow("web")
+    await client.route("backend", one.endpoint, two.endpoint)
+    assert {await client.ask() for _ in range(20)} == {b"up\n", b"down\n"}
+    await down.stop()
+    assert [await client.ask() for _ in range(20)] == [b"up\n"] * 20
+
+
+async def test_killed_sidecar_is_retried_on_the_other_instance(mesh: Mesh) -> None:
+    apps = [await mesh.app(naming(name)) for name in ("one", "two")]
+    servers = [
+        await mesh.member("backend", f"backend-{number}", port=app.port) for number, app in enumerate(apps, start=1)
+    ]
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    for server in servers:
+        await server.allow("web")
+    await client.route("backend", *[server.endpoint for server in servers])
+    assert {await client.ask() for _ in range(20)} == {b"one\n", b"two\n"}
+    await servers[1].stop()
+    assert [await client.ask() for _ in range(20)] == [b"one\n"] * 20
+
+
+async def test_instance_that_denies_is_retried_on_one_that_allows(mesh: Mesh) -> None:
+    apps = [await mesh.app(naming(name)) for name in ("one", "two")]
+    servers = [
+        await mesh.member("backend", f"backend-{number}", port=app.port) for number, app in enumerate(apps, start=1)
+    ]
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    await servers[0].allow("web")
+    await client.route("backend", *[server.endpoint for server in servers])
+    assert [await client.ask() for _ in range(10)] == [b"one\n"] * 10
+
+
+async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
+    client, _, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"one\n")
+    assert await reader.readline() == b"one\n"
+    await client.route("backend")
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(reader.read(), 1)
+    await hang_up(writer)
+
+
+async def test_loopback_upstream_goes_plainly_to_the_own_app(mesh: Mesh) -> None:
+    app = await mesh.app()
+    member = await mesh.member("backend", "backend-1", port=app.port, upstreams=("backend",))
+    await member.route("backend", loopback_port=app.port)
+    assert await member.ask(b"self\n") == b"self\n"
+
+
+async def test_upstream_in_error_closes_at_once(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    await client.route("backend", error="no service is named backend")
+    for _ in range(3):
+        assert await client.ask() == b""
+    lines = [record.getMessage() for record in caplog.records if "no service is named backend" in record.getMessage()]
+    assert len(lines) == 1
+
+
+async def test_renewed_leaf_and_rotated_root_drop_nothing(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"one\n")
+    assert await reader.readline() == b"one\n"
+    await client.push(leaf=mesh.ca.leaf("web", "web-1"))
+    writer.write(b"two\n")
+    assert await reader.readline() == b"two\n"
+    assert await client.ask() == b"hi\n"
+    await hang_up(writer)
+    await until(lambda: len(server.sidecar._public.sessions) == 1)  # type: ignore[union-attr]
+
+
+async def test_many_idle_connections(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    held = []
+    for _ in range(1000):
+        held.append(await client.dial())
+    pair = server.sidecar.metrics.pair("inbound", "web", "backend")
+    await until(lambda: pair.active == 1000)
+    for reader, writer in held[::100]:
+        writer.write(b"still there\n")
+        assert await reader.readline() == b"still there\n"
+    for _, writer in held:
+        writer.close()
+    await until(lambda: pair.active == 0)
+
+
+async def test_drain_lets_live_calls_end_and_takes_no_new_ones(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"one\n")
+    assert await reader.readline() == b"one\n"
+    server.sidecar.start_drain(5)
+    await until(lambda: server.sidecar.draining)
+    assert await client.ask() == b""
+    writer.write(b"two\n")
+    assert await reader.readline() == b"two\n"
+    await hang_up(writer)
+    await until(lambda: server._running is not None and server._running.done(), 2)
