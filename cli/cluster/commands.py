@@ -191,7 +191,7 @@ def down(args: Args) -> int:
     return 0
 
 
-_DIR = Flag("dir", f"the cluster's directory (default ./{DEFAULT_DIR})", "DIR")
+cluster_dir_flag = Flag("dir", f"the cluster's directory (default ./{DEFAULT_DIR})", "DIR")
 _NODES = "NODE…"
 FAMILIES = {
     "cluster": Family(
@@ -204,33 +204,41 @@ FAMILIES = {
                     Flag("servers", f"how many servers (default {DEFAULT_SERVERS})", "N", parse=whole),
                     Flag("clients", f"how many client agents (default {DEFAULT_CLIENTS})", "N", parse=whole),
                     Flag("port-offset", "add this to every port", "N", parse=whole, aliases=("port-base",)),
-                    _DIR,
+                    cluster_dir_flag,
                 ),
             ),
-            "status": Command("Show every node", status, (_DIR, Flag("json", "print JSON", switch=True))),
+            "status": Command("Show every node", status, (cluster_dir_flag, Flag("json", "print JSON", switch=True))),
             "start": Command(
                 "Start nodes that ended",
                 start,
-                (_DIR, Flag("no-wait", "do not wait until they are ready", switch=True)),
+                (cluster_dir_flag, Flag("no-wait", "do not wait until they are ready", switch=True)),
                 _NODES,
                 1,
                 None,
             ),
-            "kill": Command("Kill nodes (SIGKILL)", _each("kill", "Killed"), (_DIR,), _NODES, 1, None),
-            "pause": Command("Pause nodes (SIGSTOP)", _each("pause", "Paused"), (_DIR,), _NODES, 1, None),
-            "resume": Command("Let paused nodes go on", _each("resume", "Resumed"), (_DIR,), _NODES, 1, None),
-            "partition": Command("Cut nodes off from the others", partition, (_DIR,), _NODES, 1, None),
-            "heal": Command("Undo every partition", heal, (_DIR,)),
+            "kill": Command("Kill nodes (SIGKILL)", _each("kill", "Killed"), (cluster_dir_flag,), _NODES, 1, None),
+            "pause": Command("Pause nodes (SIGSTOP)", _each("pause", "Paused"), (cluster_dir_flag,), _NODES, 1, None),
+            "resume": Command(
+                "Let paused nodes go on", _each("resume", "Resumed"), (cluster_dir_flag,), _NODES, 1, None
+            ),
+            "partition": Command("Cut nodes off from the others", partition, (cluster_dir_flag,), _NODES, 1, None),
+            "heal": Command("Undo every partition", heal, (cluster_dir_flag,)),
             "logs": Command(
                 "Print the end of a node's log",
                 logs,
-                (_DIR, Flag("f", "go on with what is added", switch=True), Flag("n", "lines", "N", parse=whole)),
+                (
+                    cluster_dir_flag,
+                    Flag("f", "go on with what is added", switch=True),
+                    Flag("n", "lines", "N", parse=whole),
+                ),
                 "NODE",
                 1,
                 1,
             ),
             "down": Command(
-                "End every node", down, (_DIR, Flag("remove", "delete the cluster's data too", switch=True))
+                "End every node",
+                down,
+                (cluster_dir_flag, Flag("remove", "delete the cluster's data too", switch=True)),
             ),
         },
     )

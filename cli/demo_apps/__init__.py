@@ -1,1 +1,1 @@
-"""The demo's two apps, twins of ``examples/echo-server`` and ``examples/echo-client``. They know nothing of Lictor."""
+"""The demo's two apps, twins of ``examples/echo-server`` and ``examples/echo-client``; they know nothing of us."""

@@ -1,0 +1,157 @@
+"""``lictor connect``: stand a sidecar before a service's instance, and perhaps start the app behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cli.client import API_FLAGS, Api, quote
+from cli.errors import CliError, UsageError
+from cli.flags import Args, Command, Family, Flag, duration, port
+from cli.proxyfile import ProxyService, choose, read_proxy_file
+from cli.upstreams import merge, parse_upstreams
+
+
+def _registered(api: Api, instance: str) -> dict[str, Any] | None:
+    """Return the agent's own registration of an instance."""
+    answer = api.get(f"/v1/agent/service/{quote(instance)}", allow_404=True)
+    return None if answer.status == 404 else answer.json()
+
+
+def _names(args: Args) -> tuple[str, str, ProxyService | None]:
+    """Return (service name, instance id, entry of the proxy file) as flags and file tell; a name may be empty."""
+    instance = args.text("service-id") or args.text("id")
+    if args.given("id") and args.given("service-id") and args.text("id") != args.text("service-id"):
+        raise UsageError(
+            f"lictor connect: -id {args.text('id')} and -service-id {args.text('service-id')} contradict each other:"
+            " a sidecar stands for one instance"
+        )
+    name = args.text("name")
+    entry = None
+    if args.given("proxy"):
+        path = args.text("proxy")
+        entry = choose(read_proxy_file(path), name, instance if args.given("name") else "", path)
+        if instance and entry.id and entry.id != instance:
+            raise UsageError(f"{path} contradicts the flags: its id is {entry.id}, the command says {instance}")
+        name, instance = entry.name, instance or entry.id
+    instance = instance or name
+    if not instance:
+        raise UsageError(
+            "lictor connect: which instance? Give -service-id ID, or -proxy FILE. See: lictor connect -help"
+        )
+    return name, instance, entry
+
+
+def _service(api: Api, args: Args, name: str, instance: str, entry: ProxyService | None) -> tuple[str, int]:
+    """Return the service's name and the app's port; registers it if ``-register`` asks for it and it is not there."""
+    there = _registered(api, instance)
+    if there is not None:
+        where = f"the agent has {instance} registered as {there['Service']} on port {there['Port']}"
+        if there.get("Kind"):
+            raise CliError(f"{where}, and it is a {there['Kind']}; -service-id must name the app's own instance")
+        if name and there["Service"] != name:
+            raise CliError(f"{where}, but the command says its name is {name}. Deregister it, or correct the name")
+        if entry is not None and there["Port"] != entry.port:
+            raise CliError(
+                f"{where}, but {args.text('proxy')} says port {entry.port}. Correct one of them, or: lictor services"
+                f" deregister -id {instance}"
+            )
+        return str(there["Service"]), int(there["Port"])
+    if not args.on("register"):
+        raise CliError(
+            f"the agent has no service {instance}. Register it first (lictor services register -name NAME -port PORT"
+            f" -id {instance}), or add -register"
+        )
+    if not name:
+        raise UsageError("lictor connect: -register needs -name NAME or a -proxy file that says it")
+    app_port = entry.port if entry is not None else 0
+    api.put("/v1/agent/service/register", {"Name": name, "ID": instance, "Port": app_port})
+    print(f"Registered service: {name} ({instance})", flush=True)
+    return name, app_port
+
+
+def connect(args: Args) -> int:
+    """Run a sidecar until it is told to end, or the child command ends."""
+    name, instance, entry = _names(args)
+    upstreams = merge(entry.upstreams if entry else (), parse_upstreams(args.text("upstreams")))
+    api = Api.of(args)
+    name, app_port = _service(api, args, name, instance, entry)
+
+    from cli.sidecar_run import SidecarPlan, run_sidecar
+    from proxy.sidecar import OFF
+
+    plan = SidecarPlan(
+        service=name,
+        service_id=instance,
+        app_port=app_port,
+        protocol=entry.protocol if entry else "tcp",
+        public_host=args.text("public-addr", "127.0.0.1"),
+        public_port=args.number("public-port") or (entry.public_port if entry else 0),
+        upstreams=upstreams,
+        admin_port=args.number("admin-port", OFF),
+        drain_s=args.seconds("drain", 5.0),
+        command=tuple(args.rest),
+    )
+    return run_sidecar(plan, api, verbose=args.on("verbose"))
+
+
+def env(args: Args) -> int:
+    """Print the upstream variables of a running sidecar, for a shell to evaluate."""
+    instance = args.text("service-id")
+    there = _registered(Api.of(args), f"{instance}-sidecar-proxy")
+    if there is None:
+        raise CliError(
+            f"no sidecar of {instance} is registered with this agent. Start it: lictor connect -service-id …"
+        )
+
+    from cli.sidecar_run import environment, shell_exports
+
+    upstreams = (there.get("Proxy") or {}).get("Upstreams") or ()
+    ports = {str(one.get("UpstreamName") or one["DestinationName"]): int(one["LocalBindPort"]) for one in upstreams}
+    print("\n".join(shell_exports(environment(ports))))
+    return 0
+
+
+_DETAILS = """
+-upstreams takes NAME[=SERVICE][:PORT], several separated by commas. NAME is the service of that name; if there is
+none, PORT finds the one service registered on that port which this one may call. The app reaches it at
+localhost:21000 (the first free port from there) and learns that from NAME_ADDR and NAME_PORT. When PORT is the
+service's own port and no service is called NAME, the upstream is the app itself.
+
+With -- CMD ARGS the app is started once the sidecar is ready, with those variables set; signals go to it, and its
+exit status is ours. Without it:  eval "$(lictor connect env -service-id ID)"
+"""
+FAMILIES = {
+    "connect": Family(
+        "Run a sidecar",
+        {
+            "env": Command(
+                "Print the variables that tell an app its upstreams",
+                env,
+                (Flag("service-id", "the instance the sidecar stands for", "ID", required=True), *API_FLAGS),
+            )
+        },
+        alone=Command(
+            "Run the sidecar of one service instance",
+            connect,
+            (
+                Flag("sidecar", "run a sidecar (the only way; accepted as in the walkthrough)", switch=True),
+                Flag("proxy", "the file that describes the service, such as ./proxy.json", "FILE"),
+                Flag("register", "register the service if it is not", switch=True),
+                Flag("name", "the service's name", "NAME"),
+                Flag("id", "the instance's id, for -register", "ID"),
+                Flag("auto-register", "register the sidecar itself (always done)", switch=True),
+                Flag("service-id", "the instance the sidecar stands for", "ID"),
+                Flag("upstreams", "what the app calls: NAME[=SERVICE][:PORT],…", "LIST"),
+                Flag("public-addr", "where other sidecars reach this one (default 127.0.0.1)", "ADDRESS"),
+                Flag("public-port", "its port (default: the first free one from 20000)", "PORT", parse=port),
+                Flag("admin-port", "serve figures on this loopback port; 0: the first free one from 19000", "PORT",
+                     parse=port),
+                Flag("drain", "how long live calls may take to end (default 5s)", "TIME", parse=duration),
+                Flag("verbose", "log more", switch=True),
+                *API_FLAGS,
+            ),
+            rest=True,
+            details=_DETAILS,
+        ),
+    )
+}  # fmt: skip
