@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
 from raftstate.model.connect import Revocation
+from tests.support.loops import with_mesh
 from tests.support.sidecars import Mesh, digest, hang_up, naming, until
 
 
-@pytest.fixture
-async def mesh() -> AsyncIterator[Mesh]:
-    async with Mesh() as mesh:
-        yield mesh
-
-
+@with_mesh
 async def test_echo_through_two_sidecars(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
     assert await client.ask(b"hello\n") == b"hello\n"
 
 
+@with_mesh
 async def test_refused_without_intention_and_allowed_with_one(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     await server.push(intentions=())
@@ -30,6 +26,7 @@ async def test_refused_without_intention_and_allowed_with_one(mesh: Mesh) -> Non
     assert await client.ask() == b"hi\n"
 
 
+@with_mesh
 async def test_large_transfer_both_ways(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
     reader, writer = await client.dial()
@@ -50,6 +47,7 @@ async def test_large_transfer_both_ways(mesh: Mesh) -> None:
     await hang_up(writer)
 
 
+@with_mesh
 async def test_half_close_lets_the_answer_through(mesh: Mesh) -> None:
     async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         data = await reader.read(-1)
@@ -63,6 +61,7 @@ async def test_half_close_lets_the_answer_through(mesh: Mesh) -> None:
     await hang_up(writer)
 
 
+@with_mesh
 async def test_server_speaks_first(mesh: Mesh) -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 ready\n")
@@ -74,6 +73,7 @@ async def test_server_speaks_first(mesh: Mesh) -> None:
     await hang_up(writer)
 
 
+@with_mesh
 async def test_slow_reader_delays_nobody(mesh: Mesh) -> None:
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if await reader.readline() == b"flood\n":
@@ -92,6 +92,7 @@ async def test_slow_reader_delays_nobody(mesh: Mesh) -> None:
     await hang_up(slow)
 
 
+@with_mesh
 async def test_deleted_intention_cuts_the_live_call_and_no_other(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     other = await mesh.member("other", "other-1", upstreams=("backend",))
@@ -116,6 +117,7 @@ async def test_deleted_intention_cuts_the_live_call_and_no_other(mesh: Mesh) -> 
     "revocation",
     [Revocation("instance", "web-1"), Revocation("service", "web"), Revocation("instance", "web-1", service="web")],
 )
+@with_mesh
 async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
     mesh: Mesh, revocation: Revocation
 ) -> None:
@@ -132,6 +134,7 @@ async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
     await hang_up(writer)
 
 
+@with_mesh
 async def test_own_revocation_stops_our_calls_at_the_source(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
     reader, writer = await client.dial()
@@ -144,6 +147,7 @@ async def test_own_revocation_stops_our_calls_at_the_source(mesh: Mesh) -> None:
     await hang_up(writer)
 
 
+@with_mesh
 async def test_app_that_is_down_is_retried_on_the_other_instance(mesh: Mesh) -> None:
     up, down = await mesh.app(naming("up")), await mesh.app(naming("down"))
     one = await mesh.member("backend", "backend-1", port=up.port)
@@ -157,6 +161,7 @@ async def test_app_that_is_down_is_retried_on_the_other_instance(mesh: Mesh) -> 
     assert [await client.ask() for _ in range(20)] == [b"up\n"] * 20
 
 
+@with_mesh
 async def test_killed_sidecar_is_retried_on_the_other_instance(mesh: Mesh) -> None:
     apps = [await mesh.app(naming(name)) for name in ("one", "two")]
     servers = [
@@ -171,6 +176,7 @@ async def test_killed_sidecar_is_retried_on_the_other_instance(mesh: Mesh) -> No
     assert [await client.ask() for _ in range(20)] == [b"one\n"] * 20
 
 
+@with_mesh
 async def test_instance_that_denies_is_retried_on_one_that_allows(mesh: Mesh) -> None:
     apps = [await mesh.app(naming(name)) for name in ("one", "two")]
     servers = [
@@ -182,6 +188,7 @@ async def test_instance_that_denies_is_retried_on_one_that_allows(mesh: Mesh) ->
     assert [await client.ask() for _ in range(10)] == [b"one\n"] * 10
 
 
+@with_mesh
 async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
     reader, writer = await client.dial()
@@ -193,6 +200,7 @@ async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
     await hang_up(writer)
 
 
+@with_mesh
 async def test_loopback_upstream_goes_plainly_to_the_own_app(mesh: Mesh) -> None:
     app = await mesh.app()
     member = await mesh.member("backend", "backend-1", port=app.port, upstreams=("backend",))
@@ -200,6 +208,7 @@ async def test_loopback_upstream_goes_plainly_to_the_own_app(mesh: Mesh) -> None
     assert await member.ask(b"self\n") == b"self\n"
 
 
+@with_mesh
 async def test_upstream_in_error_closes_at_once(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
     client = await mesh.member("web", "web-1", upstreams=("backend",))
     await client.route("backend", error="no service is named backend")
@@ -209,6 +218,7 @@ async def test_upstream_in_error_closes_at_once(mesh: Mesh, caplog: pytest.LogCa
     assert len(lines) == 1
 
 
+@with_mesh
 async def test_renewed_leaf_and_rotated_root_drop_nothing(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     reader, writer = await client.dial()
@@ -222,6 +232,7 @@ async def test_renewed_leaf_and_rotated_root_drop_nothing(mesh: Mesh) -> None:
     await until(lambda: len(server.sidecar._public.sessions) == 1)  # type: ignore[union-attr]
 
 
+@with_mesh
 async def test_many_idle_connections(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     held = []
@@ -237,6 +248,7 @@ async def test_many_idle_connections(mesh: Mesh) -> None:
     await until(lambda: pair.active == 0)
 
 
+@with_mesh
 async def test_drain_lets_live_calls_end_and_takes_no_new_ones(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     reader, writer = await client.dial()
