@@ -1,0 +1,182 @@
+"""The serving end of RPC: methods by name, each call a task with the caller's deadline, bounded per connection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from node.errors import BadRequest, Busy, NodeError, TimedOut, to_wire
+from node.pki import Peer
+from node.rpc.connection import FrameConnection
+from node.rpc.frames import (
+    REQUEST_BYTES_MAX,
+    BadFrame,
+    Cancel,
+    End,
+    Failure,
+    Frame,
+    Item,
+    Request,
+    Response,
+)
+from node.tasks import Tasks
+
+log = logging.getLogger("lictor.rpc")
+
+UPLOAD_PIECES_MAX = 4096
+"""Pieces of one upload that may wait to be read; a client that sends more than this ahead is refused."""
+FAILURE_TEXT_MAX = 4096
+
+
+@dataclass
+class Call:
+    """One request, as its method sees it."""
+
+    peer: Peer
+    body: bytes
+    deadline: float
+    """Loop time; infinity for a stream."""
+    pieces: asyncio.Queue[bytes | None] | None = None
+
+    def left_s(self) -> float:
+        """Seconds until the caller gives up."""
+        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+
+    async def upload(self) -> AsyncIterator[bytes]:
+        """Yield the pieces of an upload."""
+        if self.pieces is None:
+            raise BadRequest("this call must be an upload")
+        while (piece := await self.pieces.get()) is not None:
+            yield piece
+
+
+Unary = Callable[[Call], Awaitable[bytes]]
+Streaming = Callable[[Call], AsyncIterator[bytes]]
+
+
+class Methods:
+    """What a server answers to."""
+
+    def __init__(self) -> None:
+        self.unary: dict[str, Unary] = {}
+        self.streaming: dict[str, Streaming] = {}
+
+    def add(self, name: str, method: Unary) -> None:
+        """Serve calls with one answer."""
+        self.unary[name] = method
+
+    def add_stream(self, name: str, method: Streaming) -> None:
+        """Serve calls answered by a stream."""
+        self.streaming[name] = method
+
+
+class ServerConnection(FrameConnection):
+    """One client's connection."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        methods: Methods,
+        tasks: Tasks,
+        *,
+        inflight_max: int,
+        blocked: Callable[[str], bool],
+        on_end: Callable[[ServerConnection], None],
+    ) -> None:
+        super().__init__(peer, bytes_max=REQUEST_BYTES_MAX, blocked=blocked)
+        self._methods, self._tasks, self._inflight_max, self._on_end = methods, tasks, inflight_max, on_end
+        self._calls: dict[int, asyncio.Task[Any]] = {}
+        self._uploads: dict[int, asyncio.Queue[bytes | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def frame_received(self, frame: Frame) -> None:
+        """Start, feed or cancel a call."""
+        if isinstance(frame, Request):
+            self._begin(frame)
+        elif isinstance(frame, Cancel):
+            if (task := self._calls.get(frame.call)) is not None:
+                task.cancel()
+        elif isinstance(frame, (Item, End)):
+            self._piece(frame)
+        else:
+            raise BadFrame(f"a client may not send {type(frame).__name__}")
+
+    def _begin(self, request: Request) -> None:
+        if request.call in self._calls:
+            raise BadFrame(f"call {request.call} is already in progress")
+        if len(self._calls) >= self._inflight_max:
+            self._fail(request.call, Busy(f"{self._inflight_max} calls are in progress: try again in a moment"))
+            return
+        now = asyncio.get_running_loop().time()
+        deadline = now + request.timeout_ms / 1000 if request.timeout_ms else float("inf")
+        call = Call(self.peer, request.body, deadline)
+        if request.upload:
+            call.pieces = self._uploads[request.call] = asyncio.Queue(UPLOAD_PIECES_MAX)
+        if (unary := self._methods.unary.get(request.method)) is not None:
+            work = self._answer(request.call, unary, call)
+        elif (streaming := self._methods.streaming.get(request.method)) is not None:
+            work = self._stream(request.call, streaming, call)
+        else:
+            self._uploads.pop(request.call, None)
+            self._fail(request.call, BadRequest(f"unknown method {request.method!r}: upgrade this server"))
+            return
+        self._calls[request.call] = self._tasks.spawn(self._guard(request.call, work))
+
+    def _piece(self, frame: Item | End) -> None:
+        pieces = self._uploads.get(frame.call)
+        if pieces is None:
+            return  # the call ended before its upload did
+        try:
+            pieces.put_nowait(frame.body if isinstance(frame, Item) else None)
+        except asyncio.QueueFull:
+            raise BadFrame("upload runs ahead of its reader") from None
+
+    async def _guard(self, number: int, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except NodeError as error:
+            self._fail(number, error)
+        except TimeoutError:
+            self._fail(number, TimedOut())
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # The edge of the protocol: a fault in one call must answer that call and leave the others alone.
+            log.exception("rpc: a call of %s failed", self.peer.node)
+            self._fail(number, NodeError(f"the server failed: {type(error).__name__}; see its log"))
+        finally:
+            self._calls.pop(number, None)
+            self._uploads.pop(number, None)
+
+    async def _answer(self, number: int, method: Unary, call: Call) -> None:
+        if call.deadline == float("inf"):
+            body = await method(call)
+        else:
+            async with asyncio.timeout_at(call.deadline):
+                body = await method(call)
+        self.send(Response(number, body))
+
+    async def _stream(self, number: int, method: Streaming, call: Call) -> None:
+        items = method(call)
+        try:
+            async for body in items:
+                await self.writable()
+                self.send(Item(number, body))
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
+        self.send(End(number))
+
+    def _fail(self, number: int, error: NodeError) -> None:
+        code, text, reason, status = to_wire(error)
+        self.send(Failure(number, code, text[:FAILURE_TEXT_MAX], reason[:64], status))
+
+    def connection_ended(self, error: BaseException | None) -> None:
+        """Nobody waits for the answers any more."""
+        for task in self._calls.values():
+            task.cancel()
+        self._on_end(self)

@@ -1,0 +1,169 @@
+"""Who does not belong on the RPC port is closed, with exactly one log line that says why and whence."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from pathlib import Path
+
+import pytest
+
+from node import pki
+from node.config import Limits
+from node.pki import Peer
+from node.rpc.server import Call, Methods
+from tests.support.rpc import RpcEnds, eventually, rpc_ends
+
+
+def methods() -> Methods:
+    async def echo(call: Call) -> bytes:
+        return call.body
+
+    made = Methods()
+    made.add("echo", echo)
+    return made
+
+
+async def knock(port: int, data: bytes = b"", context: ssl.SSLContext | None = None) -> bytes:
+    """Connect, send, read until the other end closes."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    except OSError:
+        return b""
+    try:
+        writer.write(data)
+        async with asyncio.timeout(5):
+            return await reader.read()
+    except OSError:
+        return b""
+    finally:
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except OSError:
+            pass
+
+
+async def one_line(caplog: pytest.LogCaptureFixture, cause: str) -> None:
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+    await eventually(lambda: bool(lines()))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    (line,) = lines()
+    assert cause in line
+    assert "from 127.0.0.1:" in line
+
+
+async def still_serves(ends: RpcEnds) -> None:
+    connection = await ends.dial()
+    assert await connection.call("echo", b"ok", 5) == b"ok"
+    connection.close()
+
+
+async def test_plain_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc_ends(tmp_path, methods()) as ends:
+        assert b"HTTP" not in await knock(ends.port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await one_line(caplog, "it does not speak TLS")
+        await still_serves(ends)
+
+
+async def test_a_foreign_ca(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign = pki.create_node_ca(tmp_path / "foreign")
+    pki.issue_node_cert(foreign.directory, "server-2", "server", "dc1")
+    context = pki.client_context(foreign, "server-2", pki.ALPN_RAFT)
+    context.verify_mode = ssl.CERT_NONE
+    async with rpc_ends(tmp_path, methods()) as ends:
+        assert await knock(ends.port, b"hello", context) == b""
+        await one_line(caplog, "its certificate is not of this cluster's CA")
+        await still_serves(ends)
+
+
+async def test_no_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols([pki.ALPN_RPC])
+    async with rpc_ends(tmp_path, methods()) as ends:
+        assert await knock(ends.port, b"hello", context) == b""
+        await one_line(caplog, "it showed no certificate")
+
+
+async def test_a_client_that_does_not_trust_us(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign = pki.create_node_ca(tmp_path / "foreign")
+    pki.issue_node_cert(foreign.directory, "server-2", "server", "dc1")
+    context = pki.client_context(foreign, "server-2", pki.ALPN_RPC)
+    async with rpc_ends(tmp_path, methods()) as ends:
+        assert await knock(ends.port, b"hello", context) == b""
+        await one_line(caplog, "")
+
+
+@pytest.mark.parametrize("alpn", [["h2"], []])
+async def test_an_unknown_protocol(tmp_path: Path, caplog: pytest.LogCaptureFixture, alpn: list[str]) -> None:
+    async with rpc_ends(tmp_path, methods()) as ends:
+        context = pki.client_context(ends.files, "client-1", pki.ALPN_RPC)
+        if alpn:
+            context.set_alpn_protocols(alpn)
+        else:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.load_verify_locations(str(ends.files.ca))
+            context.load_cert_chain(str(ends.files.cert("client-1")), str(ends.files.key("client-1")))
+        assert await knock(ends.port, b"hello", context) == b""
+        await one_line(caplog, "it asked for no protocol of this port")
+
+
+async def test_a_client_may_not_speak_raft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accepted: list[Peer] = []
+
+    def accept(peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(peer)
+        writer.write(b"raft")
+        writer.close()
+
+    async with rpc_ends(tmp_path, methods(), accept_raft=accept) as ends:
+        context = pki.client_context(ends.files, "client-1", pki.ALPN_RAFT)
+        assert await knock(ends.port, b"vote for me", context) == b""
+        await one_line(caplog, "client-1 is a client: only a server may speak raft")
+        assert accepted == []
+        context = pki.client_context(ends.files, "server-2", pki.ALPN_RAFT)
+        assert await knock(ends.port, b"", context) == b"raft"
+        assert accepted == [Peer("server-2", "server", "dc1")]
+
+
+async def test_a_certificate_of_another_datacenter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc_ends(tmp_path, methods()) as ends:
+        pki.issue_node_cert(ends.files.directory, "stranger", "server", "dc2")
+        context = pki.client_context(ends.files, "stranger", pki.ALPN_RPC)
+        assert await knock(ends.port, b"", context) == b""
+        await one_line(caplog, "not one node of datacenter 'dc1'")
+
+
+async def test_silence_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc_ends(tmp_path, methods(), limits=Limits(rpc_handshake_timeout_s=0.1)) as ends:
+        assert await knock(ends.port) == b""
+        await one_line(caplog, "no TLS handshake in time")
+        await eventually(lambda: len(ends.listener) == 0)
+
+
+async def test_connections_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc_ends(tmp_path, methods(), limits=Limits(rpc_connections_max=1)) as ends:
+        first = await ends.dial()
+        assert await knock(ends.port, b"") == b""
+        await one_line(caplog, "1 connections are open")
+        first.close()
+        await eventually(lambda: len(ends.listener) == 0)
+        caplog.clear()
+        await still_serves(ends)
+
+
+async def test_noise_inside_tls_closes_that_connection_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with rpc_ends(tmp_path, methods()) as ends:
+        context = pki.client_context(ends.files, "client-1", pki.ALPN_RPC)
+        for noise in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x03\x92\x02\x01"):
+            caplog.clear()
+            assert await knock(ends.port, noise, context) == b""
+            (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+            assert "closed connection of client-1" in record.getMessage()
+        await still_serves(ends)
