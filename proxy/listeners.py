@@ -179,9 +179,11 @@ class PublicListener:
             connection.close()
             self._failed(address, "not-ready", "no certificate yet")
             return
+        caller = ForeignCaller(self)
         try:
-            transport, caller = await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: ForeignCaller(self),
+            # Not the protocol that this returns: uvloop gives its own TLS layer instead of ours.
+            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: caller,
                 connection,
                 ssl=material.server,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,

@@ -86,7 +86,7 @@ class _Peer:
     def __init__(self) -> None:
         self.sessions: list[MuxSession] = []
         """Those that may take new streams, the newest last."""
-        self.dialing: asyncio.Task[MuxSession | ForeignChannel] | None = None
+        self.dialing: asyncio.Task[MuxSession | ForeignChannel | ConnectFailed] | None = None
         self.foreign_until = 0.0
 
 
@@ -165,22 +165,29 @@ class SessionPool:
             if peer.foreign_until > loop.time():
                 return await self._dial(key, timeout_s, offer_mux=False)
             if peer.dialing is None:
-                task = peer.dialing = self._tasks.spawn(self._dial(key, timeout_s, offer_mux=True))
+                task = peer.dialing = self._tasks.spawn(self._try_dial(key, timeout_s))
                 task.add_done_callback(lambda _: setattr(peer, "dialing", None))
                 mine = True
             else:
                 task, mine = peer.dialing, False
-            # Not cancelled with us: others wait for it too. Its failure is ours to report, so wait, then look.
+            # Others wait for it too, so it is not cancelled with us.
             await asyncio.wait([task])
             if task.cancelled():
                 raise ConnectFailed("closed", "the sidecar is closing")
-            if (error := task.exception()) is not None:
-                raise error
             result = task.result()
+            if isinstance(result, ConnectFailed):
+                raise result
             if isinstance(result, MuxSession) and result.core.can_open and not result.closed:
                 return result
             if isinstance(result, ForeignChannel) and mine:
                 return result
+
+    async def _try_dial(self, key: Key, timeout_s: float) -> MuxSession | ForeignChannel | ConnectFailed:
+        """As :meth:`_dial`, for several who wait: the failure is a value, which each of them raises."""
+        try:
+            return await self._dial(key, timeout_s, offer_mux=True)
+        except ConnectFailed as error:
+            return error
 
     async def _dial(self, key: Key, timeout_s: float, *, offer_mux: bool) -> MuxSession | ForeignChannel:
         if self._pending >= MAX_PENDING_DIALS:

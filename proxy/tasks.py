@@ -16,6 +16,8 @@ class Tasks:
     def __init__(self, name: str) -> None:
         self._name = name
         self._live: set[asyncio.Task[Any]] = set()
+        self.failures = 0
+        """Tasks that ended with an exception; each is a bug."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -30,6 +32,7 @@ class Tasks:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._live.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
+            self.failures += 1
             log.error("%s: a background task failed: %r", self._name, error, exc_info=error)
 
     async def close(self) -> None:

@@ -236,6 +236,7 @@ class Mesh:
             await member.stop()
         for app in self.apps:
             await app.stop()
+        assert [member.instance for member in self.members if member.sidecar._tasks.failures] == []
 
 
 def digest(data: bytes) -> str:

@@ -1,0 +1,331 @@
+"""Compare a pair of Lictor sidecars with a pair of HAProxy, and with no proxy at all, in one run on one machine.
+
+    python -m benchmarks.data_plane [--seconds 3] [--rounds 3] [--only lictor,haproxy,direct]
+
+Needs nginx, haproxy, wrk and curl on the PATH. Client, both proxies and server share the machine's cores, so rates
+say little by themselves; compare within a run, and look at CPU seconds. Rounds are interleaved; medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.support.certs import TestCA
+
+CONNECTIONS = 32
+BULK_MB = 1024
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_for(port: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing listens on port {port}")
+
+
+class Target:
+    """Something between wrk and nginx: the port to load, the processes whose CPU counts."""
+
+    def __init__(self, name: str, port: int, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.name = name
+        self.port = port
+        self.processes = processes
+
+    def cpu_s(self) -> float:
+        total = 0.0
+        for process in self.processes:
+            times = psutil.Process(process.pid).cpu_times()
+            total += times.user + times.system
+        return total
+
+    def rss_kib(self) -> list[int]:
+        return [psutil.Process(process.pid).memory_info().rss // 1024 for process in self.processes]
+
+
+# Lictor
+
+
+async def run_sidecar(path: str) -> None:
+    """Run one sidecar on a fixed configuration."""
+    import msgspec
+
+    from proxy.sidecar import Sidecar, SidecarOptions
+    from raftstate.model.sidecar import SidecarUpdate
+
+    spec = json.loads(Path(path).read_text())  # noqa: ASYNC240 - nothing runs yet
+    sidecar = Sidecar(
+        SidecarOptions(
+            public_port=spec["public_port"], upstreams=tuple(tuple(upstream) for upstream in spec["upstreams"])
+        )
+    )
+    await sidecar.bind()
+    update = msgspec.convert(spec["update"], SidecarUpdate)
+
+    async def updates() -> AsyncIterator[SidecarUpdate]:
+        yield update
+        await asyncio.Event().wait()
+
+    await sidecar.run(updates())
+
+
+def lictor(directory: Path, ca: TestCA, app_port: int) -> Target:
+    import msgspec
+
+    from raftstate.model.intention import Intention
+    from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
+
+    public, own_public, upstream = free_port(), free_port(), free_port()
+
+    def update(service: str, port: int, local: int, upstreams: tuple[SidecarUpstream, ...]) -> SidecarUpdate:
+        me = SidecarSelf(
+            proxy_id=f"{service}-1-sidecar-proxy", service=service, service_id=f"{service}-1", node="n",
+            datacenter="dc1", trust_domain=ca.trust_domain, public_address="127.0.0.1", public_port=port,
+            local_address="127.0.0.1", local_port=local,
+        )  # fmt: skip
+        return SidecarUpdate(
+            version=1, self=me, leaf=ca.leaf(service, f"{service}-1"), roots=(ca.root_pem,), default_allow=False,
+            intentions=(Intention(source_name="web", destination_name="backend", action="allow"),),
+            revocations=(), upstreams=upstreams,
+        )  # fmt: skip
+
+    endpoint = Endpoint("n", "127.0.0.1", public, "backend", "backend-1")
+    to_backend = SidecarUpstream("backend", "backend", "127.0.0.1", upstream, endpoints=(endpoint,))
+    specs = {
+        "server": (public, [], update("backend", public, app_port, ())),
+        "client": (own_public, [["backend", "127.0.0.1", upstream]], update("web", own_public, 0, (to_backend,))),
+    }
+    processes = []
+    for name, (port, upstreams, first) in specs.items():
+        path = directory / f"lictor-{name}.json"
+        path.write_text(
+            json.dumps({"public_port": port, "upstreams": upstreams, "update": msgspec.to_builtins(first)})
+        )
+        command = [sys.executable, __file__, "--sidecar", str(path)]
+        processes.append(subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1]))
+    wait_for(upstream)
+    wait_for(public)
+    time.sleep(1)
+    return Target("lictor", upstream, processes)
+
+
+# HAProxy
+
+
+def haproxy(directory: Path, ca: TestCA, app_port: int) -> Target:
+    public, upstream = free_port(), free_port()
+    (directory / "ca.pem").write_text(ca.root_pem)
+    for service in ("web", "backend"):
+        leaf = ca.leaf(service, f"{service}-1")
+        (directory / f"{service}.pem").write_text(leaf.cert_pem + leaf.private_key_pem)
+    common = """
+global
+    nbthread 1
+    maxconn 9000
+    ssl-default-bind-options ssl-min-ver TLSv1.3 no-tls-tickets
+    ssl-default-server-options ssl-min-ver TLSv1.3 no-tls-tickets
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+"""
+    server = f"""{common}
+listen in
+    bind 127.0.0.1:{public} ssl crt {directory}/backend.pem ca-file {directory}/ca.pem verify required
+    server app 127.0.0.1:{app_port}
+"""
+    client = f"""{common}
+listen out
+    bind 127.0.0.1:{upstream}
+    server peer 127.0.0.1:{public} ssl crt {directory}/web.pem ca-file {directory}/ca.pem verify required no-ssl-reuse
+"""
+    processes = []
+    for name, text in (("server", server), ("client", client)):
+        path = directory / f"haproxy-{name}.cfg"
+        path.write_text(text)
+        processes.append(subprocess.Popen(["haproxy", "-f", str(path), "-db"]))
+    wait_for(upstream)
+    wait_for(public)
+    return Target("haproxy", upstream, processes)
+
+
+# The server behind
+
+
+def nginx(directory: Path) -> tuple[int, subprocess.Popen[bytes]]:
+    port = free_port()
+    with (directory / "bulk").open("wb") as file:
+        file.truncate(BULK_MB << 20)
+    config = directory / "nginx.conf"
+    config.write_text(
+        f"""
+worker_processes 1; daemon off; pid {directory}/nginx.pid; error_log /dev/null;
+events {{ worker_connections 20000; }}
+http {{
+    access_log off; keepalive_requests 100000000; sendfile on; client_body_temp_path {directory}/t1;
+    proxy_temp_path {directory}/t2; fastcgi_temp_path {directory}/t3; uwsgi_temp_path {directory}/t4;
+    scgi_temp_path {directory}/t5;
+    server {{ listen 127.0.0.1:{port} backlog=4096; root {directory}; location = / {{ return 200 "ok\\n"; }} }}
+}}
+"""
+    )
+    os.chmod(directory, 0o755)
+    process = subprocess.Popen(["nginx", "-c", str(config), "-e", "/dev/null"])
+    wait_for(port)
+    return port, process
+
+
+# Loads
+
+
+def wrk(port: int, seconds: float, *headers: str, connections: int = CONNECTIONS) -> tuple[float, float]:
+    """Return requests per second and requests."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency"]
+    for header in headers:
+        command += ["-H", header]
+    output = subprocess.run(
+        [*command, f"http://127.0.0.1:{port}/"], capture_output=True, text=True, check=True
+    ).stdout
+    rate, total = re.search(r"Requests/sec:\s+([\d.]+)", output), re.search(r"(\d+) requests in", output)
+    if rate is None or total is None:
+        raise SystemExit(f"wrk said: {output}")
+    if errors := re.search(r"Socket errors:.*", output):
+        print("   ", errors[0], file=sys.stderr)
+    return float(rate[1]), float(total[1])
+
+
+def measure(target: Target, seconds: float) -> dict[str, float]:
+    result = {}
+    before = target.cpu_s()
+    rate, total = wrk(target.port, seconds)
+    result["requests/s"] = rate
+    result["CPU-s per 10k requests"] = (target.cpu_s() - before) / total * 10_000
+    before = target.cpu_s()
+    rate, total = wrk(target.port, seconds, "Connection: close")
+    result["connections/s"] = rate
+    result["CPU-s per 10k connections"] = (target.cpu_s() - before) / total * 10_000
+    before = target.cpu_s()
+    output = subprocess.run(
+        ["curl", "-s", "-o", "/dev/null", "-w", "%{speed_download} %{size_download}",
+         f"http://127.0.0.1:{target.port}/bulk"],
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    if int(output[1]) != BULK_MB << 20:
+        raise SystemExit(f"{target.name}: bulk transfer was cut at {output[1]} bytes")
+    result["bulk MB/s"] = float(output[0]) / 1e6
+    result["CPU-s per GB"] = (target.cpu_s() - before) / (BULK_MB / 1000)
+    return result
+
+
+def idle_cost(target: Target, count: int) -> list[float]:
+    """Return KiB per idle connection for each process."""
+    before = target.rss_kib()
+    held = []
+    for _ in range(count):
+        held.append(socket.create_connection(("127.0.0.1", target.port)))
+    time.sleep(1.5)
+    after = target.rss_kib()
+    for sock in held:
+        sock.close()
+    return [(now - then) / count for then, now in zip(before, after, strict=True)]
+
+
+@contextlib.contextmanager
+def running(directory: Path, names: list[str]) -> Iterator[list[Target]]:
+    ca = TestCA()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        port, server = nginx(directory)
+        processes.append(server)
+        targets = []
+        for name in names:
+            target = Target("direct", port, []) if name == "direct" else MAKERS[name](directory, ca, port)
+            processes += target.processes
+            targets.append(target)
+        yield targets
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+MAKERS = {"lictor": lictor, "haproxy": haproxy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="direct,haproxy,lictor")
+    parser.add_argument("--idle", type=int, default=1000)
+    parser.add_argument("--sidecar", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sidecar:
+        import uvloop
+
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        if profile := os.environ.get("LICTOR_PROFILE"):
+            import cProfile
+
+            profiler = cProfile.Profile()
+
+            def stop(*_: object) -> None:
+                profiler.disable()
+                profiler.dump_stats(f"{profile}-{Path(options.sidecar).stem}")
+                os._exit(0)
+
+            signal.signal(signal.SIGTERM, stop)
+            profiler.enable()
+        uvloop.run(run_sidecar(options.sidecar))
+        return
+    rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with tempfile.TemporaryDirectory() as name, running(Path(name), options.only.split(",")) as targets:
+        for _ in range(options.rounds):
+            for target in targets:
+                for what, value in measure(target, options.seconds).items():
+                    rounds[target.name][what].append(value)
+        for target in targets:
+            if target.processes:
+                costs = idle_cost(target, options.idle)
+                rounds[target.name]["KiB per idle connection"] = [max(costs)]
+    columns = list(dict.fromkeys(what for each in rounds.values() for what in each))
+    print("| | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name, values in rounds.items():
+        cells = [f"{statistics.median(values[what]):,.4g}" if what in values else "" for what in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
