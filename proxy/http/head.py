@@ -1,0 +1,265 @@
+"""Message heads: from parsed fields to what is decided on and what is sent on.
+
+Nothing reaches the other side that was not parsed: heads are written anew from their fields.
+
+Sources: RFC 9110 (hop-by-hop fields 7.6.1, trailers 6.5.1), RFC 9112 (targets 3.2, framing 6).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from proxy.authz import Request
+from proxy.http.errors import BadRequest, BadResponse
+
+Field = tuple[bytes, bytes]
+FORWARDED_CERT = b"x-forwarded-client-cert"
+
+_PLAIN, _DROP, _HOST, _CONNECTION, _LENGTH, _CODING, _UPGRADE, _EXPECT = range(8)
+_KINDS = {
+    b"host": _HOST, b"connection": _CONNECTION, b"content-length": _LENGTH, b"transfer-encoding": _CODING,
+    b"upgrade": _UPGRADE, b"expect": _EXPECT, b"keep-alive": _DROP, b"proxy-connection": _DROP, b"te": _DROP,
+    b"http2-settings": _DROP, FORWARDED_CERT: _DROP,
+}  # fmt: skip
+_NOT_BY_CONNECTION = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie", b"te", b"close", b"keep-alive")
+)
+"""Fields that ``Connection`` cannot take away (end-to-end ones), and its words that are not fields."""
+_NOT_IN_TRAILERS = frozenset(
+    (
+        b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"keep-alive", b"te",
+        b"proxy-connection", b"trailer", b"authorization", b"cookie", b"set-cookie", b"content-type",
+        b"content-encoding", b"content-range", b"range", b"cache-control", b"max-forwards", b"www-authenticate",
+        b"proxy-authorization", b"proxy-authenticate", FORWARDED_CERT,
+    )
+)  # fmt: skip
+_HOST_VALUE = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
+_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+
+_names: dict[bytes, tuple[bytes, int]] = {}
+"""Names seen, with their lower-case form and kind. Bounded; a cache only."""
+
+
+def _classify(name: bytes) -> tuple[bytes, int]:
+    lower = name.lower()
+    # CGI-like apps take "_" for "-": the identity must not be forged that way either.
+    kind = _DROP if lower.replace(b"_", b"-") == FORWARDED_CERT else _KINDS.get(lower, _PLAIN)
+    if len(_names) < 4096 and len(name) <= 64:
+        _names[name] = (lower, kind)
+    return lower, kind
+
+
+class RequestHead:
+    """A request's start line and headers, checked."""
+
+    __slots__ = (
+        "chunked", "expects", "fields", "http10", "keep_alive", "length", "lines", "method", "target", "upgrade",
+    )  # fmt: skip
+
+    def __init__(self, method: bytes, target: bytes, *, http10: bool, keep_alive: bool) -> None:
+        self.method = method
+        self.target = target
+        self.http10 = http10
+        self.keep_alive = keep_alive
+        self.fields: list[Field] = []
+        """End-to-end fields, names in lower case."""
+        self.lines: list[bytes] = []
+        """The same as pieces of the head to send."""
+        self.length: int | None = None
+        self.chunked = False
+        self.upgrade = ""
+        """The protocol asked for, in lower case."""
+        self.expects = False
+        """The client waits for a 100 before it sends the body."""
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body can follow."""
+        return self.chunked or bool(self.length)
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether sending it twice does what sending it once does (RFC 9110, section 9.2.2)."""
+        return self.method in _IDEMPOTENT
+
+    def request(self) -> Request:
+        """Return what permissions see."""
+        return Request(self.method.decode(), self.target.decode("latin-1"), self.fields)
+
+    def wire(self, target: bytes, identity: bytes = b"") -> bytes:
+        """Return the head to send, with ``target`` as its target and ``identity`` as the client's certificate."""
+        pieces = [self.method, b" ", target, b" HTTP/1.1\r\n", *self.lines]
+        if self.chunked:
+            pieces.append(b"transfer-encoding: chunked\r\n")
+        if self.upgrade:
+            pieces.append(b"connection: upgrade\r\nupgrade: " + self.upgrade.encode() + b"\r\n")
+        if identity:
+            pieces.append(b"x-forwarded-client-cert: " + identity + b"\r\n")
+        pieces.append(b"\r\n")
+        return b"".join(pieces)
+
+
+def read_request_head(
+    method: bytes, target: bytes, version: str, raw: Sequence[Field], *, keep_alive: bool
+) -> RequestHead:
+    """Check a request's fields and sort them. Raises :class:`BadRequest`."""
+    if version != "1.1" and version != "1.0":
+        raise BadRequest(505, f"HTTP version {version} is not spoken here")
+    head = RequestHead(method, target, http10=version == "1.0", keep_alive=keep_alive)
+    fields, lines = head.fields, head.lines
+    host: bytes | None = None
+    connection = b""
+    coding: bytes | None = None
+    upgrade: bytes | None = None
+    for name, value in raw:
+        lower, kind = _names.get(name) or _classify(name)
+        if kind:
+            if kind == _DROP:
+                continue
+            if kind == _HOST:
+                if host is not None:
+                    raise BadRequest(400, "several Host headers")
+                host = value
+            elif kind == _CONNECTION:
+                connection += b"," + value.lower()
+                continue
+            elif kind == _LENGTH:
+                if head.length is not None or not value.isdigit():
+                    raise BadRequest(400, "Content-Length must be one number")
+                head.length = int(value)
+            elif kind == _CODING:
+                if coding is not None or value.lower() != b"chunked":
+                    raise BadRequest(501, "the only transfer coding accepted is chunked")
+                coding = value
+                continue
+            elif kind == _UPGRADE:
+                upgrade = value if upgrade is None else upgrade + b"," + value
+                continue
+            else:
+                head.expects = value.lower() == b"100-continue" and not head.http10
+        fields.append((lower, value))
+        lines += (name, b": ", value, b"\r\n")
+    if host is None:
+        if not head.http10:
+            raise BadRequest(400, "Host header is missing")
+    elif not _HOST_VALUE.fullmatch(host):
+        raise BadRequest(400, "Host header is malformed")
+    if coding is not None:
+        if head.length is not None or head.http10:
+            raise BadRequest(400, "Transfer-Encoding beside Content-Length, or in HTTP/1.0")
+        head.chunked = True
+    if target[:1] != b"/" or b"#" in target:
+        _read_target(head, host)
+    if connection:
+        _drop_listed(head, connection)
+        if upgrade is not None and b"upgrade" in (word.strip() for word in connection.split(b",")):
+            head.upgrade = upgrade.decode("latin-1").strip().lower()
+    return head
+
+
+def _read_target(head: RequestHead, host: bytes | None) -> None:
+    """Turn an absolute target into its origin form; refuse what is no target."""
+    if b"#" in head.target:
+        raise BadRequest(400, "the request target has a fragment")
+    if head.target == b"*" and head.method == b"OPTIONS":
+        return
+    match = _ABSOLUTE.fullmatch(head.target)
+    if match is None:
+        raise BadRequest(400, "the request target is neither a path nor an http URL")
+    authority, rest = match.groups()
+    if host is None or authority.lower() != host.lower():
+        raise BadRequest(400, "Host header and the request target's host differ")
+    head.target = rest if rest[:1] == b"/" else b"/" + rest
+
+
+def _drop_listed(head: RequestHead | ResponseHead, connection: bytes) -> None:
+    listed = {word.strip() for word in connection.split(b",")} - _NOT_BY_CONNECTION
+    if listed:
+        kept = [
+            (field, head.lines[at * 4 : at * 4 + 4]) for at, field in enumerate(head.fields) if field[0] not in listed
+        ]
+        if len(kept) != len(head.fields):
+            head.fields[:] = [field for field, _ in kept]
+            head.lines[:] = [piece for _, pieces in kept for piece in pieces]
+
+
+def without_upgrade(method: bytes, target: bytes, version: str, raw: Sequence[Field]) -> bytes:
+    """Return a head, as parsed, with what asks for an upgrade taken out, to be parsed again."""
+    pieces = [method, b" ", target, b" HTTP/", version.encode(), b"\r\n"]
+    for name, value in raw:
+        lower = name.lower()
+        if lower == b"upgrade":
+            continue
+        if lower == b"connection":
+            words = [word.strip() for word in value.split(b",")]
+            value = b", ".join(word for word in words if word.lower() not in (b"upgrade", b"http2-settings"))
+            if not value:
+                continue
+        pieces += (name, b": ", value, b"\r\n")
+    pieces.append(b"\r\n")
+    return b"".join(pieces)
+
+
+class ResponseHead:
+    """A response's start line and headers, checked."""
+
+    __slots__ = ("chunked", "fields", "length", "lines", "reason", "status", "upgrade")
+
+    def __init__(self, status: int, reason: bytes) -> None:
+        self.status = status
+        self.reason = reason
+        self.fields: list[Field] = []
+        self.lines: list[bytes] = []
+        self.length: int | None = None
+        self.chunked = False
+        self.upgrade = b""
+
+    def wire(self, *, extra: bytes = b"") -> bytes:
+        """Return the head to send, with ``extra`` as further lines."""
+        return b"".join((b"HTTP/1.1 %d %b\r\n" % (self.status, self.reason), *self.lines, extra, b"\r\n"))
+
+
+def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> ResponseHead:
+    """Check a response's fields and sort them. Raises :class:`BadResponse`."""
+    head = ResponseHead(status, reason)
+    fields, lines = head.fields, head.lines
+    connection = b""
+    for name, value in raw:
+        lower, kind = _names.get(name) or _classify(name)
+        if kind and kind not in (_HOST, _EXPECT):
+            if kind == _DROP:
+                continue
+            if kind == _CONNECTION:
+                connection += b"," + value.lower()
+                continue
+            if kind == _UPGRADE:
+                head.upgrade = value
+                continue
+            if kind == _CODING:
+                if head.chunked or value.lower() != b"chunked":
+                    raise BadResponse("the app's Transfer-Encoding is not chunked")
+                head.chunked = True
+                continue
+            if head.length is not None or not value.isdigit():
+                raise BadResponse("the app's Content-Length is not one number")
+            head.length = int(value)
+            if status < 200 or status == 204:  # RFC 9110, section 8.6: there is none in these
+                continue
+        fields.append((lower, value))
+        lines += (name, b": ", value, b"\r\n")
+    if head.chunked and head.length is not None:
+        raise BadResponse("the app's response has Transfer-Encoding and Content-Length")
+    if connection:
+        _drop_listed(head, connection)
+    return head
+
+
+def trailer_lines(raw: Sequence[Field]) -> bytes:
+    """Return the trailers that may be sent on, each with its line end (RFC 9110, section 6.5.1)."""
+    return b"".join(
+        b"%b: %b\r\n" % (name, value)
+        for name, value in raw
+        if name.lower().replace(b"_", b"-") not in _NOT_IN_TRAILERS
+    )

@@ -1,0 +1,68 @@
+"""Limits and timeouts of the HTTP filter, and what it counts."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Protocol
+
+LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the latency histogram's buckets; the last bucket has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    """How one side of a sidecar treats HTTP. A timeout of 0 is none."""
+
+    service: str = ""
+    """The service in whose name the filter answers (inbound: the app's own)."""
+    uri: str = ""
+    """The SPIFFE id of that service: ``By=`` of ``x-forwarded-client-cert``."""
+    head_bytes_max: int = 64 * 1024
+    """Start line and headers of one message, and its trailers, each; more is a 431."""
+    header_count_max: int = 128
+    head_timeout_s: float = 30.0
+    """From the first byte of a request to the end of its headers; then 408."""
+    idle_timeout_s: float = 3600.0
+    """Between requests of one connection; then it is closed."""
+    response_timeout_s: float = 0.0
+    """From a request's end to the start of its response; then 504."""
+    dial_timeout_s: float = 5.0
+    linger_s: float = 2.0
+    """How long a connection that is being closed may go on sending what nobody reads."""
+    sweep_s: float = 1.0
+    """How often the deadlines are looked at: the precision of the timeouts above."""
+    upgrades: frozenset[str] = frozenset({"websocket"})
+    """Protocols to which a connection may be switched, lower case; other ``Upgrade`` headers are not passed on.
+
+    Never ``h2c``: its requests would go past the permissions.
+    """
+
+
+class HttpStats(Protocol):
+    """Where the filter reports each request."""
+
+    def request(self, method: str, code: int, seconds: float, origin: str) -> None:
+        """A request was answered.
+
+        ``origin`` says by whom: ``app``, or the filter itself: ``denied``, ``malformed``, ``app-down``, ``timeout``,
+        ``cut`` (code 0: no full answer was sent).
+        """
+
+
+class HttpCounters:
+    """:class:`HttpStats` in plain integers, for an admin endpoint to export."""
+
+    def __init__(self) -> None:
+        self.requests: dict[tuple[str, int, str], int] = {}
+        """By (method, code, origin)."""
+        self.latency_buckets = [0] * (len(LATENCY_BOUNDS_S) + 1)
+        self.latency_sum_s = 0.0
+        self.latency_count = 0
+
+    def request(self, method: str, code: int, seconds: float, origin: str) -> None:
+        key = (method, code, origin)
+        self.requests[key] = self.requests.get(key, 0) + 1
+        self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        self.latency_sum_s += seconds
+        self.latency_count += 1

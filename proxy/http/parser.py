@@ -1,0 +1,192 @@
+"""Requests out of bytes, with httptools (llhttp, strict).
+
+Parsing only collects: what was parsed stands in :attr:`RequestParser.messages`, and acting on it is the caller's,
+after :meth:`RequestParser.feed` has returned. So a request that turns out malformed in the bytes at hand is refused
+before any of it was sent on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+
+from proxy.http.errors import BadRequest
+from proxy.http.head import Field, RequestHead, read_request_head, without_upgrade
+from proxy.http.options import HttpOptions
+from proxy.stream import Data
+
+SLICE_BYTES = 16 * 1024
+"""How much is parsed at a time; bounds what pipelined requests and a head in the making can hold."""
+
+
+class Message:
+    """A request as far as it has been parsed, or the reason why it is refused."""
+
+    __slots__ = ("body", "complete", "head", "refusal", "trailers")
+
+    def __init__(self, head: RequestHead | None, refusal: BadRequest | None = None) -> None:
+        self.head = head
+        self.refusal = refusal
+        """Set: answer with it, then close. On a message that has a head: its body turned out malformed."""
+        self.body: list[bytes] = []
+        """Parsed and not yet taken by the caller."""
+        self.trailers: list[Field] = []
+        self.complete = False
+
+
+class RequestParser:
+    """One connection's requests."""
+
+    __slots__ = (
+        "_bad", "_barren_bytes", "_fields", "_message", "_options", "_parser", "_url", "begun", "held", "messages",
+        "stopped",
+    )  # fmt: skip
+
+    def __init__(self, options: HttpOptions) -> None:
+        self._options = options
+        self.messages: deque[Message] = deque()
+        """Parsed and not yet taken by the caller, in order; the last may be incomplete."""
+        self.begun = False
+        """A head is partly there."""
+        self.stopped = False
+        """Nothing more is parsed: after a refusal, or a request that is the connection's last."""
+        self.held: Data | None = None
+        """What follows a request for an upgrade; raw bytes if it comes about, else to be parsed (:meth:`resume`)."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._parser = HttpRequestParser(self)
+        self._fields: list[Field] = []
+        self._url = b""
+        self._message: Message | None = None
+        self._bad: BadRequest | None = None
+        self._barren_bytes = 0
+        """Fed since anything came of it: a head, trailers or chunk extensions in the making."""
+
+    def feed(self, data: Data) -> None:
+        """Parse ``data``, at most :data:`SLICE_BYTES` of it at best."""
+        if self.stopped:
+            return
+        if self.held is not None:
+            self.held = bytes(self.held) + bytes(data)
+            return
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade as upgrade:
+            self._upgrade(data[upgrade.args[0] :])
+        except HttpParserError as error:
+            self._refuse(self._bad or BadRequest(400, f"malformed request: {error}"))
+        else:
+            message = self._message
+            if message.body if message is not None else not self.begun:
+                self._barren_bytes = 0
+                return
+            self._barren_bytes += len(data)
+            if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
+                self._refuse(BadRequest(431, "request headers, trailers or chunk extensions are too large"))
+
+    def resume(self) -> None:
+        """The upgrade did not come about: parse on."""
+        held, self.held = self.held, None
+        self._restart()
+        if held:
+            self.feed(held)
+
+    def _refuse(self, refusal: BadRequest) -> None:
+        if self.stopped:
+            return  # what follows the connection's last request is nobody's
+        self.stopped = True
+        self.begun = False
+        if self._message is not None:
+            self._message.refusal = refusal
+        else:
+            self.messages.append(Message(None, refusal))
+
+    def _upgrade(self, rest: Data) -> None:
+        """The parser stopped behind a head that asks for an upgrade (or CONNECT), body unread."""
+        method, version = self._parser.get_method(), self._parser.get_http_version()
+        fields, url, refused = self._fields, self._url, self._bad
+        if method == b"CONNECT":
+            refused = BadRequest(405, "CONNECT is not served here")
+        try:
+            self._check_size(url, fields)
+            head = read_request_head(method, url, version, fields, keep_alive=True)
+        except BadRequest as error:
+            refused = error
+        self._message = None
+        if refused is not None:
+            self._refuse(refused)
+        elif head.upgrade in self._options.upgrades and not head.has_body and not head.http10:
+            self.begun = False
+            self.held = rest
+            message = Message(head)
+            message.complete = True
+            self.messages.append(message)
+        else:
+            self._restart()
+            self.feed(without_upgrade(method, url, version, fields))
+            if rest:
+                self.feed(rest)
+
+    def _check_size(self, url: bytes, fields: list[Field]) -> None:
+        if len(fields) > self._options.header_count_max:
+            raise BadRequest(431, "request has too many headers or trailers")
+        if sum([len(name) + len(value) + 4 for name, value in fields], len(url)) > self._options.head_bytes_max:
+            raise BadRequest(431, "request headers or trailers are too large")
+
+    # httptools' callbacks
+
+    def on_message_begin(self) -> None:
+        self.begun = True
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        if parser.should_upgrade():
+            return  # feed() goes on with it
+        fields, self._fields = self._fields, []
+        try:
+            self._check_size(self._url, fields)
+            head = read_request_head(
+                parser.get_method(),
+                self._url,
+                parser.get_http_version(),
+                fields,
+                keep_alive=parser.should_keep_alive(),
+            )
+        except BadRequest as error:
+            self._bad = error
+            raise
+        self._url = b""
+        self._barren_bytes = 0
+        self.begun = False
+        self._message = message = Message(head)
+        self.messages.append(message)
+
+    def on_body(self, body: bytes) -> None:
+        self._message.body.append(body)  # type: ignore[union-attr]
+
+    def on_message_complete(self) -> None:
+        message = self._message
+        if message is None:
+            return  # a request for an upgrade
+        message.complete = True
+        self._message = None
+        if self._fields:
+            fields, self._fields = self._fields, []
+            try:
+                self._check_size(b"", fields)
+            except BadRequest as error:
+                message.complete = False
+                self._message = message
+                self._bad = error
+                raise
+            message.trailers = fields
+        if not message.head.keep_alive:  # type: ignore[union-attr]
+            self.stopped = True
