@@ -124,10 +124,10 @@ class SnapshotStore:
                 raise SnapshotDamaged(path, "it was found damaged before")
         try:
             summary = inspect(self._disk, path, advice=None)
-        except SnapshotDamaged:
+        except SnapshotDamaged as error:
             with self._lock:
                 self._bad.add(name)
-            log.exception("snapshot cannot be used")
+            log.warning("%s", error)
             raise
         header = summary.header
         meta = SnapshotMeta(header.index, header.term, header.members, name)
@@ -150,9 +150,9 @@ class SnapshotStore:
         with self._lock:
             kept = 0
             for name in self._names():
-                if name not in self._bad:
-                    kept += 1
-                if kept > KEPT and name not in self._readers:
+                if kept < KEPT:
+                    kept += name not in self._bad
+                elif name not in self._readers:
                     self._good.pop(name, None)
                     self._bad.discard(name)
                     self._disk.remove(self._path(name))

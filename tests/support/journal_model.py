@@ -26,6 +26,7 @@ class JournalRun:
 
     disk: SimDisk
     segment_bytes: int = 400
+    directory: str = DIRECTORY
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     history: list[State] = field(default_factory=list)
     synced: int = 0
@@ -119,7 +120,7 @@ class JournalRun:
 
     def _open(self) -> Journal:
         rng = random.Random(self.rng.random())
-        return Journal(self.disk, DIRECTORY, segment_bytes=self.segment_bytes, entropy=rng.randbytes)
+        return Journal(self.disk, self.directory, segment_bytes=self.segment_bytes, entropy=rng.randbytes)
 
 
 def built(operations: list[tuple[str, int]], **options: Any) -> JournalRun:
