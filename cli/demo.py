@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from cli.client import Api
+from cli.cluster.layout import Layout
+from cli.cluster.supervisor import Supervisor
+from cli.demo_stage import Stage, answers_plainly, app, calls, free_offset, free_ports, wait_until
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag
+from cli.output import paint
 
 SETTLE_S = 5.0
 """How long a change may take to show before the step counts as failed."""
@@ -21,9 +28,6 @@ WALKTHROUGH_PORT = 8080
 
 def run(args: Args) -> int:
     """Play the demo."""
-    from cli.demo_stage import NotHeld, Stage, free_offset
-    from cli.output import paint
-
     given = args.text("dir")
     if given and Path(given).exists() and any(Path(given).iterdir()):
         raise UsageError(f"lictor demo: {given} is not empty. Give a directory that is, or none")
@@ -32,24 +36,24 @@ def run(args: Args) -> int:
     stage = Stage(directory, free_offset(3, 2))
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     began = time.monotonic()
-    keep = args.on("keep")
+    kept = False
     try:
         story = Story(stage)
         story.play()
         print(f"\n{paint('Every step held', 'green')}, in {time.monotonic() - began:.0f} s. What was measured:")
         for what, value in story.measured:
             print(f"   {what:<58} {value}")
-        if keep:
+        if args.on("keep"):
             _how_to_drive(stage, story)
+            kept = True
         return 0
-    except NotHeld as error:
+    except CliError as error:
         print(f"\n{paint('A step did not hold:', 'red')} {error}", flush=True)
-        keep = False
         return 1
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
-        if not keep:
+        if not kept:
             _clear(stage, given)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -59,12 +63,7 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _clear(stage: object, given: str) -> None:
-    import shutil
-
-    from cli.demo_stage import Stage
-
-    assert isinstance(stage, Stage)
+def _clear(stage: Stage, given: str) -> None:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         stage.clear()
@@ -77,10 +76,7 @@ def _clear(stage: object, given: str) -> None:
 class Story:
     """The steps, in the order of the telling."""
 
-    def __init__(self, stage: object) -> None:
-        from cli.demo_stage import Stage, free_ports
-
-        assert isinstance(stage, Stage)
+    def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.ports = free_ports(WALKTHROUGH_PORT, 2)
         self.address = ""
@@ -112,7 +108,6 @@ class Story:
 
     def _becomes(self, allowed: bool, what: str) -> str:
         """Wait until calls are allowed (or refused); return what the client said."""
-        from cli.demo_stage import wait_until
 
         said: list[str] = []
 
@@ -126,7 +121,6 @@ class Story:
 
     def _stays_refused(self, what: str) -> str:
         """Call a few times: a call that gets through once is a hole. The app itself must be up all the while."""
-        from cli.demo_stage import answers_plainly
 
         text = ""
         for _ in range(3):
@@ -166,10 +160,6 @@ class Story:
         stage.held(f"The client's program knows one thing: BACKEND_ADDR={self.address}, its own sidecar.")
 
     def _start_server(self, instance: str, host: int, port: int) -> None:
-        import sys
-
-        from cli.demo_stage import answers_plainly, app, wait_until
-
         self._sidecar(
             "echo-server", instance, host, port, "--", sys.executable, "-I", app("echo_server"),
             variables={"PORT": str(port)},
@@ -246,8 +236,6 @@ class Story:
         stage.held(f"Restored: calls are answered again ({took} after the command).")
 
     def balanced(self) -> None:
-        from cli.demo_stage import calls, wait_until
-
         stage = self.stage
         stage.title(7, "A second instance on the other host; one goes, the other serves on")
         port = str(self.ports[1])
@@ -280,7 +268,6 @@ class Story:
 
     def _under_load(self, harm: Callable[[], None], what: str, *, cut_at_most: int) -> None:
         """Do harm while calls go on; every call but those cut in mid-flight must be answered."""
-        from cli.demo_stage import calls, wait_until
 
         stage = self.stage
         load = stage.client("load", self.address)
@@ -306,10 +293,6 @@ class Story:
         self.measured.append((f"slowest call during {what}", f"{slowest:.0f} ms"))
 
     def leader_killed(self) -> None:
-        from cli.client import Api
-        from cli.cluster.layout import Layout
-        from cli.cluster.supervisor import Supervisor
-
         stage = self.stage
         stage.title(8, "The raft leader is killed with kill -9: another is elected, calls do not notice")
         where = ["-dir", str(stage.directory / "cluster")]
@@ -337,11 +320,7 @@ class Story:
         caught = self._caught_up(supervisor, old)
         stage.held(f"Nothing acknowledged was lost; {old} is back and has caught up ({caught}).")
 
-    def _caught_up(self, supervisor: object, name: str) -> str:
-        from cli.cluster.supervisor import Supervisor
-        from cli.demo_stage import wait_until
-
-        assert isinstance(supervisor, Supervisor)
+    def _caught_up(self, supervisor: Supervisor, name: str) -> str:
         goal = max(one.applied for one in supervisor.status())
 
         def applied() -> int:
@@ -353,10 +332,7 @@ class Story:
         return f"applied index {index}"
 
 
-def _how_to_drive(stage: object, story: Story) -> None:
-    from cli.demo_stage import Stage
-
-    assert isinstance(stage, Stage)
+def _how_to_drive(stage: Stage, story: Story) -> None:
     host, other = stage.hosts
     running = [one for one in stage.backgrounds if one.process.poll() is None]
     print("\nIt is left running. Drive it:")
