@@ -264,7 +264,7 @@ async def refused_thrice(node: TlsNode) -> None:
         failures.append(count)
         return real(count)
 
-    node.transport._backoff_s = counted  # type: ignore[method-assign]
+    node.transport._backoff_s = counted  # type: ignore[assignment,method-assign]
     await eventually(lambda: bool(failures) and failures[-1] >= 3)
 
 
