@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 ALPN_RAFT = "lictor-raft/1"
 DIAL_TIMEOUT_S = 2.0
+READ_BYTES = 256 << 10
 CLOSE_TIMEOUT_S = 0.5
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.02, 0.5
 STEADY_S = 1.0
@@ -68,7 +69,8 @@ class TlsPeerTransport:
     - `on_connected(peer)`, `on_disconnected(peer)`: a link for sending is up, or lost.
     - `fault_filter(peer, direction)`: True drops a message, `direction` is "out" or "in"; only for test clusters.
 
-    Incoming links are handed in by whoever listens: `accept` (or `incoming`) once ALPN and role are checked.
+    Incoming links are handed in by whoever listens, once ALPN and role are checked: `accept` takes streams, and
+    `incoming` gives a protocol for `transport.set_protocol`.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class TlsPeerTransport:
         self._dialers: dict[str, _Dialer] = {}
         self._receivers: dict[str, Receiver] = {}  # newest incoming link of each peer
         self._addresses: dict[str, str] = {}
+        self._pumps: set[asyncio.Task[None]] = set()
         self._running = False
 
     @property
@@ -119,7 +122,11 @@ class TlsPeerTransport:
         self._dialers.clear()
         for receiver in list(self._receivers.values()):
             receiver.abort()
-        await asyncio.gather(*(dialer.stop() for dialer in dialers))
+        pumps = list(self._pumps)
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*(dialer.stop() for dialer in dialers), return_exceptions=True)
+        await asyncio.gather(*pumps, return_exceptions=True)
 
     def set_peers(self, addresses: Mapping[str, str]) -> None:
         """Raises RaftError for an address that is not host:port."""
@@ -148,18 +155,31 @@ class TlsPeerTransport:
         if dialer is None or dialer.sender is None or not dialer.sender.send(frame):
             self.frames_dropped += 1
 
-    def incoming(self, peer: str) -> asyncio.Protocol:
+    def incoming(self, peer: str) -> Receiver:
         """A protocol for a connection that `peer` dialled, its ALPN and certificate checked by the caller."""
         return Receiver(
             peer, self._frame_bytes_max, on_frame=self._received, on_open=self._opened, on_closed=self._closed
         )
 
-    def accept(self, peer: str, transport: asyncio.Transport) -> asyncio.Protocol:
-        """Take over a connection that `peer` dialled and another protocol began."""
+    def accept(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """The same for a connection that is a pair of streams already."""
+        task = asyncio.get_running_loop().create_task(self._pump(peer, reader, writer), name=f"raft-hear-{peer}")
+        self._pumps.add(task)
+        task.add_done_callback(self._pumps.discard)
+        task.add_done_callback(_report)
+
+    async def _pump(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         receiver = self.incoming(peer)
-        transport.set_protocol(receiver)
-        receiver.connection_made(transport)
-        return receiver
+        error: Exception | None = None
+        try:
+            receiver.connection_made(writer.transport)
+            while data := await reader.read(READ_BYTES):
+                receiver.data_received(data)
+        except OSError as lost:
+            error = lost
+        finally:
+            receiver.connection_lost(error)
+            writer.transport.abort()
 
     def _opened(self, receiver: Receiver) -> None:
         if not self._running:
@@ -222,7 +242,7 @@ class _Dialer:
         self._owner, self._peer = owner, peer
         self._hurry = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"raft-dial-{peer}")
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(_report)
 
     def hurry(self) -> None:
         """The peer is alive: do not wait out the back-off."""
@@ -281,6 +301,7 @@ class _Dialer:
             sender.close()
             self._owner._link_down(self._peer)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("raft: the dialer of server %s failed: %r", self._peer, error, exc_info=error)
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("raft: the task %s failed: %r", task.get_name(), error, exc_info=error)

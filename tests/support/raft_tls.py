@@ -91,7 +91,9 @@ class Front(asyncio.Protocol):
         if peer is None or tls.selected_alpn_protocol() != ALPN_RAFT:
             transport.abort()
         else:
-            self._raft.accept(peer, transport)
+            receiver = self._raft.incoming(peer)
+            transport.set_protocol(receiver)
+            receiver.connection_made(transport)
 
 
 class TlsNode:
@@ -118,6 +120,19 @@ class TlsNode:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    async def listen_with_streams(self) -> None:
+        """Listen once more, as a listener does that deals in streams."""
+
+        def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = server_name(writer.get_extra_info("ssl_object"))
+            assert peer is not None
+            self.transport.accept(peer, reader, writer)
+
+        assert self._server is not None
+        self._server.close()
+        self._server = await asyncio.start_server(accepted, "127.0.0.1", 0, ssl=self._context)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()

@@ -58,6 +58,21 @@ async def test_messages_go_both_ways_whole_and_in_order(make: Make) -> None:
     assert b.heard == [("a", frame) for frame in sent]
 
 
+async def test_links_may_be_handed_in_as_streams(make: Make) -> None:
+    a, b = await make("a"), await make("b")
+    await b.listen_with_streams()
+    a.transport.set_peers({"b": b.address})
+    await a.until(lambda: a.transport.connected == {"b"})
+    for _ in range(100):
+        a.transport.send("b", bytes(20_000))
+    await b.until(lambda: b.heard == [("a", bytes(20_000))] * 100)
+    assert list(b.transport._receivers) == ["a"]
+    await b.stop()
+    await a.until(lambda: a.events == ["+b", "-b"])
+    assert not b.transport._pumps
+    assert not b.transport._receivers
+
+
 async def test_one_large_message_arrives(make: Make) -> None:
     a, b = await linked(make)
     large = bytes([0x91, 9]) + bytes(range(256)) * 20_000
