@@ -36,6 +36,7 @@ _NOT_IN_TRAILERS = frozenset(
 )  # fmt: skip
 _HOST_VALUE = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
+_BLANKS = (b" ", b"\t")
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
 _names: dict[bytes, tuple[bytes, int]] = {}
@@ -114,6 +115,8 @@ def read_request_head(
     coding: bytes | None = None
     upgrade: bytes | None = None
     for name, value in raw:
+        if value[-1:] in _BLANKS:
+            value = value.rstrip(b" \t")  # the parser leaves it; it is no part of the value (RFC 9110, section 5.5)
         lower, kind = _names.get(name) or _classify(name)
         if kind:
             if kind == _DROP:
@@ -227,6 +230,8 @@ def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> Resp
     fields, lines = head.fields, head.lines
     connection = b""
     for name, value in raw:
+        if value[-1:] in _BLANKS:
+            value = value.rstrip(b" \t")  # the parser leaves it; it is no part of the value (RFC 9110, section 5.5)
         lower, kind = _names.get(name) or _classify(name)
         if kind and kind not in (_HOST, _EXPECT):
             if kind == _DROP:
