@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_DIR = "lictor-data"
 HOST = "127.0.0.1"
 HTTP_PORT, DNS_PORT, RPC_PORT = 8500, 8600, 8300
+MORE_CLIENTS_PORT = 8700
 MAX_SERVERS, MAX_CLIENTS = 7, 50
 
 
@@ -71,7 +72,6 @@ class Plan:
         """Return each node's ports by key of ``cluster.toml``. client-1 has Consul's standard ones."""
         offset, nodes = self.port_offset, {}
         for n in range(1, self.servers + 1):
-            # Servers begin at 8520; clients beyond the second go after them.
             step = 10 * (n + 1)
             nodes[f"server-{n}"] = {
                 "rpc_port": RPC_PORT + n - 1 + offset,
@@ -79,11 +79,11 @@ class Plan:
                 "dns_port": DNS_PORT + step + offset,
             }
         for n in range(1, self.clients + 1):
-            step = 10 * (n - 1) if n <= 2 else 10 * (n - 1 + MAX_SERVERS) + 200
-            nodes[f"client-{n}"] = {
-                "http_port": HTTP_PORT + step + offset,
-                "dns_port": DNS_PORT + step + offset,
-            }
+            http, dns = HTTP_PORT + 10 * (n - 1), DNS_PORT + 10 * (n - 1)
+            if n > 2:  # beyond the servers' ports
+                http = MORE_CLIENTS_PORT + 10 * (n - 3)
+                dns = http + 1
+            nodes[f"client-{n}"] = {"http_port": http + offset, "dns_port": dns + offset}
         return nodes
 
     def toml(self) -> str:
