@@ -1,0 +1,401 @@
+"""LocalAgent: what is registered on this node and everything that is done for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+
+from node.agent.checks.manager import CheckManager
+from node.agent.definitions import (
+    SIDECAR_SUFFIX,
+    TYPE_SIDECAR,
+    BadDefinition,
+    CheckDefinition,
+    ServiceDefinition,
+    sidecar_of,
+)
+from node.agent.leaf import LeafManager
+from node.agent.local import NODE_ITEM, LocalCheck, LocalState
+from node.agent.options import AgentOptions
+from node.agent.sidecars import SidecarFeed, StreamHolder
+from node.agent.store import AgentStore, SavedCheck, SavedService
+from node.agent.sync import AntiEntropy
+from node.agent.views import Views
+from node.backend import Backend
+from node.errors import NodeError, Refused
+from node.tasks import Tasks
+from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING, STATUSES, Node, Weights
+
+log = logging.getLogger("lictor.agent")
+
+SERVER_SERVICE = "consul"
+"""The service under which Consul's servers are found; registered by each server's agent, hidden in its own lists."""
+STREAM_REGISTER_WAIT_S = 2.0
+
+
+class Unknown(NodeError):
+    """No such service or check on this agent."""
+
+    http_status = 404
+
+
+class StreamHeld(NodeError):
+    """The sidecar has a live stream already; the text names its holder."""
+
+    http_status = 409
+
+
+class LocalAgent:
+    """One node's agent. Use on one event loop; ``await start()`` first, ``await stop()`` at the end."""
+
+    def __init__(self, backend: Backend, options: AgentOptions, *, rng: random.Random | None = None) -> None:
+        self.backend, self.options = backend, options
+        self._rng = rng or random.Random()
+        directory = options.data_dir / "agent"
+        self.store = AgentStore(directory)
+        self.local = LocalState(options.node)
+        self.views = Views(backend)
+        self.leaves = LeafManager(backend, self.views, directory / "leaves", rng=self._rng)
+        self.sync = AntiEntropy(
+            backend, self.views, self.local, self.node_row, interval_s=options.sync_interval_s, rng=self._rng
+        )
+        self.checks = CheckManager(self.local, self.views, self._reap, rng=self._rng)
+        self.started_at = time.time()
+        self.node_id = ""
+        self._streams: dict[str, tuple[SidecarFeed, StreamHolder]] = {}
+        self._grace: dict[str, asyncio.TimerHandle] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._tasks = Tasks("agent")
+
+    async def start(self) -> None:
+        """Load what was registered, and begin to check, sync and follow."""
+        self.node_id = await asyncio.to_thread(self.store.node_id)
+        services, checks = await asyncio.to_thread(self.store.load)
+        self.checks.start()
+        await self.leaves.start()
+        await self.sync.start()
+        if self.options.is_server:
+            services.append(SavedService(self._server_service()))
+        for saved in services:
+            self._apply_service(saved.service, saved.checks)
+        for one in checks:
+            self.checks.add(self.local.put_check(one.check, self._now(), own_file=True))
+        for check in tuple(self.local.checks.values()):
+            if check.definition.type() == TYPE_SIDECAR:
+                self._give_grace(check.definition.check_id)
+        self.sync.mark(NODE_ITEM)
+
+    async def stop(self) -> None:
+        """End streams and checks; registrations stay, here and in the catalog."""
+        for feed, _ in tuple(self._streams.values()):
+            feed.close()
+        for timer in self._grace.values():
+            timer.cancel()
+        await self.checks.stop()
+        await self.sync.stop()
+        await self.leaves.stop()
+        await self._tasks.close()
+        await self.views.close()
+
+    def node_row(self) -> Node:
+        """Return this node's row in the catalog."""
+        options = self.options
+        meta = {**options.meta, "consul-network-segment": ""}
+        if options.zone:
+            meta.setdefault("zone", options.zone)
+        address = options.address
+        return Node(
+            node=options.node,
+            address=address,
+            id=self.node_id,
+            datacenter=options.datacenter,
+            tagged_addresses={"lan": address, "lan_ipv4": address, "wan": address, "wan_ipv4": address},
+            meta=meta,
+        )
+
+    # Services
+
+    async def register_service(
+        self, definition: ServiceDefinition, *, replace_checks: bool = False, wait_s: float | None = None
+    ) -> None:
+        """Register a service, and its sidecar if it asks for one.
+
+        Returns when it is durable here, and in the catalog or ``wait_s`` has passed (then it is synced later).
+        Raises BadDefinition, or Refused when the catalog refuses it: then nothing has changed.
+        """
+        self._require_valid(definition)
+        service_id = definition.service_id()
+        sidecar = sidecar_of(definition, self._sidecar_port(service_id))
+        if sidecar is not None:
+            self._require_valid(sidecar)
+        before = self._saved(service_id)
+        await self._register_one(definition, replace_checks, wait_s)
+        if sidecar is None:
+            return
+        try:
+            await self._register_one(sidecar, replace_checks, wait_s)
+        except Refused:
+            await self._restore(service_id, before)
+            raise
+
+    async def _register_one(self, definition: ServiceDefinition, replace_checks: bool, wait_s: float | None) -> None:
+        service_id = definition.service_id()
+        async with self._lock(service_id):
+            before = self._saved(service_id)
+            checks = {check.check_id: check for check in definition.all_checks()}
+            if before is not None and not replace_checks:
+                checks = {check.check_id: check for check in before.checks} | checks
+            kept = msgspec.structs.replace(definition, check=None, checks=())
+            saved = SavedService(kept, tuple(checks.values()))
+            await self.store.save_service(saved)
+            self._apply_service(saved.service, saved.checks)
+            refusal = await self.sync.settled(
+                ("service", service_id), self.options.register_wait_s if wait_s is None else wait_s
+            )
+            if isinstance(refusal, Refused):
+                await self._restore(service_id, before)
+                raise refusal
+
+    async def deregister_service(self, service_id: str) -> None:
+        """Withdraw a service, its checks and its sidecar. Raises Unknown."""
+        if service_id not in self.local.services or (service_id == SERVER_SERVICE and self.options.is_server):
+            raise Unknown(
+                f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.'
+            )
+        await self._withdraw(service_id)
+        sidecar_id = service_id + SIDECAR_SUFFIX
+        if sidecar_id in self.local.services:
+            await self._withdraw(sidecar_id)
+
+    async def _withdraw(self, service_id: str) -> None:
+        async with self._lock(service_id):
+            await self.store.forget_service(service_id)
+            for check in self.local.checks_of(service_id):
+                if check.own_file:
+                    await self.store.forget_check(check.definition.check_id)
+            self._remove_service(service_id)
+            await self.sync.settled(("service", service_id), self.options.register_wait_s)
+
+    def _apply_service(self, definition: ServiceDefinition, checks: tuple[CheckDefinition, ...]) -> None:
+        service_id = definition.service_id()
+        self.local.put_service(definition)
+        wanted = {check.check_id for check in checks}
+        for check in self.local.checks_of(service_id):
+            if check.definition.check_id not in wanted and not check.own_file:
+                self._drop_check(check.definition.check_id)
+        for one in checks:
+            self.checks.add(self.local.put_check(one, self._now()))
+
+    def _remove_service(self, service_id: str) -> None:
+        if (held := self._streams.get(service_id)) is not None:
+            held[0].close()
+        for check in self.local.checks_of(service_id):
+            self._drop_check(check.definition.check_id)
+        self.local.drop_service(service_id)
+
+    def _saved(self, service_id: str) -> SavedService | None:
+        service = self.local.services.get(service_id)
+        if service is None:
+            return None
+        own = tuple(check.definition for check in self.local.checks_of(service_id) if not check.own_file)
+        return SavedService(service.definition, own)
+
+    async def _restore(self, service_id: str, before: SavedService | None) -> None:
+        if before is None:
+            await self.store.forget_service(service_id)
+            self._remove_service(service_id)
+        else:
+            await self.store.save_service(before)
+            self._apply_service(before.service, before.checks)
+
+    def _require_valid(self, definition: ServiceDefinition) -> None:
+        problem = definition.problem()
+        if problem:
+            raise BadDefinition(problem)
+        for check in definition.all_checks():
+            self._require_valid_check(check)
+
+    def _require_valid_check(self, check: CheckDefinition) -> None:
+        problem = check.problem(scripts_enabled=self.options.enable_script_checks)
+        if problem:
+            raise BadDefinition(f"Invalid check: {problem}")
+
+    def _sidecar_port(self, service_id: str) -> int:
+        """Return the sidecar's port: the one it has, else the first that no service here has."""
+        held = self.local.services.get(service_id + SIDECAR_SUFFIX)
+        if held is not None and held.row.port:
+            return held.row.port
+        taken = {service.row.port for service in self.local.services.values()}
+        for port in range(self.options.sidecar_port_min, self.options.sidecar_port_max + 1):
+            if port not in taken:
+                return port
+        raise BadDefinition("no port is left for a sidecar: name one in Connect.SidecarService.Port")
+
+    def _server_service(self) -> ServiceDefinition:
+        return ServiceDefinition(
+            name=SERVER_SERVICE, id=SERVER_SERVICE, port=self.options.rpc_port, weights=Weights(passing=1, warning=1)
+        )
+
+    # Checks
+
+    async def register_check(self, definition: CheckDefinition) -> None:
+        """Register a check on the node or on one of its services. Raises BadDefinition, Unknown, Refused."""
+        if not definition.name and not definition.check_id:
+            raise BadDefinition("Missing check name")
+        definition = msgspec.structs.replace(definition, check_id=definition.check_id or definition.name)
+        self._require_valid_check(definition)
+        await self._put_own_check(definition)
+
+    async def _put_own_check(self, definition: CheckDefinition) -> None:
+        if definition.service_id and definition.service_id not in self.local.services:
+            raise Unknown(f'ServiceID "{definition.service_id}" does not exist')
+        async with self._lock("check " + definition.check_id):
+            await self.store.save_check(SavedCheck(definition))
+            self.checks.add(self.local.put_check(definition, self._now(), own_file=True))
+            refusal = await self.sync.settled(("check", definition.check_id), self.options.register_wait_s)
+            if isinstance(refusal, Refused):
+                await self.store.forget_check(definition.check_id)
+                self._drop_check(definition.check_id)
+                raise refusal
+
+    async def deregister_check(self, check_id: str) -> None:
+        """Withdraw a check. Raises Unknown."""
+        check = self._check(check_id)
+        if check.own_file:
+            await self.store.forget_check(check_id)
+            self._drop_check(check_id)
+        else:
+            service_id = check.row.service_id
+            self._drop_check(check_id)
+            if (saved := self._saved(service_id)) is not None:
+                await self.store.save_service(saved)
+        await self.sync.settled(("check", check_id), self.options.register_wait_s)
+
+    async def update_ttl(self, check_id: str, status: str, output: str) -> None:
+        """Take a TTL check's update. Raises Unknown, BadDefinition."""
+        check = self._check(check_id)
+        if status not in STATUSES:
+            raise BadDefinition(f"Invalid check status: '{status}'")
+        if check.definition.type() != "ttl":
+            raise Unknown(f'CheckID "{check_id}" does not have associated TTL')
+        self.checks.heard(check_id, status, output)
+        await self.sync.settled(("check", check_id), self.options.register_wait_s)
+
+    async def set_maintenance(self, service_id: str, enable: bool, reason: str) -> None:
+        """Put a service (or with an empty id the node) in or out of maintenance. Raises Unknown."""
+        if service_id and service_id not in self.local.services:
+            raise Unknown(
+                f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.'
+            )
+        check_id = f"_service_maintenance:{service_id}" if service_id else "_node_maintenance"
+        what = "service" if service_id else "node"
+        if not enable:
+            if check_id in self.local.checks:
+                await self.deregister_check(check_id)
+            return
+        default = (
+            f"Maintenance mode is enabled for this {what}, but no reason was provided. This is a default message."
+        )
+        await self._put_own_check(
+            CheckDefinition(
+                check_id=check_id,
+                name=f"{what.capitalize()} Maintenance Mode",
+                notes=reason or default,
+                service_id=service_id,
+                status=CRITICAL,
+            )
+        )
+
+    def _check(self, check_id: str) -> LocalCheck:
+        check = self.local.checks.get(check_id)
+        if check is None:
+            raise Unknown(f'Unknown check ID "{check_id}". Ensure that the check ID is passed, not the check name.')
+        return check
+
+    def _drop_check(self, check_id: str) -> None:
+        if (timer := self._grace.pop(check_id, None)) is not None:
+            timer.cancel()
+        self.checks.remove(check_id)
+        self.local.drop_check(check_id)
+
+    def _reap(self, service_id: str) -> None:
+        async def reap() -> None:
+            try:
+                await self.deregister_service(service_id)
+            except Unknown:
+                return
+
+        self._tasks.spawn(reap())
+
+    # Sidecars
+
+    @asynccontextmanager
+    async def sidecar_stream(self, definition: ServiceDefinition, pid: str = "") -> AsyncIterator[SidecarFeed]:
+        """Register a sidecar and hold its configuration stream.
+
+        While the context is held its check is passing; when it ends the check is critical at once. Raises StreamHeld,
+        BadDefinition, Unknown (its service is not registered here), Refused.
+        """
+        sidecar_id = definition.service_id()
+        if (held := self._streams.get(sidecar_id)) is not None:
+            raise StreamHeld(
+                f"sidecar {sidecar_id} has a live stream already (held by {held[1]}); stop that process first"
+            )
+        definition, stream_check = self._sidecar_definition(definition)
+        row = definition.to_row(self.options.node)
+        feed = SidecarFeed(self.options, self.views, self.leaves, row)
+        self._streams[sidecar_id] = (feed, StreamHolder(pid, time.time()))
+        try:
+            await self._register_one(definition, True, STREAM_REGISTER_WAIT_S)
+            if (timer := self._grace.pop(stream_check, None)) is not None:
+                timer.cancel()
+            self.local.set_verdict(stream_check, PASSING, "the sidecar holds its stream", self._now())
+            yield feed
+        finally:
+            if self._streams.get(sidecar_id, (None,))[0] is feed:
+                del self._streams[sidecar_id]
+                self._stream_lost(stream_check, "the sidecar's stream has ended")
+
+    def _sidecar_definition(self, definition: ServiceDefinition) -> tuple[ServiceDefinition, str]:
+        definition = msgspec.structs.replace(definition, kind=KIND_CONNECT_PROXY, check=None, checks=(), connect=None)
+        self._require_valid(definition)
+        sidecar_id, proxy = definition.service_id(), definition.proxy
+        target = proxy.destination_service_id if proxy is not None else ""
+        if target not in self.local.services:
+            raise Unknown(
+                f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not registered '
+                f"with this agent; register it first: lictor services register -name NAME -id {target or 'ID'}"
+            )
+        stream_check = f"service:{sidecar_id}"
+        checks = (
+            CheckDefinition(check_id=stream_check, name="Sidecar Stream", status=PASSING, sidecar=True),
+            CheckDefinition(
+                check_id=f"{stream_check}:alias", name=f"Connect Sidecar Aliasing {target}", alias_service=target
+            ),
+        )
+        return msgspec.structs.replace(definition, checks=checks), stream_check
+
+    def _stream_lost(self, check_id: str, why: str) -> None:
+        self.local.set_verdict(check_id, CRITICAL, why, self._now())
+
+    def _give_grace(self, check_id: str) -> None:
+        """After a start: the sidecar has most likely outlived us and streams again in a moment."""
+        self.local.set_verdict(check_id, PASSING, "the agent has started; awaiting the sidecar's stream", self._now())
+
+        def over() -> None:
+            self._grace.pop(check_id, None)
+            self._stream_lost(check_id, "the sidecar has not streamed since the agent started")
+
+        self._grace[check_id] = asyncio.get_running_loop().call_later(self.options.sidecar_grace_s, over)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,289 @@
+"""Configuration streams of the sidecars on this host: one live stream per sidecar, fed by views.
+
+A change that arrives in a view is on its way to the sidecar in the next turn of the loop. A section is sent when it
+differs from what this stream last sent. Sections that are not known (no server reached yet) are left out, and the
+sidecar keeps what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from node.agent.leaf import LeafEntry, LeafManager
+from node.agent.options import AgentOptions
+from node.agent.upstreams import Resolution, resolve
+from node.agent.views import View, Views
+from proxy.authz import compile_policy
+from raftstate.model.catalog import CRITICAL, WARNING, CatalogService, InstanceHealth, ServiceInstance, Upstream
+from raftstate.model.connect import CARoots, Revocation
+from raftstate.model.identity import Identity
+from raftstate.model.intention import Intention, precedence
+from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
+
+FIRST_LINE_WAIT_S = 3.0
+"""How long the first line waits to be complete; after that it carries what is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHolder:
+    """Who holds a sidecar's stream: for the text that refuses a second one."""
+
+    pid: str
+    since: float
+    """Unix time."""
+
+    def __str__(self) -> str:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self.since))
+        return f"pid {self.pid or 'unknown'}, since {moment}"
+
+
+@dataclass(slots=True)
+class _UpstreamState:
+    """One upstream's views. ``endpoints`` belongs to the service it resolves to now."""
+
+    upstream: Upstream
+    named: View | None = None
+    on_port: View | None = None
+    endpoints: View | None = None
+    resolution: Resolution = field(default_factory=Resolution)
+
+
+class SidecarFeed:
+    """One sidecar's stream of updates. ``close`` ends it from outside; leaving :meth:`updates` releases all views."""
+
+    def __init__(self, options: AgentOptions, views: Views, leaves: LeafManager, row: ServiceInstance) -> None:
+        if row.proxy is None:
+            raise ValueError("a sidecar's registration has a Proxy")
+        self._options, self._views, self._leaves, self._row, self._proxy = options, views, leaves, row, row.proxy
+        self._wake = asyncio.Event()
+        self._closed = False
+        self._version = 0
+        self._sent: dict[str, Any] = {}
+        self._held: list[tuple[View, Callable[[], None]]] = []
+        self._identity = Identity(service=self._proxy.destination_service_name, instance=self._instance)
+
+    @property
+    def _instance(self) -> str:
+        return self._proxy.destination_service_id
+
+    def close(self) -> None:
+        """End the stream."""
+        self._closed = True
+        self._wake.set()
+
+    async def updates(self) -> AsyncIterator[SidecarUpdate]:
+        """Yield what is to be sent: first everything, then what changed, and a heartbeat when nothing did."""
+        service = self._proxy.destination_service_name
+        leaf = self._leaves.entry(service, self._instance)
+        leaf.holders += 1
+        stop_leaf = leaf.listen(self._wake.set)
+        try:
+            roots = self._hold("connect.roots")
+            match = {"name": service, "instance": self._instance}
+            intentions = self._hold("intentions.match", {"by": "destination", **match})
+            revocations = self._hold("connect.revocations")
+            sources: View | None = None
+            if any(one.destination_port for one in self._proxy.upstreams):
+                sources = self._hold("intentions.match", {"by": "source", **match})
+            upstreams = [self._open_upstream(one) for one in self._proxy.upstreams]
+            deadline = asyncio.get_running_loop().time() + FIRST_LINE_WAIT_S
+            while not self._closed:
+                self._wake.clear()
+                sections = self._sections(roots, intentions, revocations, leaf, sources, upstreams)
+                now = asyncio.get_running_loop().time()
+                complete = all(value is not None for value in sections.values())
+                if not self._sent and not complete and now < deadline:
+                    await self._sleep(deadline - now)
+                    continue
+                changed = {
+                    name: value
+                    for name, value in sections.items()
+                    if value is not None and self._sent.get(name, msgspec.UNSET) != value
+                }
+                if changed:
+                    self._sent.update(changed)
+                    yield self._update(changed)
+                    continue
+                if not await self._sleep(self._options.heartbeat_s) and not self._closed:
+                    yield self._update({})
+        finally:
+            stop_leaf()
+            leaf.holders -= 1
+            for view, stop in self._held:
+                stop()
+                self._views.release(view)
+
+    def _update(self, sections: dict[str, Any]) -> SidecarUpdate:
+        self._version += 1
+        return SidecarUpdate(version=self._version, **sections)
+
+    async def _sleep(self, timeout_s: float) -> bool:
+        """Wait for a change; return whether there is one."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _hold(self, name: str, params: dict[str, Any] | None = None) -> View:
+        view = self._views.acquire(name, params)
+        self._held.append((view, view.listen(self._wake.set)))
+        return view
+
+    def _let_go(self, view: View) -> None:
+        for held in self._held:
+            if held[0] is view:
+                self._held.remove(held)
+                held[1]()
+                self._views.release(view)
+                return
+
+    def _open_upstream(self, upstream: Upstream) -> _UpstreamState:
+        state = _UpstreamState(upstream)
+        name = upstream.destination_name or upstream.upstream_name
+        if not upstream.destination_name or upstream.destination_port:
+            state.named = self._hold("catalog.service", {"service": name})
+        if upstream.destination_port:
+            state.on_port = self._hold("catalog.services_by_port", {"port": upstream.destination_port})
+        return state
+
+    def _sections(
+        self,
+        roots: View,
+        intentions: View,
+        revocations: View,
+        leaf: LeafEntry,
+        sources: View | None,
+        upstreams: list[_UpstreamState],
+    ) -> dict[str, Any]:
+        bundle = next(iter(roots.typed(CARoots)), None) if roots.known else None
+        found: list[SidecarUpstream | None] = [self._upstream(state, sources) for state in upstreams]
+        return {
+            "self": self._self(bundle) if bundle is not None else None,
+            "leaf": leaf.leaf,
+            "roots": _bundle(bundle) if bundle is not None and bundle.roots else None,
+            "intentions": intentions.memo("by precedence", lambda: _by_precedence(intentions))
+            if intentions.known
+            else None,
+            "default_allow": self._options.default_allow,
+            "revocations": revocations.typed(Revocation) if revocations.known else None,
+            "upstreams": None if None in found else tuple(found),
+        }
+
+    def _self(self, bundle: CARoots) -> SidecarSelf:
+        row, proxy = self._row, self._proxy
+        return SidecarSelf(
+            proxy_id=row.id,
+            service=proxy.destination_service_name,
+            service_id=proxy.destination_service_id,
+            node=row.node,
+            datacenter=self._options.datacenter,
+            trust_domain=bundle.trust_domain,
+            public_address=row.address or self._options.address,
+            public_port=row.port,
+            local_address=proxy.local_service_address or "127.0.0.1",
+            local_port=proxy.local_service_port,
+            protocol=_protocol(proxy.config) or "tcp",
+            zone=row.locality.get("Zone", "") or row.locality.get("zone", "") or self._options.zone,
+            config=proxy.config,
+        )
+
+    def _upstream(self, state: _UpstreamState, sources: View | None) -> SidecarUpstream | None:
+        """Return the upstream as it is known now; None while nothing is known of where it leads."""
+        upstream = state.upstream
+        awaited = (state.named, state.on_port, sources if upstream.destination_port else None)
+        if any(view is not None and not view.known for view in awaited):
+            return None
+        resolution = self._resolve(state, sources)
+        if resolution.service != state.resolution.service or resolution.loopback_port or state.endpoints is None:
+            if state.endpoints is not None:
+                self._let_go(state.endpoints)
+            leads_away = resolution.service and not resolution.loopback_port
+            state.endpoints = self._hold("health.connect", {"service": resolution.service}) if leads_away else None
+        state.resolution = resolution
+        endpoints: tuple[Endpoint, ...] = ()
+        protocol = _protocol(upstream.config)
+        if (view := state.endpoints) is not None:
+            if not view.known:
+                return None
+            endpoints = view.memo("endpoints", lambda: _endpoints(view))
+            protocol = protocol or view.memo("protocol", lambda: _protocol_of(view))
+        return SidecarUpstream(
+            name=upstream.upstream_name or upstream.destination_name,
+            service=resolution.service,
+            bind_address=upstream.local_bind_address,
+            bind_port=upstream.local_bind_port,
+            protocol=protocol or "tcp",
+            endpoints=endpoints,
+            loopback_port=resolution.loopback_port,
+            error=resolution.error,
+            config=upstream.config,
+        )
+
+    def _resolve(self, state: _UpstreamState, sources: View | None) -> Resolution:
+        upstream = state.upstream
+        named = {row.service_name for row in state.named.typed(CatalogService)} if state.named is not None else set()
+        on_port = state.on_port.typed(ServiceInstance) if state.on_port is not None else ()
+        if sources is None:
+            policy = compile_policy((), self._options.default_allow)
+        else:
+            policy = sources.memo(
+                "policy", lambda: compile_policy(sources.typed(Intention), self._options.default_allow)
+            )
+        return resolve(upstream, self._identity, self._proxy.local_service_port, named, on_port, policy)
+
+
+def _bundle(roots: CARoots) -> tuple[str, ...]:
+    """Return the trusted certificates, the active root first. A cross-signed form is not a root of trust."""
+    ordered = sorted(roots.roots, key=lambda root: (not root.active, root.id))
+    return tuple(root.root_cert for root in ordered)
+
+
+def _by_precedence(view: View) -> tuple[Intention, ...]:
+    return tuple(
+        sorted(
+            view.typed(Intention),
+            key=lambda one: (-precedence(one), one.destination_name, one.source_name, one.source_service),
+        )
+    )
+
+
+def _endpoints(view: View) -> tuple[Endpoint, ...]:
+    found = []
+    for row in view.typed(InstanceHealth):
+        service, proxy = row.service, row.service.proxy
+        status = row.status()
+        found.append(
+            Endpoint(
+                node=service.node,
+                address=row.dial_address(),
+                port=service.port,
+                service=proxy.destination_service_name if proxy is not None else service.service,
+                service_id=proxy.destination_service_id if proxy is not None else service.id,
+                weight=service.weights.warning if status == WARNING else service.weights.passing,
+                zone=service.locality.get("Zone", "") or row.node.meta.get("zone", ""),
+                healthy=status != CRITICAL,
+                meta=service.meta,
+            )
+        )
+    return tuple(sorted(found, key=lambda one: (one.node, one.service_id, one.port)))
+
+
+def _protocol(config: dict[str, Any]) -> str:
+    value = config.get("protocol", config.get("Protocol", ""))
+    return value if isinstance(value, str) else ""
+
+
+def _protocol_of(view: View) -> str:
+    """Return what the instances behind an upstream speak, when they all say the same."""
+    said = {
+        _protocol(row.service.proxy.config) for row in view.typed(InstanceHealth) if row.service.proxy is not None
+    }
+    return said.pop() if len(said) == 1 else ""
