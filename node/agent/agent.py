@@ -51,6 +51,10 @@ class StreamHeld(NodeError):
     http_status = 409
 
 
+def _unknown_service(service_id: str) -> Unknown:
+    return Unknown(f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.')
+
+
 class LocalAgent:
     """One node's agent. Use on one event loop; ``await start()`` first, ``await stop()`` at the end."""
 
@@ -165,9 +169,7 @@ class LocalAgent:
     async def deregister_service(self, service_id: str) -> None:
         """Withdraw a service, its checks and its sidecar. Raises Unknown."""
         if service_id not in self.local.services or (service_id == SERVER_SERVICE and self.options.is_server):
-            raise Unknown(
-                f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.'
-            )
+            raise _unknown_service(service_id)
         await self._withdraw(service_id)
         sidecar_id = service_id + SIDECAR_SUFFIX
         if sidecar_id in self.local.services:
@@ -290,9 +292,7 @@ class LocalAgent:
     async def set_maintenance(self, service_id: str, enable: bool, reason: str) -> None:
         """Put a service (or with an empty id the node) in or out of maintenance. Raises Unknown."""
         if service_id and service_id not in self.local.services:
-            raise Unknown(
-                f'Unknown service ID "{service_id}". Ensure that the service ID is passed, not the service name.'
-            )
+            raise _unknown_service(service_id)
         check_id = f"_service_maintenance:{service_id}" if service_id else "_node_maintenance"
         what = "service" if service_id else "node"
         if not enable:
@@ -369,8 +369,8 @@ class LocalAgent:
         target = proxy.destination_service_id if proxy is not None else ""
         if target not in self.local.services:
             raise Unknown(
-                f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not registered '
-                f"with this agent; register it first: lictor services register -name NAME -id {target or 'ID'}"
+                f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not '
+                f"registered with this agent; register it first: lictor services register -name NAME -id {target or 'ID'}"
             )
         stream_check = f"service:{sidecar_id}"
         checks = (

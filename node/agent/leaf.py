@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -269,7 +270,7 @@ def signed_by(leaf_pem: str, root_pem: str, intermediates: tuple[str, ...] = ())
     for pem in (root_pem, *intermediates):
         try:
             leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(pem.encode()))
-        except Exception:  # noqa: BLE001 - InvalidSignature, ValueError, TypeError: each means "not by this one"
+        except (InvalidSignature, ValueError, TypeError):
             continue
         return True
     return False

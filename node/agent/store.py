@@ -84,6 +84,6 @@ class AgentStore:
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=kind))
             except (OSError, msgspec.DecodeError) as error:
-                log.error("%s cannot be used and is set aside as .damaged: %s", path, error)
+                log.warning("%s cannot be used and is set aside as .damaged: %s", path, error)
                 path.rename(path.with_suffix(".damaged"))
         return found

@@ -80,8 +80,8 @@ def _by_port(label: str, port: int, source: Identity, rows: list[ServiceInstance
         )
     if found:
         return Resolution(
-            error=f"upstream {label!r}: on port {port} there is {', '.join(found)}, and no intention lets {who} reach "
-            f"it; create one: lictor intentions create -from {who} -to {found[0]}"
+            error=f"upstream {label!r}: on port {port} there is {', '.join(found)}, and no intention lets {who} "
+            f"reach it; create one: lictor intentions create -from {who} -to {found[0]}"
         )
     return Resolution(
         error=f"upstream {label!r}: no service of that name, and none is registered on port {port}; "

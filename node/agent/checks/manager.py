@@ -24,7 +24,7 @@ REAP_PERIOD_S = 5.0
 
 
 class CheckManager:
-    """Runs the checks of ``local``. ``reap`` is called with the id of a service that has been critical for too long."""
+    """Runs the checks of ``local``; ``reap`` is told the id of a service that has been critical for too long."""
 
     def __init__(
         self, local: LocalState, views: Views, reap: Callable[[str], None], *, rng: random.Random | None = None
@@ -112,10 +112,11 @@ class CheckManager:
             if check.definition.type() != "alias" or check_id == name:
                 continue
             target = check.definition.alias_service
-            whole_node = changed is not None and not changed.row.service_id
-            if (kind == "check" and (changed is None or whole_node or changed.row.service_id == target)) or (
-                kind == "service" and name == target
-            ):
+            bears = kind == "service" and name == target
+            if kind == "check":
+                # Of a check that is gone it is no longer known whose it was.
+                bears = changed is None or changed.row.service_id in ("", target)
+            if bears:
                 self._judge_alias(check_id)
 
     def _judge_alias(self, check_id: str) -> None:
@@ -146,10 +147,10 @@ class CheckManager:
             now = asyncio.get_running_loop().time()
             for check in tuple(self._local.checks.values()):
                 after_s = check.definition.deregister_critical_service_after
-                if after_s and check.critical_since is not None and check.row.service_id:
-                    if now - check.critical_since > max(after_s, REAP_AFTER_MIN_S):
-                        log.warning(
-                            "service %s is deregistered: check %s has been critical for too long",
-                            check.row.service_id, check.row.check_id,
-                        )  # fmt: skip
-                        self._reap(check.row.service_id)
+                since = check.critical_since
+                if not after_s or since is None or not check.row.service_id:
+                    continue
+                if now - since > max(after_s, REAP_AFTER_MIN_S):
+                    why = f"check {check.row.check_id} has been critical for too long"
+                    log.warning("service %s is deregistered: %s", check.row.service_id, why)
+                    self._reap(check.row.service_id)

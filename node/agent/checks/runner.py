@@ -1,4 +1,4 @@
-"""Runs one probe again and again: with jitter, a deadline, never overlapping, and thresholds before the state turns."""
+"""Runs one probe again and again: jitter, a deadline, no overlap, and thresholds before the state turns."""
 
 from __future__ import annotations
 
