@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from cli.chaos.history import READ
@@ -12,7 +13,7 @@ def longest_write_gap_s(report: Report) -> float:
     """Return the longest time between two acknowledged writes, the run's ends included."""
     moments = sorted(op.returned_s for op in report.history.operations if op.kind != READ and op.known)
     ends = [0.0, *moments, report.history.duration_s]
-    return max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    return max(b - a for a, b in itertools.pairwise(ends))
 
 
 def lines(report: Report) -> list[str]:
