@@ -50,7 +50,7 @@ class LocalBackend:
         wait_s: float = 0.0,
     ) -> QueryResult:
         """Read; every mode is as good as `consistent` here."""
-        answer = await self.reads.ask_blocking(name, params or {}, min_index, wait_s)
+        answer = await self.reads.blocking(name, params or {}, min_index, wait_s)
         return QueryResult(answer.index, True, 0, answer.value, mode)
 
     def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:

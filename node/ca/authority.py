@@ -80,7 +80,7 @@ class Authority:
         if active is None:
             raise NoLeader("the certificate authority has no root yet: try again in a moment")
         if self._signer is None or self._signer.root != active:
-            material: SigningMaterial = self._ask("connect.signing_material", {}).value
+            material: SigningMaterial = self._ask("internal.ca_signing_material", {}).value
             self._signer = Signer.load(active, unseal(material.sealed_key, self._cluster_key, active.id))
         return self._signer
 

@@ -19,7 +19,7 @@ from proxy.logs import BurstLog
 
 log = logging.getLogger("lictor.rpc")
 
-RaftAccept = Callable[[Peer, asyncio.StreamReader, asyncio.StreamWriter], None]
+RaftAccept = Callable[[Peer], asyncio.Protocol]
 
 
 class _Raw(asyncio.Protocol):
@@ -57,7 +57,7 @@ def _cause(error: BaseException) -> str:
 
 
 class Listener:
-    """Accepts on one address. `accept_raft` gets the streams of servers that speak raft."""
+    """Accepts on one address. `accept_raft` gives the protocol for a server's raft link."""
 
     def __init__(
         self,
@@ -159,10 +159,6 @@ class Listener:
         elif protocol == ALPN_RAFT and self._accept_raft is not None:
             if peer.role != SERVER:
                 raise PkiError(f"{peer.node} is a {peer.role}: only a server may speak raft")
-            reader = asyncio.StreamReader()
-            stream = asyncio.StreamReaderProtocol(reader)
-            gate.hand_over(transport, stream)
-            writer = asyncio.StreamWriter(transport, stream, reader, asyncio.get_running_loop())
-            self._accept_raft(peer, reader, writer)
+            gate.hand_over(transport, self._accept_raft(peer))
         else:
             raise PkiError(f"it asked for no protocol of this port ({ALPN_RAFT}, {ALPN_RPC}), but for {protocol}")

@@ -117,10 +117,15 @@ async def test_an_unknown_protocol(tmp_path: Path, caplog: pytest.LogCaptureFixt
 async def test_a_client_may_not_speak_raft(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     accepted: list[Peer] = []
 
-    def accept(peer: Peer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    class Raft(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.write(b"raft")
+            transport.close()
+
+    def accept(peer: Peer) -> asyncio.Protocol:
         accepted.append(peer)
-        writer.write(b"raft")
-        writer.close()
+        return Raft()
 
     async with rpc_ends(tmp_path, methods(), accept_raft=accept) as ends:
         context = pki.client_context(ends.files, "client-1", pki.ALPN_RAFT)

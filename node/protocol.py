@@ -1,0 +1,121 @@
+"""What nodes say to one another over RPC: method names and the bodies of requests and answers."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from node.backend import READ_MODES, ReadMode
+from node.errors import BadRequest
+
+APPLY = "apply"
+QUERY = "query"
+SUBSCRIBE = "subscribe"
+SIGN = "sign_leaf"
+OPERATOR = "operator"
+HEARTBEAT = "heartbeat"
+HEARTBEATS = "heartbeats"
+SNAPSHOT_SAVE = "snapshot.save"
+SNAPSHOT_RESTORE = "snapshot.restore"
+
+
+class _Body(msgspec.Struct, frozen=True, array_like=True):
+    pass
+
+
+class ApplyRequest(_Body, frozen=True):
+    """A write. `forwarded`: from a server that takes the receiver for the leader; it is not passed on again."""
+
+    request_id: str
+    command: msgspec.Raw
+    forwarded: bool = False
+
+
+class ApplyReply(_Body, frozen=True):
+    """The outcome; `refusal` is (code, message, http status)."""
+
+    index: int
+    value: Any = None
+    refusal: tuple[str, str, int] | None = None
+
+
+class QueryRequest(_Body, frozen=True):
+    """A read; with `min_index` and `wait_s` a blocking one. `seen_index`: answer nothing older than this."""
+
+    name: str
+    params: dict[str, Any]
+    mode: str = "default"
+    min_index: int = 0
+    wait_s: float = 0.0
+    seen_index: int = 0
+    forwarded: bool = False
+
+
+class QueryReply(_Body, frozen=True):
+    """`applied_index`: the log index that the answering server had applied."""
+
+    index: int
+    applied_index: int
+    known_leader: bool
+    last_contact_ms: int
+    value: msgspec.Raw
+
+
+class SubscribeRequest(_Body, frozen=True):
+    """Follow a query; `from_index` is the index of the rows that the caller holds already."""
+
+    name: str
+    params: dict[str, Any]
+    from_index: int = 0
+
+
+class SignRequest(_Body, frozen=True):
+    """A leaf for a service or instance. `node`: who asked, believed from servers only."""
+
+    csr_pem: str
+    service: str
+    instance: str = ""
+    node: str = ""
+
+
+class OperatorRequest(_Body, frozen=True):
+    """An operator's verb."""
+
+    verb: str
+    params: dict[str, Any] = {}
+    forwarded: bool = False
+
+
+class HeartbeatReply(_Body, frozen=True):
+    """`servers`: (name, address) of every server; the agent may talk to any of them."""
+
+    known_leader: bool
+    last_contact_ms: int
+    servers: tuple[tuple[str, str], ...]
+
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(body: Any) -> bytes:
+    """Return a body's bytes."""
+    return _encoder.encode(body)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Parse a body. Raises BadRequest that names the field."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequest(f"malformed {kind.__name__}: {error}") from None
+
+
+def read_mode(text: str) -> ReadMode:
+    """Return the mode. Raises BadRequest."""
+    for mode in READ_MODES:
+        if mode == text:
+            return mode
+    raise BadRequest(f"read mode must be one of {', '.join(READ_MODES)}, not {text!r}")
