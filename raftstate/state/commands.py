@@ -156,7 +156,7 @@ class KVSet(_Command, frozen=True):
 
 
 class KVDelete(_Command, frozen=True):
-    """Delete a key. Value: True; False when ``cas_index`` is not the entry's ModifyIndex (0: deletes nothing)."""
+    """Delete a key. Value: True, also when it is gone; False when ``cas_index`` is not the entry's ModifyIndex."""
 
     key: str
     cas_index: int | None = None
@@ -253,7 +253,8 @@ TxnOp = TxnKV | TxnNode | TxnService | TxnCheck
 
 
 class Txn(_Command, frozen=True):
-    """Up to 64 operations, all or none. Value: ``{"Results": [...] or None, "Errors": [{OpIndex, What}] or None}``."""
+    """Up to 64 operations, all or none. Value: ``{"Results": [...], "Errors": None}``, or ``Results`` None and
+    ``Errors`` ``[{"OpIndex", "What"}]``."""
 
     ops: tuple[TxnOp, ...]
 

@@ -1,0 +1,69 @@
+"""Configuration entries: kept as they are, but for kind and name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raftstate.state.answer import Answer, answer
+from raftstate.state.commands import DeleteConfigEntry, SetConfigEntry
+from raftstate.state.names import require_name
+from raftstate.state.policy_tables import ConfigEntry
+from raftstate.state.refusal import INVALID, Refused
+from raftstate.state.step import Step
+from raftstate.state.store import Store
+
+KINDS = ("proxy-defaults", "service-defaults", "service-resolver", "service-router", "service-splitter")
+_OWN = ("Kind", "Name", "CreateIndex", "ModifyIndex")
+
+
+def put(step: Step, command: SetConfigEntry) -> bool:
+    """Write an entry."""
+    if command.kind not in KINDS:
+        raise Refused(INVALID, f"invalid config entry kind: {command.kind} (known: {', '.join(KINDS)})")
+    require_name(command.name, "config entry name")
+    if command.kind == "proxy-defaults" and command.name != "global":
+        raise Refused(INVALID, f"invalid name ({command.name!r}), only 'global' is supported for proxy-defaults")
+    key = (command.kind, command.name)
+    old = step.store.config_entries.rows.get(key)
+    if command.cas_index is not None and command.cas_index != (old.modify_index if old else 0):
+        return False
+    entry = {field: value for field, value in command.entry.items() if field not in _OWN}
+    row = step.stamp(ConfigEntry(command.kind, command.name, entry), old)
+    if row is not None:
+        step.store.config_entries.put(key, row)
+        step.touch("config", *key)
+        step.touch("config-kind", command.kind)
+        step.touch("config-all")
+    return True
+
+
+def delete(step: Step, command: DeleteConfigEntry) -> bool:
+    """Delete an entry; one that is gone is deleted."""
+    key = (command.kind, command.name)
+    old = step.store.config_entries.rows.get(key)
+    if command.cas_index is not None and command.cas_index != (old.modify_index if old else 0):
+        return False
+    if old is not None:
+        step.store.config_entries.remove(key)
+        step.bury("config", *key)
+        step.touch("config-kind", command.kind)
+        step.touch("config-all")
+    return True
+
+
+def _shown(row: ConfigEntry) -> dict[str, Any]:
+    indexes = {"CreateIndex": row.create_index, "ModifyIndex": row.modify_index}
+    return {"Kind": row.kind, "Name": row.name, **row.entry, **indexes}
+
+
+def get(store: Store, kind: str, name: str) -> Answer:
+    """An entry in Consul's form, or None."""
+    row = store.config_entries.rows.get((kind, name))
+    return answer(store, None if row is None else _shown(row), ("config", kind, name))
+
+
+def list_kind(store: Store, kind: str = "") -> Answer:
+    """All entries of a kind (of all kinds without one), by kind and name."""
+    rows = store.config_entries.by_kind.get(kind, {}) if kind else store.config_entries.rows
+    watch = ("config-kind", kind) if kind else ("config-all",)
+    return answer(store, [_shown(rows[key]) for key in sorted(rows)], watch)

@@ -1,0 +1,147 @@
+"""Snapshots of the state: written in small chunks while commands go on, read back into fresh tables.
+
+Format 1, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index", "clock_us"}]``, then
+``[table, [row, …]]`` with tables in order and rows of at most `CHUNK_BYTES` (or one larger row), then
+``["end", {"rows": count}]``. A row is in its table's packed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from raftstate.errors import SnapshotDamaged
+from raftstate.state.store import Store
+from raftstate.state.table import TableCursor
+
+FORMAT = 1
+CHUNK_BYTES = 48 * 1024
+CHUNK_ROWS = 500
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+
+
+class _Header(msgspec.Struct, frozen=True):
+    format: int
+    index: int
+    clock_us: int
+
+
+class _End(msgspec.Struct, frozen=True):
+    rows: int
+
+
+_header_decoder = msgspec.msgpack.Decoder(_Header)
+_end_decoder = msgspec.msgpack.Decoder(_End)
+_rows_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
+
+
+class Snapshot:
+    """The state as it was when this was made. Iterate once for the chunks; close it, or use it in a ``with``."""
+
+    def __init__(self, store: Store) -> None:
+        self.index = store.index
+        self._clock_us = store.clock_us
+        self._cursors: list[TableCursor[Any, Any]] = [table.cursor() for table in store.tables()]
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield _encoder.encode(("lictor-state", _Header(FORMAT, self.index, self._clock_us)))
+        count = 0
+        for cursor in self._cursors:
+            name, pack = cursor.table.name, cursor.table.pack
+            rows: list[msgspec.Raw] = []
+            size = 0
+            for key, row in cursor:
+                data = _encoder.encode(pack(key, row))
+                if rows and (size + len(data) > CHUNK_BYTES or len(rows) >= CHUNK_ROWS):
+                    yield _encoder.encode((name, rows))
+                    rows, size = [], 0
+                rows.append(msgspec.Raw(data))
+                size += len(data)
+                count += 1
+            if rows:
+                yield _encoder.encode((name, rows))
+            cursor.close()
+        yield _encoder.encode(("end", _End(count)))
+
+    def close(self) -> None:
+        """Forget what was kept for this snapshot; applies pay nothing for it any more."""
+        for cursor in self._cursors:
+            cursor.close()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Restorer:
+    """Reads a snapshot chunk by chunk, a few milliseconds each, and then replaces the state in one step.
+
+    `feed` and `finish` raise SnapshotDamaged; the state is then as it was.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._target, self._fresh = store, Store()
+        self._tables = {table.name: table for table in self._fresh.tables()}
+        self._header: _Header | None = None
+        self._count = 0
+        self._ended = False
+
+    def feed(self, chunk: bytes) -> None:
+        """Read one chunk."""
+        try:
+            name, body = _decoder.decode(chunk)
+            if self._header is None:
+                self._begin(name, body)
+            elif self._ended:
+                raise _damaged("something follows its end")
+            elif name == "end":
+                if _end_decoder.decode(body).rows != self._count:
+                    raise _damaged("rows are missing")
+                self._ended = True
+            else:
+                self._rows(name, body)
+        except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
+            raise _damaged(f"a chunk cannot be read ({error})") from error
+
+    def _begin(self, name: str, body: msgspec.Raw) -> None:
+        if name != "lictor-state":
+            raise _damaged("it does not begin as a snapshot of the state")
+        header = _header_decoder.decode(body)
+        if header.format != FORMAT:
+            raise _damaged(f"its format is {header.format}, and this version reads {FORMAT}: use a newer version")
+        self._header = header
+
+    def _rows(self, name: str, body: msgspec.Raw) -> None:
+        table = self._tables.get(name)
+        if table is None:
+            raise _damaged(f"it holds the table {name!r}, which this version does not know: use a newer version")
+        for data in _rows_decoder.decode(body):
+            key, row = table.unpack(data)
+            table.put(key, row)
+            self._count += 1
+        self._fresh.journal.clear()
+
+    def finish(self) -> None:
+        """Replace the state by what was read. Wake every watcher after this."""
+        if self._header is None or not self._ended:
+            raise _damaged("it ends early")
+        fresh = self._fresh
+        fresh.index, fresh.clock_us = self._header.index, self._header.clock_us
+        # A walk that ran beside writes yields removed rows last; the oldest must stand first to be forgotten first.
+        requests = fresh.requests.rows
+        ordered = sorted(requests.values(), key=lambda request: request.index)
+        requests.clear()
+        requests.update((request.request_id, request) for request in ordered)
+        self._target.become(fresh)
+
+
+def _damaged(what: str) -> SnapshotDamaged:
+    return SnapshotDamaged(
+        "snapshot of the state", what, advice="use another snapshot, or rejoin from a healthy peer"
+    )
