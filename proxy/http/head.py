@@ -36,6 +36,7 @@ _NOT_IN_TRAILERS = frozenset(
 )  # fmt: skip
 _HOST_VALUE = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
+_ORDINARY_CONNECTION = (b",keep-alive", b",close")
 _BLANKS = (b" ", b"\t")
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
@@ -155,7 +156,7 @@ def read_request_head(
         head.chunked = True
     if target[:1] != b"/" or b"#" in target:
         _read_target(head, host)
-    if connection:
+    if connection and connection not in _ORDINARY_CONNECTION:
         _drop_listed(head, connection)
         if upgrade is not None and b"upgrade" in (word.strip() for word in connection.split(b",")):
             head.upgrade = upgrade.decode("latin-1").strip().lower()
@@ -256,7 +257,7 @@ def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> Resp
         lines += (name, b": ", value, b"\r\n")
     if head.chunked and head.length is not None:
         raise BadResponse("the app's response has Transfer-Encoding and Content-Length")
-    if connection:
+    if connection and connection not in _ORDINARY_CONNECTION:
         _drop_listed(head, connection)
     return head
 

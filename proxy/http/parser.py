@@ -39,8 +39,8 @@ class RequestParser:
     """One connection's requests."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_fields", "_message", "_options", "_parser", "_url", "begun", "held", "messages",
-        "stopped",
+        "_bad", "_barren_bytes", "_fed", "_fields", "_message", "_options", "_parser", "_url", "begun", "held",
+        "messages", "stopped",
     )  # fmt: skip
 
     def __init__(self, options: HttpOptions) -> None:
@@ -60,6 +60,7 @@ class RequestParser:
         self._fields: list[Field] = []
         self._url = b""
         self._message: Message | None = None
+        self._fed = 0
         self._bad: BadRequest | None = None
         self._barren_bytes = 0
         """Fed since anything came of it: a head, trailers or chunk extensions in the making."""
@@ -68,6 +69,7 @@ class RequestParser:
         """Parse ``data``, at most :data:`SLICE_BYTES` of it at best."""
         if self.stopped:
             return
+        self._fed = len(data)
         if self.held is not None:
             self.held = bytes(self.held) + bytes(data)
             return
@@ -82,7 +84,7 @@ class RequestParser:
             if message.body if message is not None else not self.begun:
                 self._barren_bytes = 0
                 return
-            self._barren_bytes += len(data)
+            self._barren_bytes += self._fed
             if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
                 self._refuse(BadRequest(431, "request headers, trailers or chunk extensions are too large"))
 
@@ -130,6 +132,11 @@ class RequestParser:
                 self.feed(rest)
 
     def _check_size(self, url: bytes, fields: list[Field]) -> None:
+        if (
+            self._barren_bytes + self._fed <= self._options.head_bytes_max
+            and len(fields) <= self._options.header_count_max
+        ):
+            return  # not even all bytes that it can be in are too many
         if len(fields) > self._options.header_count_max:
             raise BadRequest(431, "request has too many headers or trailers")
         if sum([len(name) + len(value) + 4 for name, value in fields], len(url)) > self._options.head_bytes_max:

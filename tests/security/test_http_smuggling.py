@@ -142,7 +142,7 @@ HARMLESS = {
     "body that looks like a request": (POST + b"Content-Length: 31\r\n\r\n" + EVIL, [("/", EVIL)]),
     "chunk that looks like a request": (CHUNKED + b"1f\r\n" + EVIL + b"\r\n0\r\n\r\n", [("/", EVIL)]),
     "TE in capitals": (POST + b"Transfer-Encoding: CHUNKED\r\n\r\n1\r\nx\r\n0\r\n\r\n", [("/", b"x")]),
-    "TE with spaces": (POST + b"Transfer-Encoding:  chunked \t\r\n\r\n1\r\nx\r\n0\r\n\r\n", [("/", b"x")]),
+    "TE with spaces": (POST + b"Transfer-Encoding:  chunked \r\n\r\n1\r\nx\r\n0\r\n\r\n", [("/", b"x")]),
     "chunk size with zeros": (CHUNKED + b"0001\r\nx\r\n000\r\n\r\n", [("/", b"x")]),
     "chunk extension": (CHUNKED + b'1;a=b;c="d"\r\nx\r\n0\r\n\r\n', [("/", b"x")]),
     "TE underscore": (
