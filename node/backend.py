@@ -5,7 +5,7 @@ knowing whether the value was read here or came over RPC.
 
 Operator verbs (`Backend.operator`), with their parameters and values:
 
-    raft.configuration {}                -> {"Servers": [{ID, Node, Address, Leader, ProtocolVersion, Voter}], "Index"}
+    raft.configuration {}               -> {"Index", "Servers": [{ID, Node, Address, Leader, ProtocolVersion, Voter}]}
     raft.add_peer {id, address}          -> None     joins as a non-voter, votes once it has caught up
     raft.remove_peer {id | address}      -> None
     raft.transfer_leader {id?}           -> None

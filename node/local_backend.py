@@ -26,7 +26,7 @@ class LocalBackend:
         self.watches = Watches()
         self.reads = StoreReads(self.machine, self.watches)
         self._node, self._address = node, address
-        self._index = 0
+        self._index = 1  # as raft's own first entry: an empty query's index is 1, and a first command must exceed it
 
     async def apply(
         self, command: Command, *, request_id: str | None = None, timeout_s: float = APPLY_TIMEOUT_S
@@ -83,6 +83,8 @@ class LocalBackend:
     async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
         """Replace the state."""
         self.machine.restore([chunk async for chunk in chunks])
+        self._index = self.machine.store.index
+        self.watches.notify_all()
 
     async def close(self) -> None:
         """Stop following views."""
