@@ -221,16 +221,24 @@ def wrk(port: int, seconds: float, *headers: str, connections: int = CONNECTIONS
     return float(rate[1]), float(total[1])
 
 
-def measure(target: Target, seconds: float) -> dict[str, float]:
+def measure(target: Target, seconds: float, loads: set[str]) -> dict[str, float]:
     result = {}
-    before = target.cpu_s()
-    rate, total = wrk(target.port, seconds)
-    result["requests/s"] = rate
-    result["CPU-s per 10k requests"] = (target.cpu_s() - before) / total * 10_000
-    before = target.cpu_s()
-    rate, total = wrk(target.port, seconds, "Connection: close")
-    result["connections/s"] = rate
-    result["CPU-s per 10k connections"] = (target.cpu_s() - before) / total * 10_000
+    if "requests" in loads:
+        before = target.cpu_s()
+        rate, total = wrk(target.port, seconds)
+        result["requests/s"] = rate
+        result["CPU-s per 10k requests"] = (target.cpu_s() - before) / total * 10_000
+    if "connections" in loads:
+        before = target.cpu_s()
+        rate, total = wrk(target.port, seconds, "Connection: close")
+        result["connections/s"] = rate
+        result["CPU-s per 10k connections"] = (target.cpu_s() - before) / total * 10_000
+    if "bulk" in loads:
+        result |= measure_bulk(target)
+    return result
+
+
+def measure_bulk(target: Target) -> dict[str, float]:
     before = target.cpu_s()
     output = subprocess.run(
         ["curl", "-s", "-o", "/dev/null", "-w", "%{speed_download} %{size_download}",
@@ -239,9 +247,8 @@ def measure(target: Target, seconds: float) -> dict[str, float]:
     ).stdout.split()  # fmt: skip
     if int(output[1]) != BULK_MB << 20:
         raise SystemExit(f"{target.name}: bulk transfer was cut at {output[1]} bytes")
-    result["bulk MB/s"] = float(output[0]) / 1e6
-    result["CPU-s per GB"] = (target.cpu_s() - before) / (BULK_MB / 1000)
-    return result
+    cpu_s = target.cpu_s() - before
+    return {"bulk MB/s": float(output[0]) / 1e6, "CPU-s per GB": cpu_s / (BULK_MB * 1.048576 / 1000)}
 
 
 def idle_cost(target: Target, count: int) -> list[float]:
@@ -288,6 +295,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="direct,haproxy,lictor")
+    parser.add_argument("--loads", default="requests,connections,bulk")
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -313,7 +321,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, running(Path(name), options.only.split(",")) as targets:
         for _ in range(options.rounds):
             for target in targets:
-                for what, value in measure(target, options.seconds).items():
+                for what, value in measure(target, options.seconds, set(options.loads.split(","))).items():
                     rounds[target.name][what].append(value)
         for target in targets:
             if target.processes:

@@ -23,6 +23,7 @@ from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
 from proxy.inbound import Desk
 from proxy.listeners import PublicListener, bind
+from proxy.memory import calm_collector, keep_freed_memory
 from proxy.metrics import Metrics
 from proxy.outbound import Upstream
 from proxy.pool import SessionPool
@@ -124,6 +125,8 @@ class Sidecar:
         """Serve, following ``updates``, until cancelled or drained. Raises :class:`ProxyError` if not bound."""
         if self._public is None:
             raise ProxyError("bind the sidecar's ports before it runs")
+        keep_freed_memory()
+        calm_collector()
         self._watch_gauges()
         if self._admin is not None:
             await self._admin.start()
