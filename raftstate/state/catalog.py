@@ -269,7 +269,10 @@ def _touch_check(step: Step, row: Check) -> None:
     store = step.store
     step.touch("checks")
     step.touch("check-state", row.status)
-    step.touch("node-checks", row.node)
+    if row.node in store.checks.by_node:
+        step.touch("node-checks", row.node)
+    else:
+        step.bury("node-checks", row.node)
     if not row.service_id:
         for service in store.services.by_node.get(row.node, {}).values():
             _touch_health(step, service)
@@ -322,7 +325,6 @@ def remove_node(step: Step, name: str) -> None:
     store.nodes.remove(name)
     step.touch("nodes")
     step.bury("node", name)
-    step.bury("node-checks", name)
 
 
 def _in_order(checks: dict[tuple[str, str], Check]) -> list[Check]:

@@ -33,7 +33,7 @@ def set_ca_config(step: Step, command: SetCAConfig) -> bool:
     if row is not None:
         step.store.ca_config.put("", row)
         step.touch("ca-config")
-        if old is None or old.trust_domain != row.trust_domain:
+        if row.trust_domain != (old.trust_domain if old else ""):
             step.touch("ca-roots")
     return True
 

@@ -16,7 +16,7 @@ from raftstate.state.answer import Answer, answer
 from raftstate.state.changes import WatchKey
 from raftstate.state.commands import DeleteIntention, UpsertIntention
 from raftstate.state.names import require_meta, require_name, require_service_name, require_text
-from raftstate.state.policy_tables import intention_key
+from raftstate.state.policy_tables import intention_key, intention_watch_keys
 from raftstate.state.refusal import AMBIGUOUS, CONFLICT, INVALID, Refused
 from raftstate.state.step import Step, plain
 from raftstate.state.store import Store
@@ -55,8 +55,8 @@ def upsert(step: Step, command: UpsertIntention) -> Any:
     intentions.put(key, stamped)
     step.touch("intentions")
     step.touch("intention", stamped.id)
-    step.touch("intention-source", key[0] or key[1])
-    step.touch("intention-destination", key[2] or key[3])
+    for watch in intention_watch_keys(key):
+        step.touch(*watch)
     return plain(stamped)
 
 
@@ -79,18 +79,14 @@ def delete(step: Step, command: DeleteIntention) -> bool:
 
 def _remove(step: Step, row: Intention) -> None:
     intentions, key = step.store.intentions, intention_key(row)
-    source, destination = key[0] or key[1], key[2] or key[3]
     intentions.remove(key)
     step.touch("intentions")
     step.bury("intention", row.id)
-    if source in intentions.by_source:
-        step.touch("intention-source", source)
-    else:
-        step.bury("intention-source", source)
-    if destination in intentions.by_destination:
-        step.touch("intention-destination", destination)
-    else:
-        step.bury("intention-destination", destination)
+    for watch in intention_watch_keys(key):
+        if watch in intentions.by_watch:
+            step.touch(*watch)
+        else:
+            step.bury(*watch)
 
 
 def _resolved(store: Store, wanted: Intention, *, resolve: bool) -> Intention:
@@ -272,20 +268,16 @@ def match(store: Store, by: str, name: str, instance: str = "") -> Answer:
 
     With ``instance`` those on this instance of the service come too; ``*`` as instance: those on any of them.
     """
-    if by == "source":
-        groups, service_at, family = store.intentions.by_source, 0, "intention-source"
-    elif by == "destination":
-        groups, service_at, family = store.intentions.by_destination, 2, "intention-destination"
-    else:
+    if by not in ("source", "destination"):
         raise ValueError(f"'by' must be source or destination, not {by!r}")
-    rows: list[Intention] = []
-    for key, row in groups.get(name, {}).items():
-        if not key[service_at] or instance in (WILDCARD, key[service_at + 1]):
-            rows.append(row)
+    family = f"intention-{by}"
     watch: list[WatchKey] = [(family, name)]
     if name != WILDCARD:
-        rows.extend(groups.get(WILDCARD, {}).values())
         watch.append((family, WILDCARD))
+        if instance:
+            watch.append((family, name, instance))
+    groups = store.intentions.by_watch
+    rows = [row for key in watch for row in groups.get(key, {}).values()]
     return answer(store, in_order(rows), *watch)
 
 

@@ -10,6 +10,7 @@ from raftstate.model.acl import Token
 from raftstate.model.connect import CAConfig, CARoot, Revocation
 from raftstate.model.intention import Intention
 from raftstate.model.wire import Wire
+from raftstate.state.changes import WatchKey
 from raftstate.state.refusal import Refusal
 from raftstate.state.table import Journal, Table, group_put, group_remove
 
@@ -22,15 +23,21 @@ def intention_key(row: Intention) -> IntentionKey:
     return row.source_service, row.source_name, row.destination_service, row.destination_name
 
 
+def intention_watch_keys(key: IntentionKey) -> list[WatchKey]:
+    """Return the watch keys that an intention stands under: per side its service, or its instance and any."""
+    keys: list[WatchKey] = []
+    for family, service, name in (("intention-source", *key[:2]), ("intention-destination", *key[2:])):
+        keys.extend([(family, service, name), (family, service, "*")] if service else [(family, name)])
+    return keys
+
+
 class Intentions(Table[IntentionKey, Intention]):
     """Intentions by their pair."""
 
     def __init__(self, journal: Journal) -> None:
         super().__init__("intentions", Intention, journal)
         self.by_id: dict[str, Intention] = {}
-        self.by_source: dict[str, dict[IntentionKey, Intention]] = {}
-        """By the service (an instance's service included) or ``*``."""
-        self.by_destination: dict[str, dict[IntentionKey, Intention]] = {}
+        self.by_watch: dict[WatchKey, dict[IntentionKey, Intention]] = {}
         self.by_names: dict[tuple[str, str], dict[IntentionKey, Intention]] = {}
         """By (source name, destination name), whatever their services."""
 
@@ -40,13 +47,13 @@ class Intentions(Table[IntentionKey, Intention]):
     def reindex(self, key: IntentionKey, old: Intention | None, new: Intention | None) -> None:
         if old is not None:
             self.by_id.pop(old.id, None)
-            group_remove(self.by_source, key[0] or key[1], key)
-            group_remove(self.by_destination, key[2] or key[3], key)
+            for watch in intention_watch_keys(key):
+                group_remove(self.by_watch, watch, key)
             group_remove(self.by_names, (key[1], key[3]), key)
         if new is not None:
             self.by_id[new.id] = new
-            group_put(self.by_source, key[0] or key[1], key, new)
-            group_put(self.by_destination, key[2] or key[3], key, new)
+            for watch in intention_watch_keys(key):
+                group_put(self.by_watch, watch, key, new)
             group_put(self.by_names, (key[1], key[3]), key, new)
 
 

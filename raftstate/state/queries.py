@@ -9,7 +9,7 @@ from typing import Any
 from raftstate.errors import RaftError
 from raftstate.state import acl, config_entries, connect, intentions, kv, sessions
 from raftstate.state import catalog_queries as catalog
-from raftstate.state.answer import Answer
+from raftstate.state.answer import Answer, answer
 from raftstate.state.digest import digest_of
 from raftstate.state.store import Store
 
@@ -23,7 +23,7 @@ class BadQuery(RaftError, ValueError):
 def _datacenters(store: Store) -> Answer:
     """The one datacenter's name, as its nodes say it."""
     names = sorted({node.datacenter for node in store.nodes.rows.values()})
-    return Answer(1, names or ["dc1"], (("nodes",),))
+    return answer(store, names or ["dc1"], ("nodes",))
 
 
 def _digest(store: Store) -> Answer:
