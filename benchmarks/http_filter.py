@@ -77,9 +77,9 @@ async def measure(policy: Policy, request: bytes, count: int) -> float:
     def decide(asked: Request):  # type: ignore[no-untyped-def]
         return policy.decide_request(WEB, "db", "db-1", asked)
 
-    http = InboundHttp(dial=dial, options=HttpOptions(service="db"), stats=HttpCounters())
+    http = InboundHttp(HttpOptions(service="db"))
     identity = client_cert_header(WEB, "spiffe://td.consul/ns/default/dc/dc1/svc/db", "ab" * 32)
-    connection = http.serve(client, peer=WEB, decide=decide, identity=identity)
+    connection = http.serve(client, peer=WEB, dial=dial, decide=decide, stats=HttpCounters(), identity=identity)
     connection.write(request)
     await asyncio.sleep(0.01)
     app.peer.write(ANSWER)

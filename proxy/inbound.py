@@ -7,38 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Iterable
 
 from proxy.authz import Decision, Request
 from proxy.config import Configuration
 from proxy.errors import StreamClosed
+from proxy.http import HttpCounters, HttpOptions, InboundHttp, client_cert_header
 from proxy.logs import LimitedLog
-from proxy.metrics import Metrics, PairStats
+from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
-from proxy.mux.core import MuxStream
+from proxy.mux.core import NOBODY, MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
-from proxy.stream import ByteStream, Channel, ChannelStream, Data, join
+from proxy.stream import Channel, Data, join
 from proxy.tasks import Tasks
-from raftstate.model.identity import Identity
+from raftstate.model.identity import Identity, SpiffeId
 
 log = logging.getLogger("lictor.proxy.inbound")
 
 APP_CONNECT_TIMEOUT_S = 5.0
 MAX_INBOUND = 50_000
-
-
-class HttpServer(Protocol):
-    """Serves one stream as HTTP, deciding each request (:mod:`proxy.http`)."""
-
-    async def __call__(
-        self,
-        downstream: ByteStream,
-        dial_app: Callable[[], Awaitable[ByteStream]],
-        decide: Callable[[Request], Decision],
-        identity: Identity,
-    ) -> None: ...
 
 
 class Call:
@@ -101,28 +89,27 @@ class Call:
         if app is None:
             return
         self._accept()
-        downstream = ChannelStream(self.outside)
-        inlet = self.outside.peer
-        for data in self._early:
-            inlet.write(data)
-        self._early.clear()
+        desk = self._desk
+        filtered = desk.http.serve(
+            self.outside,
+            peer=self.identity,
+            dial=self._dial_again,
+            decide=self._decide_request,
+            stats=desk.http_stats(self.identity),
+            identity=client_cert_header(self.identity, desk.http.options.uri),
+            on_done=self.end,
+        )
+        if not app.transport.is_closing():
+            filtered.adopt(app)
+        early, self._early = self._early, []
+        for data in early:
+            filtered.write(data)
         if self._early_eof:
-            inlet.write_eof()
-        first: list[SocketChannel] = [app]
+            filtered.write_eof()
 
-        async def dial_app() -> ByteStream:
-            return ChannelStream(first.pop() if first else await self._desk.dial_app(self))
-
-        try:
-            await self._desk.serve_http(downstream, dial_app, self._decide_request, self.identity)
-        except StreamClosed:
-            pass  # the client, the app or a withdrawn intention ended it; nothing is left to do
-        finally:
-            for unused in first:
-                unused.abort()
-            if not downstream.closed:
-                downstream.abort()
-            self.end()
+    async def _dial_again(self, peer: Channel) -> Channel:
+        app = self.app = await self._desk.dial_app(self, peer)
+        return app
 
     def _decide_request(self, request: Request) -> Decision:
         return self._desk.decide_request(self.identity, request)
@@ -212,8 +199,9 @@ class AppChannel(SocketChannel):
 
     __slots__ = ("_stats",)
 
-    def __init__(self, stats: PairStats) -> None:
+    def __init__(self, stats: PairStats, peer: Channel) -> None:
         super().__init__()
+        self.peer = peer
         self._stats = stats
 
     def on_closed(self) -> None:
@@ -224,16 +212,62 @@ class AppChannel(SocketChannel):
 class Desk:
     """Admits calls and keeps those that live."""
 
-    def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks, serve_http: HttpServer) -> None:
+    def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks) -> None:
         self.calls: set[Call] = set()
         self.draining = False
         self.tasks = tasks
-        self.serve_http = serve_http
+        self._http: InboundHttp | None = None
+        self._http_counters: dict[str, HttpCounters] = {}
+        """By source service."""
         self._config = config
         self._metrics = metrics
         self._log = LimitedLog(log)
         self._decisions: dict[Identity, Decision] = {}
         self._decisions_version = -1
+        metrics.gauges["lictor_http_requests_total"] = self._request_counts
+        metrics.gauges["lictor_http_request_seconds_bucket"] = self._latencies
+
+    # HTTP
+
+    @property
+    def http(self) -> InboundHttp:
+        """The HTTP filter, with options as the configuration now has them."""
+        me = self._config.self
+        if me is None:
+            options = HttpOptions()
+        else:
+            spiffe = SpiffeId(trust_domain=me.trust_domain, datacenter=me.datacenter, service=me.service)
+            options = HttpOptions(service=me.service, uri=spiffe.uri())
+        if self._http is None:
+            self._http = InboundHttp(options)
+        self._http.options = options
+        return self._http
+
+    def drain(self) -> None:
+        """Take no more calls; HTTP connections end with the request that is under way on them."""
+        self.draining = True
+        if self._http is not None:
+            self._http.drain()
+
+    def http_stats(self, identity: Identity) -> HttpCounters:
+        """Return the counters of requests from a service."""
+        return self._http_counters.setdefault(identity.service, HttpCounters())
+
+    def _pair_labels(self, source: str) -> Labels:
+        me = self._config.self
+        return (("source", source), ("destination", me.service if me else ""))
+
+    def _request_counts(self) -> Iterable[tuple[Labels, float]]:
+        for source, counters in self._http_counters.items():
+            pair = self._pair_labels(source)
+            for (method, code, origin), count in counters.requests.items():
+                yield (*pair, ("method", method), ("code", str(code)), ("origin", origin)), count
+
+    def _latencies(self) -> Iterable[tuple[Labels, float]]:
+        for source, counters in self._http_counters.items():
+            pair = self._pair_labels(source)
+            for bound, count in counters.latency_samples():
+                yield (*pair, ("le", bound)), count
 
     # Admission
 
@@ -311,14 +345,14 @@ class Desk:
         me = self._config.self
         return bool(decision.permissions) or (me is not None and me.protocol == "http")
 
-    async def dial_app(self, call: Call) -> SocketChannel:
-        """Connect to our app. Raises OSError or TimeoutError."""
+    async def dial_app(self, call: Call, peer: Channel = NOBODY) -> AppChannel:
+        """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""
         me = self._config.self
         if me is None or not me.local_port:
             raise ConnectionRefusedError("no app is registered")
         async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
             _, app = await asyncio.get_running_loop().create_connection(
-                lambda: AppChannel(call.stats), me.local_address or "127.0.0.1", me.local_port
+                lambda: AppChannel(call.stats, peer), me.local_address or "127.0.0.1", me.local_port
             )
         return app
 

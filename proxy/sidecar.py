@@ -13,12 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from proxy import config as sections
 from proxy.admin import AdminServer
-from proxy.authz import Decision, Request
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
 from proxy.inbound import Desk
@@ -27,9 +26,7 @@ from proxy.memory import calm_collector, keep_freed_memory
 from proxy.metrics import Metrics
 from proxy.outbound import Upstream
 from proxy.pool import SessionPool
-from proxy.stream import ByteStream
 from proxy.tasks import Tasks
-from raftstate.model.identity import Identity
 from raftstate.model.sidecar import SidecarUpdate, SidecarUpstream
 
 log = logging.getLogger("lictor.proxy")
@@ -39,18 +36,6 @@ FIRST_UPSTREAM_PORT = 21000
 FIRST_ADMIN_PORT = 19000
 OFF = -1
 _SWEEP_S = 30.0
-
-
-async def serve_inbound(
-    downstream: ByteStream,
-    dial_app: Callable[[], Awaitable[ByteStream]],
-    decide: Callable[[Request], Decision],
-    identity: Identity,
-) -> None:
-    """Serve one call as HTTP."""
-    import importlib
-
-    await importlib.import_module("proxy.http").serve_inbound(downstream, dial_app, decide, identity)
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class Sidecar:
         self.draining = False
         self._tasks = Tasks("sidecar")
         self._pool = SessionPool(self.metrics, self._tasks)
-        self._desk = Desk(self.config, self.metrics, self._tasks, serve_inbound)
+        self._desk = Desk(self.config, self.metrics, self._tasks)
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
         self._sockets: dict[str, socket.socket] = {}
@@ -177,7 +162,8 @@ class Sidecar:
     async def drain(self, timeout_s: float) -> None:
         """Take no new calls, let live ones end, for at most ``timeout_s``; then :meth:`close`."""
         if not self.draining:
-            self.draining = self._desk.draining = True
+            self.draining = True
+            self._desk.drain()
             log.info("draining: live calls have %g s to end", timeout_s)
             if self._public is not None:
                 self._public.drain("sidecar is draining")

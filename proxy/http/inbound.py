@@ -37,12 +37,10 @@ _LINGER_BYTES = 1 << 20
 
 
 class InboundHttp:
-    """The HTTP filter in front of one app."""
+    """The HTTP filter in front of one app. ``options`` may be replaced; new connections then go by the new ones."""
 
-    def __init__(self, *, dial: Dial, options: HttpOptions, stats: HttpStats) -> None:
-        self.dial = dial
+    def __init__(self, options: HttpOptions) -> None:
         self.options = options
-        self.stats = stats
         self.tasks = Tasks("http filter")
         self.connections: set[InboundConnection] = set()
         self.draining = False
@@ -55,15 +53,19 @@ class InboundHttp:
         downstream: Channel,
         *,
         peer: Identity,
+        dial: Dial,
         decide: Decide,
+        stats: HttpStats,
         identity: bytes = b"",
         on_done: Callable[[], None] | None = None,
     ) -> InboundConnection:
         """Serve a connection from ``peer``; its bytes come to the returned object as the channel's peer.
 
-        ``identity`` is the value of ``x-forwarded-client-cert``. ``on_done`` is called once, when it has ended.
+        ``dial`` connects to the app when there is a request for it (:meth:`InboundConnection.adopt` gives a
+        connection that is there already); ``decide`` is asked about each request when its turn has come;
+        ``identity`` is the value of ``x-forwarded-client-cert``; ``on_done`` is called once, at the end.
         """
-        connection = InboundConnection(self, downstream, peer, decide, identity, on_done)
+        connection = InboundConnection(self, downstream, peer, dial, decide, stats, identity, on_done)
         self.connections.add(connection)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
@@ -96,9 +98,10 @@ class InboundConnection:
     """One connection from the mesh: its channel's peer. Mutated only by calls of the event loop."""
 
     __slots__ = (
-        "_active", "_backlog", "_channel", "_client_ended", "_closing", "_decide", "_dialing", "_done", "_ended",
-        "_full", "_head_due", "_http", "_identity", "_lingered", "_loop", "_on_done", "_parser", "_peer",
-        "_reading_paused", "_started", "_tunnelled", "_upstream", "_upstream_full", "_wire", "deadline", "peer",
+        "_active", "_backlog", "_channel", "_client_ended", "_closing", "_decide", "_dial_app", "_dialing", "_done",
+        "_ended", "_full", "_head_due", "_http", "_identity", "_lingered", "_loop", "_on_done", "_options", "_parser",
+        "_peer", "_reading_paused", "_started", "_stats", "_tunnelled", "_upstream", "_upstream_full",
+        "_wire", "deadline", "peer",
     )  # fmt: skip
 
     def __init__(
@@ -106,7 +109,9 @@ class InboundConnection:
         http: InboundHttp,
         channel: Channel,
         peer: Identity,
+        dial: Dial,
         decide: Decide,
+        stats: HttpStats,
         identity: bytes,
         on_done: Callable[[], None] | None,
     ) -> None:
@@ -114,10 +119,13 @@ class InboundConnection:
         self._loop = http.loop
         self._channel = channel
         self._peer = peer
+        self._dial_app = dial
         self._decide = decide
+        self._stats = stats
+        self._options = http.options
         self._identity = identity
         self._on_done = on_done
-        self._parser = RequestParser(http.options)
+        self._parser = RequestParser(self._options)
         self._backlog: deque[Data] = deque()
         """From the client, not yet parsed."""
         self._active: Message | None = None
@@ -140,7 +148,7 @@ class InboundConnection:
         """The deadline is that of a head in the making."""
         self._done = False
         self._started = self._loop.time()
-        self.deadline = self._after(http.options.idle_timeout_s)
+        self.deadline = self._after(self._options.idle_timeout_s)
         """When :meth:`expire` is due, by the loop's clock."""
         self.peer: Channel = NOBODY
         channel.peer = self
@@ -154,12 +162,16 @@ class InboundConnection:
             if self._lingered > _LINGER_BYTES:
                 self.cut()
             return
-        if self._backlog or len(data) > SLICE_BYTES or self._blocked():
-            self._backlog.append(data)
-            self._pump()
-            return
-        self._parser.feed(data)
-        self._advance()
+        try:
+            if self._backlog or len(data) > SLICE_BYTES or self._blocked():
+                self._backlog.append(data)
+                self._pump()
+            else:
+                self._parser.feed(data)
+                self._advance()
+        except Exception as error:  # a fault here must end this connection, not the session that carries others
+            log.exception("a connection from %s is cut", self._peer.service)
+            self.cut(error)
 
     def write_eof(self) -> None:
         """The client sends no more."""
@@ -189,6 +201,13 @@ class InboundConnection:
 
     # For whoever serves the connection
 
+    def adopt(self, channel: Channel) -> None:
+        """Use a connection to the app that is there already for the first request. Call before any bytes come."""
+        upstream = Upstream(self, self._options)
+        upstream.channel = channel
+        channel.peer = upstream
+        self._upstream = upstream
+
     def cut(self, error: Exception | None = None) -> None:
         """Drop the connection at once, both sides, whatever is under way."""
         if not self._done:
@@ -204,13 +223,13 @@ class InboundConnection:
 
     def expire(self) -> None:
         """The deadline has passed."""
-        options = self._http.options
+        options = self._options
         if self._closing:
             self.cut()
         elif self._active is None:
             if self._parser.begun:
                 self._channel.write(local_reply(408, "the request's headers took too long", close=True))
-                self._http.stats.request("", 408, options.head_timeout_s, "timeout")
+                self._stats.request("", 408, options.head_timeout_s, "timeout")
             self._close()
         elif self._dialing or self._upstream is None or self._upstream.head is None:
             if self._active.complete:
@@ -276,7 +295,7 @@ class InboundConnection:
                     return
                 if parser.begun and not self._head_due:
                     self._head_due = True
-                    self.deadline = self._after(self._http.options.head_timeout_s)
+                    self.deadline = self._after(self._options.head_timeout_s)
             elif self._client_ended and active is not None and not active.complete:
                 self.cut()
                 return
@@ -307,11 +326,11 @@ class InboundConnection:
             if decision.permissions and request.ambiguity:
                 self._reply(400, request.ambiguity, "malformed")
             else:
-                self._reply(403, denial(self._http.options.service, self._peer), "denied")
+                self._reply(403, denial(self._options.service, self._peer), "denied")
             return
         target = request.forward_target.encode("latin-1") if decision.permissions else head.target
         self._wire = head.wire(target, self._identity)
-        timeout_s = self._http.options.response_timeout_s
+        timeout_s = self._options.response_timeout_s
         self.deadline = self._started + timeout_s if timeout_s and message.complete else _NEVER
         self._send_head()
 
@@ -339,24 +358,24 @@ class InboundConnection:
             upstream.channel.write(self._wire)
 
     async def _dial(self, message: Message) -> None:
-        upstream = Upstream(self, self._http.options)
+        upstream = Upstream(self, self._options)
         problem = ""
         try:
-            async with asyncio.timeout(self._http.options.dial_timeout_s or None):
-                upstream.channel = await self._http.dial(upstream)
+            async with asyncio.timeout(self._options.dial_timeout_s or None):
+                upstream.channel = await self._dial_app(upstream)
         except TimeoutError:
             problem = "did not take the connection in time"
         except (OSError, ProxyError) as error:
             problem = "cannot be reached"
-            self._http.burst_log.warning(f"app of {self._http.options.service!r} cannot be reached: {error}")
+            self._http.burst_log.warning(f"app of {self._options.service!r} cannot be reached: {error}")
         if self._done or self._active is not message or not self._dialing:
             upstream.close()
             return
         self._dialing = False
         if problem:
-            self._reply(503, f"{self._http.options.service!r} {problem}", "app-down")
+            self._reply(503, f"{self._options.service!r} {problem}", "app-down")
         elif upstream.lost:
-            self._reply(502, f"{self._http.options.service!r} closed the connection", "app-down")
+            self._reply(502, f"{self._options.service!r} closed the connection", "app-down")
         else:
             self._upstream = upstream
             self._upstream_full = False
@@ -390,7 +409,7 @@ class InboundConnection:
             self._ended = True
             if head.chunked:
                 out.append(b"0\r\n" + trailer_lines(message.trailers) + b"\r\n")
-            timeout_s = self._http.options.response_timeout_s
+            timeout_s = self._options.response_timeout_s
             if timeout_s:
                 self.deadline = self._after(timeout_s)
         if out:
@@ -414,7 +433,7 @@ class InboundConnection:
             self._upstream = None
         whole = message.complete
         self._active = None
-        self.deadline = self._after(self._http.options.idle_timeout_s)
+        self.deadline = self._after(self._options.idle_timeout_s)
         if not whole or not upstream.keep_client:
             self._close()
             return
@@ -463,8 +482,8 @@ class InboundConnection:
             self._send_head()
             return
         if error is not None:
-            self._http.burst_log.warning(f"app of {self._http.options.service!r}: {error}")
-        self._reply(502, f"{self._http.options.service!r} gave no usable answer", "app-down")
+            self._http.burst_log.warning(f"app of {self._options.service!r}: {error}")
+        self._reply(502, f"{self._options.service!r} gave no usable answer", "app-down")
         self._advance()
 
     def upstream_full(self, upstream: Upstream, full: bool) -> None:
@@ -495,7 +514,7 @@ class InboundConnection:
         )
         self._count(status, origin)
         self._active = None
-        self.deadline = self._after(self._http.options.idle_timeout_s)
+        self.deadline = self._after(self._options.idle_timeout_s)
         if close:
             self._close()
         elif self._parser.held is not None:
@@ -504,7 +523,7 @@ class InboundConnection:
     def _count(self, status: int, origin: str) -> None:
         message = self._active
         method = message.head.method.decode() if message is not None and message.head is not None else ""
-        self._http.stats.request(method, status, self._loop.time() - self._started, origin)
+        self._stats.request(method, status, self._loop.time() - self._started, origin)
 
     def _after(self, seconds: float) -> float:
         return self._loop.time() + seconds if seconds else _NEVER
@@ -527,7 +546,7 @@ class InboundConnection:
         if self._client_ended:
             self._finish()
             return
-        self.deadline = self._after(self._http.options.linger_s)
+        self.deadline = self._after(self._options.linger_s)
         if self._reading_paused:
             self._reading_paused = False
             self._channel.resume_reading()

@@ -66,3 +66,11 @@ class HttpCounters:
         self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.latency_sum_s += seconds
         self.latency_count += 1
+
+    def latency_samples(self) -> list[tuple[str, int]]:
+        """Return the histogram in Prometheus' form: (upper bound, count up to it), the last bound ``+Inf``."""
+        samples, total = [], 0
+        for bound, count in zip((*map(str, LATENCY_BOUNDS_S), "+Inf"), self.latency_buckets, strict=True):
+            total += count
+            samples.append((bound, total))
+        return samples

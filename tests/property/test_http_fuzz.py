@@ -120,9 +120,16 @@ async def run(
     pieces: list[bytes], decide: Callable[[Request], Decision], *, eof: bool = True
 ) -> tuple[FakeApp, Recorder]:
     app, client = FakeApp(), Recorder()
-    http = InboundHttp(dial=app.dial, options=OPTIONS, stats=HttpCounters())
+    http = InboundHttp(OPTIONS)
     done: list[bool] = []
-    connection = http.serve(client, peer=Identity(service="web"), decide=decide, on_done=lambda: done.append(True))
+    connection = http.serve(
+        client,
+        peer=Identity(service="web"),
+        dial=app.dial,
+        decide=decide,
+        stats=HttpCounters(),
+        on_done=lambda: done.append(True),
+    )
     try:
         for piece in pieces:
             if client.aborted or done:

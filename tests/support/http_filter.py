@@ -162,14 +162,15 @@ async def rig(app: App | None = None, policy: Policy = ALLOW_ALL, **options: Any
     stats = HttpCounters()
     options.setdefault("linger_s", 0.2)
     options.setdefault("sweep_s", 0.02)
-    http = InboundHttp(dial=dial, options=HttpOptions(service="db", uri=OWN_URI, **options), stats=stats)
+    http = InboundHttp(HttpOptions(service="db", uri=OWN_URI, **options))
     identity = client_cert_header(WEB, OWN_URI, "ab" * 32)
     made: Rig
 
     class Accepted(SocketChannel):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            http.serve(self, peer=WEB, decide=permissive(lambda: made.policy), identity=identity)
+            decide = permissive(lambda: made.policy)
+            http.serve(self, peer=WEB, dial=dial, decide=decide, stats=stats, identity=identity)
 
     listener = await loop.create_server(Accepted, "127.0.0.1", 0)
     made = Rig(http, app, stats, listener.sockets[0].getsockname()[1], policy)
