@@ -57,6 +57,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """How others reach this node; also its address in the catalog."""
     rpc_port: int
     """0 on a client, which does not listen for RPC."""
+    join: bool
+    """A server that is added to a running cluster: it does not count itself among the founding members."""
     http_address: str
     http_port: int
     """0: no plain HTTP."""
@@ -228,6 +230,7 @@ def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled
         bind_address=bind,
         advertise_address=advertise,
         rpc_port=table.port("rpc_port", 8300 if role == SERVER else 0),
+        join=table.boolean("join", False),
         http_address=table.address("http_address", "127.0.0.1"),
         http_port=table.port("http_port", 8500),
         https_port=table.port("https_port", 0),
@@ -256,6 +259,8 @@ def is_loopback(address: str) -> bool:
 def _check_node(node: NodeConfig, table: TableReader, acl_enabled: bool) -> None:
     if node.role == CLIENT and table.has("rpc_port"):
         table.fault("rpc_port", "a client does not listen for RPC: remove the key")
+    if node.role == CLIENT and table.has("join"):
+        table.fault("join", "is for servers: a client finds its servers in this file")
     if bool(node.https_cert_file) != bool(node.https_key_file):
         table.fault("https_cert_file", "https_cert_file and https_key_file go together: give both")
     if node.https_port and not node.https_cert_file:
@@ -278,6 +283,8 @@ def _check_whole(config: ClusterConfig, problems: list[str]) -> None:
         return
     if not config.servers():
         problems.append('nodes: none has role = "server"; a cluster needs 1, 3 or 5')
+    elif all(node.join for node in config.servers()):
+        problems.append("nodes: every server has join = true; the founding ones must not")
     if config.fault_injection:
         remote = [node.name for node in config.nodes.values() if not is_loopback(node.advertise_address)]
         if remote:

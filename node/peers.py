@@ -64,6 +64,11 @@ class PeerConnections:
         if not task.cancelled():
             task.exception()  # told to whoever awaits it; nobody need
 
+    def drop_all_but(self, node: str) -> None:
+        """Close the connections to all other servers; calls in progress on them fail with Unreachable."""
+        for other in [name for name in self._open if name != node]:
+            self._open.pop(other)[1].abort()
+
     async def close(self) -> None:
         """Close all."""
         self._closed = True

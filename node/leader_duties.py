@@ -1,0 +1,210 @@
+"""What only the leader does: judge which agents live, end sessions, look after the authority's roots.
+
+Everything it decides becomes a command in the log; a leader that has been deposed meanwhile can propose nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import Any, cast
+
+import msgspec
+
+from node.ca.authority import Authority
+from node.config import Liveness
+from node.durations import parse_duration_s
+from node.errors import NodeError
+from node.liveness import ALIVE_OUTPUT, DEAD_OUTPUT, Deadlines
+from node.protocol import ApplyRequest
+from node.server import ServerBackend
+from node.tasks import Tasks
+from raftstate.errors import RaftError
+from raftstate.model.catalog import CRITICAL, PASSING, SERF_HEALTH, Check
+from raftstate.model.kv import Session
+from raftstate.model.wire import to_msgpack
+from raftstate.replica import Replica
+from raftstate.state.commands import Command, DeregisterNode, RegisterCheck, SessionDestroy
+
+log = logging.getLogger("lictor.leader")
+
+TICK_S = 0.25
+STALL_S = 1.0
+SLOW_TICK_S = 60.0
+PROPOSE_TIMEOUT_S = 10.0
+PROPOSALS_MAX = 64
+"""Verdicts on their way at once: a rack that vanishes is many nodes."""
+SESSION_GRACE = 2.0
+"""Consul ends a session between its TTL and twice its TTL; the benefit of the doubt is the holder's."""
+
+
+class LeaderDuties:
+    """Runs while this server leads. `beats` takes heartbeats in whether it does or not."""
+
+    def __init__(self, backend: ServerBackend, replica: Replica, authority: Authority, liveness: Liveness) -> None:
+        self._backend, self._replica, self._authority, self._liveness = backend, replica, authority, liveness
+        self._nodes = Deadlines(liveness.node_ttl_s)
+        self._sessions = Deadlines(0.0)
+        self._dead_since: dict[str, float] = {}
+        self._tasks = Tasks("leader")
+        self._room = asyncio.Semaphore(PROPOSALS_MAX)
+        self._wake = asyncio.Event()
+        self._judging: set[str] = set()
+        self._in_office = False
+        self._ticked_at = 0.0
+        replica.on_leader(lambda leader: self._wake.set())
+        backend.on_session_renewed = self._session_renewed
+
+    def start(self) -> None:
+        """Wait for office."""
+        self._tasks.spawn(self._run())
+
+    async def stop(self) -> None:
+        """Leave everything to the next leader."""
+        await self._tasks.close()
+
+    # -- heartbeats ------------------------------------------------------------------------------------------------
+
+    def beats(self, nodes: Iterable[str]) -> None:
+        """Note signs of life; a node that was judged dead is judged alive again."""
+        if not self._in_office:
+            return
+        now = asyncio.get_running_loop().time()
+        checks = self._store.checks.rows
+        for node in nodes:
+            self._nodes.beat(node, now)
+            check = checks.get((node, SERF_HEALTH))
+            if check is not None and check.status != PASSING:
+                self._judge(node, PASSING, ALIVE_OUTPUT)
+
+    def _judge(self, node: str, status: str, output: str) -> None:
+        if node not in self._judging:
+            self._judging.add(node)
+            self._tasks.spawn(self._verdict(node, status, output))
+
+    async def _verdict(self, node: str, status: str, output: str) -> None:
+        try:
+            check = self._store.checks.rows.get((node, SERF_HEALTH))
+            if check is None or check.status == status:
+                return
+            log.warning("liveness: %s is %s: %s", node, status, output)
+            row = Check(node=node, check_id=SERF_HEALTH, name=check.name, status=status, output=output)
+            await self._propose(RegisterCheck(row))
+        finally:
+            self._judging.discard(node)
+
+    # -- office ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> Any:
+        return cast(Any, self._replica.machine).store
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_slow = 0.0
+        while True:
+            self._wake.clear()
+            if not self._replica.is_leader:
+                self._in_office = False
+                await self._wake.wait()
+                continue
+            try:
+                if not self._in_office:
+                    await self._take_office()
+                    next_slow = loop.time() + SLOW_TICK_S
+                self._tick(loop.time())
+                if loop.time() >= next_slow:
+                    next_slow = loop.time() + SLOW_TICK_S
+                    await self._authority.retire_old_roots()
+            except (NodeError, RaftError) as error:
+                log.warning("leader: %s", error)
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _take_office(self) -> None:
+        await self._replica.read_barrier("consistent", PROPOSE_TIMEOUT_S)
+        await self._authority.ensure_root()
+        now = asyncio.get_running_loop().time()
+        self._nodes.begin((node for node, status in self._watched().items() if status != CRITICAL), now)
+        self._ticked_at = now
+        self._sessions.begin((), now)
+        self._dead_since.clear()
+        self._in_office = True
+        log.info("leader: took office; %d agents are watched", len(self._nodes))
+
+    def _watched(self) -> dict[str, str]:
+        """Return the liveness status of every node that has one."""
+        store = self._store
+        rows = store.checks.rows
+        return {node: row.status for node in store.nodes.rows if (row := rows.get((node, SERF_HEALTH))) is not None}
+
+    def _tick(self, now: float) -> None:
+        watched = self._watched()
+        living = {node for node, status in watched.items() if status != CRITICAL}
+        if now - self._ticked_at > STALL_S:
+            # This process did not run for a while: the beats of that time wait in sockets, and say nothing yet.
+            self._nodes.begin(living, now)
+        self._ticked_at = now
+        self._nodes.keep_only(living, now)
+        for node in self._nodes.expired(now):
+            self._judge(node, CRITICAL, DEAD_OUTPUT)
+        self._reap_nodes({node for node, status in watched.items() if status == CRITICAL}, now)
+        self._end_sessions(now)
+
+    def _reap_nodes(self, critical: set[str], now: float) -> None:
+        """A node that is critical for days leaves the catalog. Counted from this leader's own office."""
+        for node in [known for known in self._dead_since if known not in critical]:
+            del self._dead_since[node]
+        for node in critical:
+            since = self._dead_since.setdefault(node, now)
+            if now - since >= self._liveness.deregister_after_s:
+                self._dead_since[node] = now
+                log.warning("liveness: %s has been gone for %g s: deregistered", node, now - since)
+                self._tasks.spawn(self._propose(DeregisterNode(node)))
+
+    # -- sessions --------------------------------------------------------------------------------------------------
+
+    def _session_renewed(self, session: Any) -> None:
+        if not self._in_office or session is None:
+            return
+        row = self._store.sessions.rows.get(session["ID"] if isinstance(session, dict) else session)
+        if row is not None and (ttl_s := _ttl_s(row)) > 0:
+            self._sessions.beat(row.id, asyncio.get_running_loop().time(), SESSION_GRACE * ttl_s)
+
+    def _end_sessions(self, now: float) -> None:
+        rows = self._store.sessions.rows
+        for row in rows.values():
+            # A new leader does not know when a session was last renewed: it begins anew with a full time.
+            if row.id not in self._sessions and row.id not in self._judging and (ttl_s := _ttl_s(row)) > 0:
+                self._sessions.beat(row.id, now, SESSION_GRACE * ttl_s)
+        for session in self._sessions.expired(now):
+            if session in rows:
+                self._judging.add(session)
+                self._tasks.spawn(self._end_session(session))
+
+    async def _end_session(self, session: str) -> None:
+        try:
+            log.info("sessions: %s was not renewed in time and ends", session)
+            await self._propose(SessionDestroy(session))
+        finally:
+            self._judging.discard(session)
+
+    async def _propose(self, command: Command) -> None:
+        """Propose here and nowhere else: a verdict is the leader's own, and worth nothing once it is deposed."""
+        request = ApplyRequest("", msgspec.Raw(to_msgpack(command)), forwarded=True)
+        async with self._room:
+            try:
+                await self._backend.apply_raw(request, PROPOSE_TIMEOUT_S)
+            except (NodeError, RaftError) as error:
+                log.warning("leader: %s was not written (%s); it is decided anew", type(command).__name__, error)
+
+
+def _ttl_s(session: Session) -> float:
+    try:
+        return parse_duration_s(session.ttl)
+    except ValueError:
+        return 0.0

@@ -1,0 +1,73 @@
+"""Node failure detection: which agents have missed their deadline. `Deadlines` is pure: times are handed in.
+
+An agent sends a heartbeat to any server, which passes it to the leader; only the leader keeps deadlines. A new
+leader gives every agent a full deadline once, so that an election fails no one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+ALIVE_OUTPUT = "Agent alive and reachable"
+DEAD_OUTPUT = "Agent not live or unreachable"
+
+
+class Deadlines:
+    """Deadlines by name. `ttl_s` is how long a beat lasts."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._due: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+        """May hold older deadlines of a name; only the one that equals `_due` counts."""
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._due
+
+    def beat(self, name: str, now: float, ttl_s: float | None = None) -> None:
+        """A sign of life: the deadline is `ttl_s` (or this object's) from now."""
+        due = now + (self._ttl_s if ttl_s is None else ttl_s)
+        self._due[name] = due
+        heapq.heappush(self._heap, (due, name))
+        if len(self._heap) > 64 + 4 * len(self._due):
+            self._heap = [(due, name) for name, due in self._due.items()]
+            heapq.heapify(self._heap)
+
+    def begin(self, names: Iterable[str], now: float) -> None:
+        """Take office: forget what was, and give each of these a full deadline."""
+        self._due.clear()
+        self._heap.clear()
+        for name in names:
+            self.beat(name, now)
+
+    def keep_only(self, names: set[str], now: float) -> None:
+        """Follow the catalog: forget who is gone, give who is new a full deadline."""
+        for name in [known for known in self._due if known not in names]:
+            del self._due[name]
+        for name in names:
+            if name not in self._due:
+                self.beat(name, now)
+
+    def forget(self, name: str) -> None:
+        """Track this one no more."""
+        self._due.pop(name, None)
+
+    def expired(self, now: float) -> list[str]:
+        """Return those whose deadline has passed, each once; a later beat tracks it again."""
+        gone = []
+        while self._heap and self._heap[0][0] <= now:
+            due, name = heapq.heappop(self._heap)
+            if self._due.get(name) == due:
+                del self._due[name]
+                gone.append(name)
+        return gone
+
+    def next_due(self) -> float | None:
+        """Return when the earliest deadline passes; None when there is none."""
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None

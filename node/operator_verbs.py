@@ -1,0 +1,190 @@
+"""The operator's verbs on a server: which need the leader, and what each does. `node.backend` documents them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from node import protocol
+from node.errors import BadRequest, NoLeader, Refused
+from node.faults import FaultFilter
+from node.leader_route import LeaderRoute
+from node.protocol import OperatorRequest, encode
+from node.raft_errors import translate
+from raftstate.errors import RaftError
+from raftstate.model.wire import to_msgpack
+from raftstate.replica import Replica
+
+if TYPE_CHECKING:
+    from node.ca.authority import Authority
+
+OPERATOR_TIMEOUT_S = 30.0
+ADD_TIMEOUT_S = 60.0
+SNAPSHOT_TIMEOUT_S = 600.0
+RAFT_PROTOCOL = "3"
+"""What Consul shows; clients only print it."""
+
+Verb = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+class OperatorVerbs:
+    """Runs verbs on this server or, where they are the leader's, there."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        route: LeaderRoute,
+        authority: Authority,
+        faults: FaultFilter,
+        *,
+        health: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._replica, self._route, self._authority, self._faults = replica, route, authority, faults
+        self._health = health
+        self._leaders: dict[str, Verb] = {
+            "raft.configuration": self._configuration,
+            "raft.add_peer": self._add_peer,
+            "raft.remove_peer": self._remove_peer,
+            "raft.transfer_leader": self._transfer_leader,
+            "autopilot.health": self._autopilot_health,
+            "ca.rotate": self._ca_rotate,
+        }
+        self._own: dict[str, Verb] = {
+            "raft.status": self._raft_status,
+            "status.leader": self._leader_address,
+            "status.peers": self._peer_addresses,
+            "faults.block": self._block,
+            "node.servers": self._servers,
+        }
+
+    async def run(self, request: OperatorRequest) -> bytes:
+        """Run a verb; return its value as MessagePack. Raises BadRequest for an unknown one."""
+        if (own := self._own.get(request.verb)) is not None:
+            return to_msgpack(await own(request.params))
+        verb = self._leaders.get(request.verb)
+        if verb is None:
+            known = ", ".join(sorted((*self._own, *self._leaders)))
+            raise BadRequest(f"unknown operator verb {request.verb!r}; known: {known}")
+
+        async def here(left_s: float) -> bytes:
+            return to_msgpack(await verb(request.params))
+
+        forward = encode(msgspec.structs.replace(request, forwarded=True))
+        return await self._route.run(
+            here,
+            lambda leader, left_s: leader.call(protocol.OPERATOR, forward, left_s),
+            timeout_s=ADD_TIMEOUT_S if request.verb == "raft.add_peer" else OPERATOR_TIMEOUT_S,
+            write=request.verb not in ("raft.configuration", "autopilot.health"),
+            forwarded=request.forwarded,
+        )
+
+    # -- the leader's ----------------------------------------------------------------------------------------------
+
+    async def _configuration(self, params: dict[str, Any]) -> Any:
+        await self._replica.read_barrier("default")
+        servers = [
+            {
+                "ID": member.id,
+                "Node": member.id,
+                "Address": member.address,
+                "Leader": member.id == self._replica.leader,
+                "ProtocolVersion": RAFT_PROTOCOL,
+                "Voter": member.voter,
+            }
+            for member in self._replica.members()
+        ]
+        return {"Servers": servers, "Index": self._replica.status().commit_index}
+
+    async def _add_peer(self, params: dict[str, Any]) -> None:
+        server, address = _text(params, "id"), _text(params, "address")
+        await self._replica.add_server(server, address, ADD_TIMEOUT_S)
+
+    async def _remove_peer(self, params: dict[str, Any]) -> None:
+        members = self._replica.members()
+        if "id" in params:
+            found = [member for member in members if member.id == params["id"]]
+        else:
+            address = _text(params, "address")
+            found = [member for member in members if member.address == address]
+        if not found:
+            known = ", ".join(f"{member.id} ({member.address})" for member in members)
+            raise Refused(f"no such server in the raft configuration; it has {known}", http_status=404)
+        await self._replica.remove_server(found[0].id)
+
+    async def _transfer_leader(self, params: dict[str, Any]) -> None:
+        to = str(params["id"]) if params.get("id") else None
+        known = [member.id for member in self._replica.members() if member.voter]
+        if to is not None and to not in known:
+            raise Refused(f"{to!r} is no voter; these are: {', '.join(known)}", http_status=400)
+        if to != self._replica.leader:
+            await self._replica.transfer_leadership(to)
+
+    async def _autopilot_health(self, params: dict[str, Any]) -> Any:
+        await self._replica.read_barrier("default")
+        return self._health()
+
+    async def _ca_rotate(self, params: dict[str, Any]) -> Any:
+        return await self._authority.rotate()
+
+    # -- any server's ----------------------------------------------------------------------------------------------
+
+    async def _raft_status(self, params: dict[str, Any]) -> Any:
+        return self._replica.status()
+
+    async def _leader_address(self, params: dict[str, Any]) -> str:
+        leader = self._replica.leader
+        return (self._route.address_of(leader) or "") if leader is not None else ""
+
+    async def _peer_addresses(self, params: dict[str, Any]) -> list[str]:
+        return [member.address for member in self._replica.members() if member.voter]
+
+    async def _block(self, params: dict[str, Any]) -> Any:
+        peers = params.get("peers", [])
+        if not isinstance(peers, list) or not all(isinstance(peer, str) for peer in peers):
+            raise BadRequest("peers must be a list of node names")
+        return {"Blocked": self._faults.block(peers)}
+
+    async def _servers(self, params: dict[str, Any]) -> Any:
+        servers = [{"Node": member.id, "Address": member.address} for member in self._replica.members()]
+        return {"Servers": servers, "Connected": self._replica.id, "Leader": self._replica.leader or ""}
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    async def snapshot_save(self, *, forwarded: bool) -> AsyncIterator[bytes]:
+        """Yield a snapshot taken on the leader."""
+        if self._replica.is_leader:
+            try:
+                await self._replica.read_barrier("consistent")
+                async for piece in self._replica.save_snapshot():
+                    yield piece
+            except RaftError as error:
+                raise translate(error) from error
+            return
+        connection = await self._leader_connection(forwarded)
+        async for piece in connection.stream(protocol.SNAPSHOT_SAVE, encode(True)):
+            yield piece
+
+    async def snapshot_restore(self, pieces: AsyncIterator[bytes], *, forwarded: bool) -> None:
+        """Hand a snapshot to the leader, which replaces the cluster's state by it."""
+        if self._replica.is_leader:
+            try:
+                await self._replica.restore_snapshot(pieces)
+            except RaftError as error:
+                raise translate(error) from error
+            return
+        connection = await self._leader_connection(forwarded)
+        await connection.upload(protocol.SNAPSHOT_RESTORE, encode(True), pieces, SNAPSHOT_TIMEOUT_S)
+
+    async def _leader_connection(self, forwarded: bool) -> Any:
+        if forwarded:
+            raise NoLeader(leader=self._replica.leader)
+        return await self._route.connection(OPERATOR_TIMEOUT_S)
+
+
+def _text(params: dict[str, Any], key: str) -> str:
+    value = params.get(key)
+    if not isinstance(value, str) or not value:
+        raise BadRequest(f"the verb needs the parameter {key!r}, a text")
+    return value

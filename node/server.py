@@ -1,0 +1,261 @@
+"""ServerBackend: the backend of a server, over its replica; writes and strong reads go to the leader."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from node import protocol
+from node.backend import (
+    APPLY_TIMEOUT_S,
+    QUERY_TIMEOUT_S,
+    Applied,
+    QueryResult,
+    ReadMode,
+    RefusalInfo,
+    ViewEvent,
+)
+from node.errors import BadRequest, TimedOut
+from node.leader_route import LeaderRoute
+from node.protocol import (
+    ApplyReply,
+    ApplyRequest,
+    OperatorRequest,
+    QueryReply,
+    QueryRequest,
+    SignRequest,
+    decode,
+    encode,
+)
+from node.store_reads import WAIT_S_MAX, StoreReads
+from raftstate.errors import RaftError
+from raftstate.model.wire import to_msgpack
+
+if TYPE_CHECKING:
+    from node.ca.authority import Authority
+    from node.operator_verbs import OperatorVerbs
+    from raftstate.replica import Replica
+    from raftstate.state.commands import Command
+
+SIGN_TIMEOUT_S = 10.0
+SEEN_WAIT_S = 2.0
+"""How long a read waits for this server to catch up with what its client has seen elsewhere."""
+SNAPSHOT_TIMEOUT_S = 600.0
+_SESSION_RENEW = b"SessionRenew"
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """`raftstate.state.commands.Envelope` with the command as the bytes it came in."""
+
+    request_id: str
+    at: str
+    command: msgspec.Raw
+
+
+class ServerBackend:
+    """Backend of a server. `seen_index` keeps every later read on this node from being older."""
+
+    def __init__(self, replica: Replica, route: LeaderRoute, *, node: str) -> None:
+        self.replica, self.route, self.node = replica, route, node
+        self.reads = StoreReads(replica.machine, replica.watches)  # type: ignore[arg-type]
+        self.authority: Authority | None = None
+        self.verbs: OperatorVerbs | None = None
+        self.on_session_renewed: Any = lambda session: None
+        self._seen_index = 0
+
+    @property
+    def applied_index(self) -> int:
+        """Log index of the last command applied here."""
+        return int(cast(Any, self.replica.machine).store.index)
+
+    # -- writes ----------------------------------------------------------------------------------------------------
+
+    async def apply(
+        self, command: Command, *, request_id: str | None = None, timeout_s: float = APPLY_TIMEOUT_S
+    ) -> Applied:
+        """See Backend.apply."""
+        try:
+            raw = msgspec.Raw(to_msgpack(command))
+        except (TypeError, OverflowError) as error:
+            raise BadRequest(f"the command cannot be encoded: {error}") from None
+        body = await self.apply_raw(ApplyRequest(request_id or uuid.uuid4().hex, raw), timeout_s)
+        applied = as_applied(decode(body, ApplyReply))
+        self._seen_index = max(self._seen_index, applied.index)
+        return applied
+
+    async def apply_raw(self, request: ApplyRequest, timeout_s: float) -> bytes:
+        """Write a command that is encoded already; return an encoded ApplyReply."""
+
+        async def here(left_s: float) -> bytes:
+            at = datetime.datetime.now(datetime.UTC).isoformat()
+            data = encode(_Envelope(request.request_id, at, request.command))
+            applied = await self.replica.apply(data, left_s)
+            if applied.refusal is None and _SESSION_RENEW in bytes(memoryview(request.command)[:16]):
+                self.on_session_renewed(applied.value)
+            refusal = applied.refusal and (applied.refusal.code, applied.refusal.message, applied.refusal.http_status)
+            return encode(ApplyReply(applied.index, applied.value, refusal))
+
+        forward = encode(ApplyRequest(request.request_id, request.command, True))
+        return await self.route.run(
+            here,
+            lambda leader, left_s: leader.call(protocol.APPLY, forward, left_s),
+            timeout_s=timeout_s,
+            write=True,
+            forwarded=request.forwarded,
+        )
+
+    # -- reads -----------------------------------------------------------------------------------------------------
+
+    async def query(
+        self,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        mode: ReadMode = "default",
+        min_index: int = 0,
+        wait_s: float = 0.0,
+    ) -> QueryResult:
+        """See Backend.query. A blocking query is parked here, so a leader change neither wakes nor loses it."""
+        params = params or {}
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + min(wait_s, WAIT_S_MAX)
+        while True:
+            result = await self._read(name, params, mode)
+            left_s = deadline - loop.time()
+            if min_index <= 0 or result.index > min_index or left_s <= 0:
+                return result
+            if result.index < min_index and mode != "stale":
+                return result  # the state was replaced by an older one: the client starts over
+            await self.reads.park(name, params, min_index, left_s)
+
+    async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:
+        if mode == "stale":
+            return await self._read_here(name, params, mode, QUERY_TIMEOUT_S)
+        if self.replica.is_leader:
+            try:
+                return await self._read_here(name, params, mode, QUERY_TIMEOUT_S)
+            except RaftError:
+                pass  # leadership is in question: take the way that waits for it
+        body = await self.query_leader(QueryRequest(name, dict(params), mode, forwarded=True), forwarded=False)
+        result = as_result(decode(body, QueryReply), mode)
+        self._seen_index = max(self._seen_index, result.index)
+        return result
+
+    async def _read_here(self, name: str, params: Mapping[str, Any], mode: ReadMode, left_s: float) -> QueryResult:
+        """Read this server's state. Raises RaftError when it may not be read in this mode."""
+        if mode == "stale":
+            await self.catch_up(self._seen_index)
+        stamp = await self.replica.read_barrier(mode, left_s)
+        answer = self.reads.ask(name, params)
+        return QueryResult(answer.index, stamp.known_leader, stamp.last_contact_ms, answer.value, mode)
+
+    async def catch_up(self, index: int) -> None:
+        """Wait until this server has applied `index`. Raises TimedOut."""
+        try:
+            await self.replica.wait_applied(index, SEEN_WAIT_S)
+        except RaftError as error:
+            raise TimedOut(
+                f"this server has not caught up with what you have seen already ({error}): retry, or ask another"
+            ) from None
+
+    async def query_leader(self, request: QueryRequest, *, forwarded: bool) -> bytes:
+        """Read what the leader knows; return an encoded QueryReply."""
+        mode = protocol.read_mode(request.mode)
+        forward = encode(request)
+
+        async def here(left_s: float) -> bytes:
+            return self.reply_of(await self._read_here(request.name, request.params, mode, left_s))
+
+        return await self.route.run(
+            here,
+            lambda leader, left_s: leader.call(protocol.QUERY, forward, left_s),
+            timeout_s=QUERY_TIMEOUT_S,
+            write=False,
+            forwarded=forwarded,
+        )
+
+    def reply_of(self, result: QueryResult) -> bytes:
+        """Encode a result of this server."""
+        return encode(
+            QueryReply(
+                result.index,
+                self.applied_index,
+                result.known_leader,
+                result.last_contact_ms,
+                msgspec.Raw(to_msgpack(result.raw)),
+            )
+        )
+
+    def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:
+        """See Backend.subscribe."""
+        return self.reads.subscribe(name, params)
+
+    # -- the leader's other work -----------------------------------------------------------------------------------
+
+    async def sign_leaf(self, csr_pem: str, *, service: str, instance: str = "") -> str:
+        """See Backend.sign_leaf."""
+        body = await self.sign_raw(SignRequest(csr_pem, service, instance, self.node), forwarded=False)
+        return body.decode()
+
+    async def sign_raw(self, request: SignRequest, *, forwarded: bool) -> bytes:
+        """Sign for `request.node`; return the chain, PEM."""
+
+        async def here(left_s: float) -> bytes:
+            await self.replica.read_barrier("default", left_s)
+            await self._await_registration(request)
+            assert self.authority is not None, "a server has an authority from its start"
+            chain = self.authority.sign(
+                request.csr_pem, service=request.service, instance=request.instance, node=request.node
+            )
+            return chain.encode()
+
+        body = encode(request)
+        return await self.route.run(
+            here,
+            lambda leader, left_s: leader.call(protocol.SIGN, body, left_s),
+            timeout_s=SIGN_TIMEOUT_S,
+            write=False,
+            forwarded=forwarded,
+        )
+
+    async def _await_registration(self, request: SignRequest) -> None:
+        """An agent asks for a leaf as soon as an instance is registered with it: its write may be on the way."""
+        store = cast(Any, self.replica.machine).store
+        key = (request.node, request.instance)
+        if request.instance and key not in store.services.rows:
+            params = {"node": request.node}
+            index = self.reads.ask("catalog.node", params).index
+            await self.reads.park("catalog.node", params, index, SEEN_WAIT_S)
+
+    async def operator(self, verb: str, params: Mapping[str, Any] | None = None) -> Any:
+        """See Backend.operator."""
+        assert self.verbs is not None, "a server has its verbs from its start"
+        body = await self.verbs.run(OperatorRequest(verb, dict(params or {})))
+        return msgspec.msgpack.decode(body)
+
+    async def snapshot_save(self) -> AsyncIterator[bytes]:
+        """See Backend.snapshot_save."""
+        assert self.verbs is not None, "a server has its verbs from its start"
+        async for piece in self.verbs.snapshot_save(forwarded=False):
+            yield piece
+
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+        """See Backend.snapshot_restore."""
+        assert self.verbs is not None, "a server has its verbs from its start"
+        await self.verbs.snapshot_restore(chunks, forwarded=False)
+
+
+def as_applied(reply: ApplyReply) -> Applied:
+    """Return the outcome that a reply carries."""
+    return Applied(reply.index, reply.value, RefusalInfo(*reply.refusal) if reply.refusal else None)
+
+
+def as_result(reply: QueryReply, mode: ReadMode) -> QueryResult:
+    """Return the answer that a reply carries; values come as builtins."""
+    value = msgspec.msgpack.decode(reply.value)
+    return QueryResult(reply.index, reply.known_leader, reply.last_contact_ms, value, mode)

@@ -1,0 +1,190 @@
+"""A server put together, read top to bottom: disk, replica, port, backend, the leader's duties."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+from node import pki
+from node.autopilot import health
+from node.ca.authority import Authority
+from node.config import SERVER, ClusterConfig, NodeConfig
+from node.errors import PkiError
+from node.faults import FaultFilter
+from node.leader_duties import LeaderDuties
+from node.leader_route import LeaderRoute
+from node.operator_verbs import OperatorVerbs
+from node.peers import PeerConnections
+from node.rpc.listener import Listener
+from node.server import ServerBackend
+from node.server_rpc import ServerRpc
+from node.tasks import Tasks
+from node.version import lictor_version
+from raftstate.disk import RealDisk
+from raftstate.journal import Journal
+from raftstate.model.catalog import PASSING, SERF_HEALTH
+from raftstate.raft_config import RaftConfig
+from raftstate.raft_members import Member, Members
+from raftstate.replica import Replica
+from raftstate.snapshots import SnapshotStore
+from raftstate.state.machine import StateMachine
+from raftstate.transport import TlsPeerTransport
+from raftstate.watch import Watches
+
+log = logging.getLogger("lictor.server")
+
+
+class ServerNode:
+    """One server of the cluster. `await start()`, then use `backend`; `await stop()` hands leadership over."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        node: NodeConfig,
+        *,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.config, self.node = config, node
+        self._on_failure = on_failure
+        self._rng = rng or random.Random()
+        self.faults = FaultFilter(enabled=config.fault_injection)
+        self._tasks = Tasks("server")
+        self._running = False
+
+    async def start(self) -> None:
+        """Open disk, port and replica. Raises NodeError, RaftError (damaged data), OSError (port taken)."""
+        config, node = self.config, self.node
+        files = pki.TlsFiles(config.tls_dir)
+        cluster_key = pki.load_cluster_key(files.cluster_key)
+
+        self.transport = TlsPeerTransport(
+            node.name,
+            pki.client_context(files, node.name, pki.ALPN_RAFT),
+            peer_name=self._server_name,
+            on_frame=self._deliver,
+            on_disconnected=self._peer_lost,
+            fault_filter=(lambda peer, direction: self.faults.blocks(peer)) if config.fault_injection else None,
+        )
+        directory = node.data_dir / "raft"
+        disk = RealDisk()
+        journal = await asyncio.to_thread(Journal, disk, str(directory / "journal"))
+        self.replica = Replica(
+            node.name,
+            journal=journal,
+            snapshots=SnapshotStore(disk, str(directory / "snapshots")),
+            machine=StateMachine(),
+            watches=Watches(),
+            peers=self.transport,
+            bootstrap=self._founders(),
+            config=RaftConfig(
+                heartbeat_s=config.raft.heartbeat_s,
+                election_timeout_min_s=config.raft.election_timeout_min_s,
+                election_timeout_max_s=config.raft.election_timeout_max_s,
+                command_bytes_max=config.limits.command_bytes_max,
+            ),
+            rng=self._rng,
+            on_failure=self._on_failure,
+        )
+
+        self.peers = PeerConnections(
+            pki.client_context(files, node.name, pki.ALPN_RPC), config.datacenter, blocked=self.faults.blocks
+        )
+        route = LeaderRoute(self.replica, self.peers, rng=self._rng)
+        self.backend = ServerBackend(self.replica, route, node=node.name)
+        authority = Authority(
+            datacenter=config.datacenter,
+            trust_domain=config.trust_domain,
+            cluster_key=cluster_key,
+            leaf_ttl_s=config.leaf_ttl_s,
+            ask=self.backend.reads.ask_internal,
+            instance_of=lambda host, instance: self._store.services.rows.get((host, instance)),
+            apply=self.backend.apply,
+        )
+        self.backend.authority = authority
+        verbs = OperatorVerbs(self.replica, route, authority, self.faults, health=self._health)
+        self.backend.verbs = verbs
+        self.duties = LeaderDuties(self.backend, self.replica, authority, config.liveness)
+        self.rpc = ServerRpc(self.backend, verbs, self.duties)
+
+        self.listener = Listener(
+            pki.server_context(files, node.name),
+            config.datacenter,
+            self.rpc.methods,
+            limits=config.limits,
+            accept_raft=lambda peer: self.transport.incoming(peer.node),
+            blocked=self.faults.blocks,
+        )
+        try:
+            await self.listener.start(node.bind_address, node.rpc_port)
+        except OSError:
+            await asyncio.to_thread(journal.close)
+            raise
+        await self.transport.start()
+        await self.replica.start()
+        self.rpc.start()
+        self.duties.start()
+        self._tasks.spawn(self._own_heartbeat())
+        self._running = True
+        log.info("server: %s takes part in raft at %s", node.name, node.rpc_endpoint)
+
+    async def stop(self) -> None:
+        """Hand leadership over, then close everything."""
+        if not self._running:
+            return
+        self._running = False
+        await self._tasks.close()
+        await self.duties.stop()
+        await self.replica.stop()
+        await self.backend.reads.hub.close()
+        await self.rpc.stop()
+        await self.listener.close()
+        await self.transport.stop()
+        await self.peers.close()
+
+    def _founders(self) -> Members:
+        """The membership of a cluster that begins; what is on disk counts for more."""
+        if self.node.join:
+            return Members()
+        servers = [server for server in self.config.servers() if not server.join]
+        return Members.of(Member(server.name, server.rpc_endpoint) for server in servers)
+
+    # -- what the transport asks -----------------------------------------------------------------------------------
+
+    def _server_name(self, ssl_object: Any) -> str | None:
+        try:
+            peer = pki.peer_of(ssl_object, self.config.datacenter)
+        except PkiError:
+            return None
+        return peer.node if peer.role == SERVER else None
+
+    def _deliver(self, peer: str, frame: bytes) -> None:
+        self.replica.deliver(peer, frame)
+
+    def _peer_lost(self, peer: str) -> None:
+        self.replica.peer_lost(peer)
+
+    # -- liveness --------------------------------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> Any:
+        machine = self.replica.machine
+        assert isinstance(machine, StateMachine)
+        return machine.store
+
+    def _health(self) -> dict[str, Any]:
+        checks = self._store.checks.rows
+
+        def alive(server: str) -> bool:
+            check = checks.get((server, SERF_HEALTH))
+            return check is not None and check.status == PASSING
+
+        return health(self.replica.status(), alive, {}, version=lictor_version())
+
+    async def _own_heartbeat(self) -> None:
+        while True:
+            self.rpc.beat(self.node.name)
+            await asyncio.sleep(self.config.liveness.heartbeat_s * self._rng.uniform(0.8, 1.2))

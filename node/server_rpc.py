@@ -1,0 +1,154 @@
+"""What a server answers to over RPC: each method of `node.protocol`, put before its backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, cast
+
+import msgspec
+
+from node import protocol
+from node.backend import READ_MODES, QueryResult
+from node.config import SERVER
+from node.errors import BadRequest, NodeError
+from node.leader_duties import LeaderDuties
+from node.operator_verbs import OperatorVerbs
+from node.protocol import (
+    ApplyRequest,
+    HeartbeatReply,
+    OperatorRequest,
+    QueryRequest,
+    SignRequest,
+    SubscribeRequest,
+    decode,
+    encode,
+)
+from node.rpc.server import Call, Methods
+from node.server import ServerBackend
+from node.tasks import Tasks
+from raftstate.errors import RaftError
+
+BATCH_S = 0.1
+"""How long heartbeats are gathered before they go to the leader together."""
+
+
+class ServerRpc:
+    """The methods. `start` also begins to pass heartbeats on."""
+
+    def __init__(self, backend: ServerBackend, verbs: OperatorVerbs, duties: LeaderDuties) -> None:
+        self._backend, self._verbs, self._duties = backend, verbs, duties
+        self._beats: set[str] = set()
+        self._beaten = asyncio.Event()
+        self._tasks = Tasks("server rpc")
+        self.methods = Methods()
+        for name, unary in (
+            (protocol.APPLY, self.apply),
+            (protocol.QUERY, self.query),
+            (protocol.SIGN, self.sign),
+            (protocol.OPERATOR, self.operator),
+            (protocol.HEARTBEAT, self.heartbeat),
+            (protocol.HEARTBEATS, self.heartbeats),
+            (protocol.SNAPSHOT_RESTORE, self.snapshot_restore),
+        ):
+            self.methods.add(name, unary)
+        self.methods.add_stream(protocol.SUBSCRIBE, self.subscribe)
+        self.methods.add_stream(protocol.SNAPSHOT_SAVE, self.snapshot_save)
+
+    def start(self) -> None:
+        """Begin to pass heartbeats on to the leader."""
+        self._tasks.spawn(self._pass_on())
+
+    async def stop(self) -> None:
+        """Pass nothing on any more."""
+        await self._tasks.close()
+
+    async def apply(self, call: Call) -> bytes:
+        """Write."""
+        return await self._backend.apply_raw(decode(call.body, ApplyRequest), call.left_s())
+
+    async def query(self, call: Call) -> bytes:
+        """Read; a forwarded read is answered by the leader only."""
+        request = decode(call.body, QueryRequest)
+        if request.forwarded:
+            return await self._backend.query_leader(request, forwarded=True)
+        mode = protocol.read_mode(request.mode)
+        if mode == READ_MODES[1]:
+            await self._backend.catch_up(request.seen_index)
+        elif request.min_index <= 0 and not self._backend.replica.is_leader:
+            forward = msgspec.structs.replace(request, forwarded=True)
+            return await self._backend.query_leader(forward, forwarded=False)
+        result: QueryResult = await self._backend.query(
+            request.name, request.params, mode=mode, min_index=request.min_index, wait_s=request.wait_s
+        )
+        return self._backend.reply_of(result)
+
+    async def subscribe(self, call: Call) -> AsyncIterator[bytes]:
+        """Follow a query on this server."""
+        request = decode(call.body, SubscribeRequest)
+        events = self._backend.reads.subscribe(request.name, request.params, from_index=request.from_index)
+        async with aclosing(cast(Any, events)):
+            async for event in events:
+                yield event.packed
+
+    async def sign(self, call: Call) -> bytes:
+        """Sign a leaf for the asking node, as its certificate names it; a server speaks for its agents."""
+        request = decode(call.body, SignRequest)
+        if call.peer.role == SERVER:
+            return await self._backend.sign_raw(request, forwarded=True)
+        request = msgspec.structs.replace(request, node=call.peer.node)
+        return await self._backend.sign_raw(request, forwarded=False)
+
+    async def operator(self, call: Call) -> bytes:
+        """Run an operator's verb."""
+        request = decode(call.body, OperatorRequest)
+        if request.verb == "faults.block":
+            raise BadRequest("faults are set on each node by its own API, not over RPC")
+        return await self._verbs.run(request)
+
+    async def snapshot_save(self, call: Call) -> AsyncIterator[bytes]:
+        """Stream a snapshot."""
+        async for piece in self._verbs.snapshot_save(forwarded=call.peer.role == SERVER):
+            yield piece
+
+    async def snapshot_restore(self, call: Call) -> bytes:
+        """Take a snapshot in."""
+        await self._verbs.snapshot_restore(call.upload(), forwarded=call.peer.role == SERVER)
+        return encode(True)
+
+    # -- heartbeats ------------------------------------------------------------------------------------------------
+
+    async def heartbeat(self, call: Call) -> bytes:
+        """Note an agent's sign of life, and tell it which servers there are and how this one fares."""
+        self.beat(call.peer.node)
+        status = self._backend.replica.status()
+        servers = tuple((member.id, member.address) for member in status.members)
+        return encode(HeartbeatReply(status.leader is not None, status.last_contact_ms, servers))
+
+    async def heartbeats(self, call: Call) -> bytes:
+        """Take in what another server gathered."""
+        if call.peer.role != SERVER:
+            raise BadRequest("only a server passes heartbeats on")
+        self._duties.beats(decode(call.body, list[str]))
+        return encode(True)
+
+    def beat(self, node: str) -> None:
+        """Note one sign of life."""
+        self._beats.add(node)
+        self._beaten.set()
+
+    async def _pass_on(self) -> None:
+        while True:
+            await self._beaten.wait()
+            await asyncio.sleep(BATCH_S)
+            self._beaten.clear()
+            beats, self._beats = sorted(self._beats), set()
+            if self._backend.replica.is_leader:
+                self._duties.beats(beats)
+                continue
+            try:
+                connection = await self._backend.route.connection(1.0)
+                await connection.call(protocol.HEARTBEATS, encode(beats), 1.0)
+            except (NodeError, RaftError):
+                pass  # the next beats come soon, and a new leader gives everyone a full deadline
