@@ -34,17 +34,14 @@ class RegisterMachine:
     registers: dict[str, str] = field(default_factory=dict)
     requests: dict[str, str] = field(default_factory=dict)
     """request id -> the value it left behind."""
-    doubled: list[str] = field(default_factory=list)
 
     def apply(self, index: int, data: bytes) -> TestApplied:
         assert index > self.index, f"index {index} after {self.index}"
         self.index = index
         request, key, value = msgspec.msgpack.decode(data, type=tuple[str, str, str | None])
         self.chain = hashlib.blake2b(self.chain.encode() + data + index.to_bytes(8), digest_size=8).hexdigest()
-        if request in self.requests:
-            if self.dedup:
-                return TestApplied(index, self.requests[request])
-            self.doubled.append(request)
+        if request in self.requests and self.dedup:
+            return TestApplied(index, self.requests[request])
         if value is None:
             value = str(int(self.registers.get(key, "0")) + 1)
         self.registers[key] = value

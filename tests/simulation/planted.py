@@ -1,0 +1,195 @@
+"""Bugs on purpose: each is something a Raft implementation, pysyncobj among them, can get wrong.
+
+The simulation has to catch every one of them within `SEEDS` seeds; that shows that it can fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from raftstate.messages import AppendEntries, AppendReply, Message, RequestVote
+from raftstate.raft import RaftCore
+from raftstate.raft_driven import CANDIDATE
+from raftstate.raft_election import Outbox
+from tests.simulation.server import Bugs
+from tests.support.raft_machine import RegisterMachine
+from tests.support.simdisk import SimDisk, _SimFile
+
+SEEDS = 400
+"""A bug that no seed below this finds is not caught."""
+
+
+class _LyingFile(_SimFile):
+    def _flush(self) -> None:
+        """A sync that writes nothing."""
+
+
+class LyingDisk(SimDisk):
+    def create(self, path: str) -> _SimFile:
+        file = super().create(path)
+        return _LyingFile(self, file._inode)
+
+    def open_append(self, path: str) -> _SimFile:
+        return _LyingFile(self, self._inode(path))
+
+
+class AckBeforeQuorum(RaftCore):
+    """The leader commits what it alone holds."""
+
+    def _advance_commit(self) -> None:
+        if self.last_term == self.term:
+            self._set_commit(self.last_index)
+
+
+class StaleLease(RaftCore):
+    """Whoever believes that it leads answers default reads."""
+
+    def lease_valid(self) -> bool:
+        return self.is_leader
+
+
+class LeaseWithoutNoop(RaftCore):
+    """A new leader answers reads before it knows what is committed."""
+
+    @property
+    def noop_index(self) -> int:
+        return 0
+
+
+class NoStickiness(RaftCore):
+    """Voters help any candidate, and so break the lease that they gave the leader."""
+
+    def _has_live_leader(self, now: float) -> bool:
+        return False
+
+
+class LeaseKeptInTransfer(RaftCore):
+    """A leader that has asked another to take over still trusts its lease."""
+
+    @property
+    def _lease_given_up(self) -> bool:
+        return False
+
+    @_lease_given_up.setter
+    def _lease_given_up(self, _value: bool) -> None: ...
+
+
+class TruncatesMatching(RaftCore):
+    """pysyncobj: every append cuts off what stands behind its first entry, matching or not."""
+
+    def _on_append(self, peer: str, message: AppendEntries, now: float) -> None:
+        if message.term >= self.term and self.term_at(message.prev_index) == message.prev_term:
+            if message.prev_index < self.last_index and message.prev_index >= self.first_index:
+                self._SyncObj__deleteEntriesFrom(message.prev_index + 1)
+                self._forget_memberships(message.prev_index + 1)
+        super()._on_append(peer, message, now)
+
+
+class CountsVotesTwice(RaftCore):
+    """pysyncobj: votes are counted, so that a duplicated message is one more vote."""
+
+    def _count_vote(self, voter: str) -> None:
+        self._votes.add(f"{voter} {len(self._votes)}")
+        if self.role == CANDIDATE and 2 * len(self._votes) > len(self.members.voters):
+            self._lead()
+
+
+class IgnoresTermOfReplies(RaftCore):
+    """pysyncobj: an acknowledgement from an older term counts."""
+
+    def receive(self, peer: str, message: Message) -> None:
+        if isinstance(message, AppendReply) and self.is_leader and message.term < self.term:
+            message = AppendReply(self.term, 0, message.success, message.match, message.prev_index)
+        super().receive(peer, message)
+
+
+class VotesBeforeSync(RaftCore):
+    """Votes and acknowledgements do not wait for the disk."""
+
+    def take_outbox(self) -> Outbox:
+        out = super().take_outbox()
+        return Outbox(out.free + out.held, [], out.term)
+
+
+class CountsItselfUnsynced(RaftCore):
+    """The leader counts its own copy before its disk has it."""
+
+    def _held_by(self, server: str) -> int:
+        return self.last_index if server == self.id else super()._held_by(server)
+
+
+class CommitsOlderTerms(RaftCore):
+    """Commits an older term's entry by counting copies (paper, figure 8)."""
+
+    def _advance_commit(self) -> None:
+        index = int(self.members.quorum_value(self._held_by))
+        if index > self.commit:
+            self._set_commit(index)
+
+
+class VotesForShorterLogs(RaftCore):
+    """Does not ask whether the candidate has everything."""
+
+    def _is_up_to_date(self, message: object) -> bool:
+        return True
+
+
+class CommitsBeyondMatch(RaftCore):
+    """A follower commits up to the leader's index even where its log was not compared."""
+
+    def _follow_commit(self, index: int) -> None:
+        super()._follow_commit(self.last_index if index > self.commit else index)
+
+
+class ForgetsItsVote(RaftCore):
+    """Votes again in the same term."""
+
+    def _on_request_vote(self, peer: str, message: RequestVote, now: float) -> None:
+        if message.term == self.term and not self.is_leader and self.role != CANDIDATE:
+            self._SyncObj__votedForNodeId = None
+        super()._on_request_vote(peer, message, now)
+
+
+class UncheckedMembership(RaftCore):
+    """A new membership is used although the one before is not committed: two steps at once."""
+
+    def change_members(self, change: object, done: object) -> None:
+        self._append_members(change(self.members), done)  # type: ignore[operator, arg-type]
+
+
+class ReadsWithoutRound(RaftCore):
+    """A consistent read is answered without asking a quorum."""
+
+    def read_index(self, done: Callable[[int | None], None]) -> None:
+        self._refuse_unless_leading()
+        done(self.commit)
+
+
+class KeepsMembershipAfterTruncation(RaftCore):
+    """A membership entry that was taken back still counts."""
+
+    def _forget_memberships(self, start: int) -> None: ...
+
+
+PLANTED: dict[str, Bugs] = {
+    "skips the fsync": Bugs(disk=LyingDisk),
+    "acknowledges before a quorum": Bugs(core=AckBeforeQuorum),
+    "default read from a stale leader": Bugs(core=StaleLease),
+    "applies a retry twice": Bugs(machine=partial(RegisterMachine, dedup=False)),
+    "truncates matching entries": Bugs(core=TruncatesMatching),
+    "counts a vote twice": Bugs(core=CountsVotesTwice),
+    "ignores the term of replies": Bugs(core=IgnoresTermOfReplies),
+    "answers before the sync": Bugs(core=VotesBeforeSync),
+    "counts itself before its sync": Bugs(core=CountsItselfUnsynced),
+    "commits older terms by counting": Bugs(core=CommitsOlderTerms),
+    "votes for shorter logs": Bugs(core=VotesForShorterLogs),
+    "commits beyond the match": Bugs(core=CommitsBeyondMatch),
+    "forgets its vote": Bugs(core=ForgetsItsVote),
+    "consistent read without a round": Bugs(core=ReadsWithoutRound),
+    "reads before its no-op": Bugs(core=LeaseWithoutNoop),
+    "votes while a leader lives": Bugs(core=NoStickiness),
+    "keeps its lease in a transfer": Bugs(core=LeaseKeptInTransfer),
+    "keeps a membership taken back": Bugs(core=KeepsMembershipAfterTruncation),
+    "two membership changes at once": Bugs(core=UncheckedMembership),
+}

@@ -1,0 +1,187 @@
+"""What must hold, checked as it happens.
+
+Election safety: one leader per term, one vote per server and term, whatever crashed in between.
+Log matching: an (index, term) names one command and one predecessor, everywhere, for ever.
+Leader completeness: a new leader's log has every entry that any server ever applied.
+State machine safety: every server applies the same command at an index, in order, without gaps.
+Durability: an acknowledged write stays applied; promises name only what the sender's disk holds.
+Linearizability: the log's order is the witness. A write or read that began after another had ended comes later, and
+a read returns what the log up to its index says.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Any
+
+import msgspec
+
+from raftstate.messages import AppendReply, Message, RequestVote, VoteReply
+from raftstate.raft import RaftCore
+from raftstate.raft_driven import MEMBERS
+from raftstate.raft_members import encode_members
+from raftstate.raft_ports import Entry
+from tests.simulation.world import Violation, World
+
+
+class Referee:
+    """Sees everything and raises Violation."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.leaders: dict[int, str] = {}
+        self.votes: dict[tuple[int, str], str] = {}
+        self._known: dict[tuple[int, int], tuple[bytes, int]] = {}
+        """(index, term) -> (command, term of the entry before)"""
+        self._last_applied = 0
+        self._applied_at: dict[int, tuple[int, bytes]] = {}
+        self.terms_applied: dict[int, int] = {}
+        """index -> term of every applied entry, no-ops and memberships too."""
+        self._values: dict[str, tuple[list[int], list[str]]] = {}
+        """key -> (indexes, values), by replaying what was applied."""
+        self._effective: dict[str, int] = {}
+        """request id -> index where it was applied first."""
+        self.floor = 0
+        """The highest index that any finished operation has seen or made."""
+        self.acknowledged: dict[str, int] = {}
+        self._checked: dict[str, int] = {}
+        """server -> applied index up to which its terms were checked."""
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+
+    def entry_added(self, server: str, before: Entry | None, command: bytes, index: int, term: int) -> None:
+        previous = before[2] if before is not None else 0
+        known = self._known.setdefault((index, term), (command, previous))
+        if known != (command, previous) and before is not None:
+            raise Violation(f"log matching: {server} has another entry at index {index} term {term}")
+
+    def term_applied(self, server: str, index: int, term: int) -> None:
+        seen = self.terms_applied.setdefault(index, term)
+        if seen != term:
+            raise Violation(f"state machine safety: {server} applied term {term} at index {index}, others {seen}")
+
+    def entry_applied(self, server: str, index: int, term: int, data: bytes) -> None:
+        self.term_applied(server, index, term)
+        first = self._applied_at.setdefault(index, (term, data))
+        if first != (term, data):
+            raise Violation(f"state machine safety: {server} applied another command at index {index}")
+        if index <= self._last_applied:
+            return
+        self._last_applied = index
+        request, key, value = msgspec.msgpack.decode(data)
+        if request in self._effective:
+            return
+        self._effective[request] = index
+        indexes, values = self._values.setdefault(key, ([], []))
+        indexes.append(index)
+        values.append(value if value is not None else str(int(values[-1] if values else "0") + 1))
+
+    def value_at(self, key: str, index: int) -> str | None:
+        """What the log up to `index` says of `key`."""
+        indexes, values = self._values.get(key, ([], []))
+        position = bisect_right(indexes, index)
+        return values[position - 1] if position else None
+
+    # -- servers ---------------------------------------------------------------------------------------------------
+
+    def check_server(self, server: str, core: RaftCore) -> None:
+        """After every event at a server."""
+        if core.is_leader:
+            known = self.leaders.get(core.term)
+            if known is None:
+                self.leaders[core.term] = server
+                self._world.note(server, f"LEADS term {core.term}")
+                self._check_complete(server, core)
+            elif known != server:
+                raise Violation(f"election safety: {server} and {known} both lead term {core.term}")
+        for index in range(max(self._checked.get(server, 0), core.first_index) + 1, core.applied + 1):
+            term = core.term_at(index)
+            assert term is not None
+            self.term_applied(server, index, term)
+        self._checked[server] = core.applied
+        at = core.membership_index
+        if at > core.commit:
+            found = core.entries(at, 1)
+            if (not found or found[0][0] != MEMBERS + encode_members(core.members)) and not core.install:
+                raise Violation(f"{server} goes by a membership at index {at} that its log does not hold")
+        if not core.first_index <= core.applied <= core.commit <= core.last_index and not core.install:
+            raise Violation(
+                f"{server}: first {core.first_index} applied {core.applied} commit {core.commit} last {core.last_index}"
+            )
+
+    def _check_complete(self, server: str, core: RaftCore) -> None:
+        for index, term in self.terms_applied.items():
+            mine = core.term_at(index)
+            if mine != term and index > core.first_index:
+                raise Violation(
+                    f"leader completeness: {server} leads term {core.term} with term {mine} at applied index {index}, "
+                    f"which has term {term}"
+                )
+
+    def message_sent(self, source: str, target: str, message: Message, journal: Any) -> None:
+        """At the moment a message leaves a server."""
+        match message:
+            case VoteReply(granted=True):
+                self._voted(source, message.term, target)
+            case RequestVote():
+                self._voted(source, message.term, source)
+            case _:
+                return
+        if journal.durable_term < message.term:
+            raise Violation(f"{source} sent {message} before term {message.term} was durable")
+
+    def ack_sent(self, source: str, message: AppendReply, durable_index: int) -> None:
+        if message.success and message.match > durable_index:
+            raise Violation(f"{source} acknowledged index {message.match}, durable is {durable_index}")
+
+    def _voted(self, voter: str, term: int, candidate: str) -> None:
+        known = self.votes.setdefault((term, voter), candidate)
+        if known != candidate:
+            raise Violation(f"{voter} voted for {known} and {candidate} in term {term}")
+
+    # -- clients ---------------------------------------------------------------------------------------------------
+
+    def write_acknowledged(self, request: str, index: int, value: str, floor: int) -> None:
+        """`floor` is this referee's floor when the write was first sent."""
+        first = self._effective.get(request)
+        if first is None:
+            raise Violation(f"write {request} was acknowledged at index {index} and applied nowhere")
+        if first != index and first > index:
+            raise Violation(f"write {request} was acknowledged at index {index}, applied at {first}")
+        if first <= floor:
+            raise Violation(
+                f"write {request} came at index {first}, before what was finished when it began ({floor})"
+            )
+        _, key, _ = msgspec.msgpack.decode(self._applied_at[first][1])
+        expected = self.value_at(key, first)
+        if value != expected:
+            raise Violation(f"write {request} left {value!r} behind, the log says {expected!r}")
+        self.acknowledged[request] = first
+        self.floor = max(self.floor, first)
+
+    def read_answered(self, key: str, value: str | None, index: int, floor: int, *, stale: bool) -> None:
+        """`floor` is this referee's floor when the read began."""
+        expected = self.value_at(key, index)
+        if value != expected:
+            raise Violation(f"a read of {key} at index {index} returned {value!r}, the log says {expected!r}")
+        if stale:
+            return
+        if index < floor:
+            raise Violation(f"a read of {key} saw index {index}; {floor} was finished before it began")
+        self.floor = max(self.floor, index)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def check_end(self, states: dict[str, tuple[int, str, dict[str, str]]]) -> None:
+        """`states`: server -> (applied index, digest, registers) after everything has settled."""
+        if len({state[:2] for state in states.values()}) > 1:
+            raise Violation(f"states differ at the end: { {name: state[:2] for name, state in states.items()} }")
+        for name, (_, _, registers) in states.items():
+            for key in self._values:
+                if registers.get(key) != self._values[key][1][-1]:
+                    raise Violation(
+                        f"{name} ends with {key}={registers.get(key)!r}, not {self._values[key][1][-1]!r}"
+                    )
+        for request, index in self.acknowledged.items():
+            if self._effective.get(request) != index:
+                raise Violation(f"the acknowledged write {request} is lost")
