@@ -6,8 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 
@@ -74,6 +75,7 @@ class LocalAgent:
         self.node_id = ""
         self._streams: dict[str, tuple[SidecarFeed, StreamHolder]] = {}
         self._grace: dict[str, asyncio.TimerHandle] = {}
+        self._changes: set[asyncio.Future[None]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks("agent")
 
@@ -101,6 +103,7 @@ class LocalAgent:
             feed.close()
         for timer in self._grace.values():
             timer.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
         await self.checks.stop()
         await self.sync.stop()
         await self.leaves.stop()
@@ -133,6 +136,9 @@ class LocalAgent:
         Returns when it is durable here, and in the catalog or ``wait_s`` has passed (then it is synced later).
         Raises BadDefinition, or Refused when the catalog refuses it: then nothing has changed.
         """
+        await self._to_the_end(self._register(definition, replace_checks, wait_s))
+
+    async def _register(self, definition: ServiceDefinition, replace_checks: bool, wait_s: float | None) -> None:
         self._require_valid(definition)
         service_id = definition.service_id()
         sidecar = sidecar_of(definition, self._sidecar_port(service_id))
@@ -170,6 +176,9 @@ class LocalAgent:
         """Withdraw a service, its checks and its sidecar. Raises Unknown."""
         if service_id not in self.local.services or (service_id == SERVER_SERVICE and self.options.is_server):
             raise _unknown_service(service_id)
+        await self._to_the_end(self._deregister(service_id))
+
+    async def _deregister(self, service_id: str) -> None:
         await self._withdraw(service_id)
         sidecar_id = service_id + SIDECAR_SUFFIX
         if sidecar_id in self.local.services:
@@ -252,7 +261,7 @@ class LocalAgent:
             raise BadDefinition("Missing check name")
         definition = msgspec.structs.replace(definition, check_id=definition.check_id or definition.name)
         self._require_valid_check(definition)
-        await self._put_own_check(definition)
+        await self._to_the_end(self._put_own_check(definition))
 
     async def _put_own_check(self, definition: CheckDefinition) -> None:
         if definition.service_id and definition.service_id not in self.local.services:
@@ -302,15 +311,14 @@ class LocalAgent:
         default = (
             f"Maintenance mode is enabled for this {what}, but no reason was provided. This is a default message."
         )
-        await self._put_own_check(
-            CheckDefinition(
-                check_id=check_id,
-                name=f"{what.capitalize()} Maintenance Mode",
-                notes=reason or default,
-                service_id=service_id,
-                status=CRITICAL,
-            )
+        check = CheckDefinition(
+            check_id=check_id,
+            name=f"{what.capitalize()} Maintenance Mode",
+            notes=reason or default,
+            service_id=service_id,
+            status=CRITICAL,
         )
+        await self._to_the_end(self._put_own_check(check))
 
     def _check(self, check_id: str) -> LocalCheck:
         check = self.local.checks.get(check_id)
@@ -334,6 +342,11 @@ class LocalAgent:
         self._tasks.spawn(reap())
 
     # Sidecars
+
+    @property
+    def stream_count(self) -> int:
+        """How many sidecars hold their stream."""
+        return len(self._streams)
 
     @asynccontextmanager
     async def sidecar_stream(self, definition: ServiceDefinition, pid: str = "") -> AsyncIterator[SidecarFeed]:
@@ -370,7 +383,7 @@ class LocalAgent:
         if target not in self.local.services:
             raise Unknown(
                 f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not '
-                f"registered with this agent; register it first: lictor services register -name NAME -id {target or 'ID'}"
+                f"registered with this agent; first: lictor services register -name NAME -id {target or 'ID'}"
             )
         stream_check = f"service:{sidecar_id}"
         checks = (
@@ -393,6 +406,13 @@ class LocalAgent:
             self._stream_lost(check_id, "the sidecar has not streamed since the agent started")
 
         self._grace[check_id] = asyncio.get_running_loop().call_later(self.options.sidecar_grace_s, over)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a change whole, even if whoever asked for it hangs up halfway: file and memory must agree."""
+        task = asyncio.ensure_future(work)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.shield(task)
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -99,6 +99,11 @@ class AntiEntropy:
         self._dirty[item] = None
         self._kick()
 
+    def compare_now(self) -> None:
+        """Compare with the catalog without waiting for the period; what was refused is tried again."""
+        self._refusals.clear()
+        self._compare(late=True)
+
     async def settled(self, item: Item, timeout_s: float) -> NodeError | None:
         """Wait until the item has been pushed. Returns what the catalog refused it with, or None; also None when
         the time runs out first: the push goes on behind."""
@@ -210,8 +215,7 @@ class AntiEntropy:
     async def _periodic(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s * self._rng.uniform(0.75, 1.25))
-            self._refusals.clear()
-            self._compare(late=True)
+            self.compare_now()
 
     def _compare(self, *, late: bool = False) -> None:
         """Mark what differs. ``late``: nothing of ours can still be on its way, so that output counts as well."""

@@ -1,0 +1,55 @@
+"""Puts the API together: all families' tables on one aiohttp application."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from node.agent.agent import LocalAgent
+from node.backend import Backend
+from node.http.context import CONTEXT, Context, Handler, HttpOptions, Route
+from node.http.middleware import guard
+
+FAMILIES = (
+    "status", "agent", "agent_services", "agent_checks", "agent_connect", "catalog", "health", "intentions",
+    "connect", "operator", "kv", "session", "config", "snapshot",
+)  # fmt: skip
+"""Modules with a ``routes`` table, in the order in which a request is matched."""
+
+
+def all_routes() -> list[Route]:
+    """Return every endpoint."""
+    return [route for family in FAMILIES for route in importlib.import_module(f"node.http.{family}").routes.table]
+
+
+def create_app(
+    backend: Backend, agent: LocalAgent, options: HttpOptions | None = None, *, rng: random.Random | None = None
+) -> web.Application:
+    """Return the API of a node. The agent must be started before the first request and outlive the last."""
+    options = options or HttpOptions()
+    # Handlers bound the bodies they read (413); snapshots stream and have no bound here.
+    app = web.Application(middlewares=[guard], client_max_size=options.body_bytes_max)
+    app[CONTEXT] = Context(backend, agent, options, rng or random.Random())
+    for route in all_routes():
+        for method in route.methods:
+            app.router.add_route(method, route.path, _bound(app[CONTEXT], route.handler))
+    return app
+
+
+def _bound(ctx: Context, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await handler(ctx, request)
+
+    return handle
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """Return the runner to serve the API with.
+
+    A handler is cancelled when its client hangs up: a blocking query parks no longer, and a sidecar that is gone
+    shows at once by the end of its stream.
+    """
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)

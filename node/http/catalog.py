@@ -1,0 +1,225 @@
+"""``/v1/catalog``: what is registered, cluster-wide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from node.http.context import Context, Routes
+from node.http.errors import BadRequest
+from node.http.reading import answer, filtered, nearest, read, with_meta
+from node.http.respond import json_response
+from node.http.shapes import catalog_service_shape, node_shape, service_shape
+from node.http.writing import body_as, write
+from raftstate.model.catalog import STATUSES, CatalogNode, CatalogService, Check, Node, ServiceInstance
+from raftstate.model.wire import Wire
+from raftstate.state import commands
+
+routes = Routes("catalog")
+
+
+@routes.add("GET", "/v1/catalog/datacenters")
+async def datacenters(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """The datacenters: this one."""
+    return json_response(request, [ctx.agent.options.datacenter])
+
+
+@routes.add("GET", "/v1/catalog/nodes")
+async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """All nodes by name."""
+    reading = await read(ctx, request, "catalog.nodes")
+    found = [node_shape(row) for row in reading.decode(list[Node])]
+    found = with_meta(found, reading.options, lambda row: row["Meta"])
+    found = filtered(found, reading.options)
+    return answer(request, reading, nearest(ctx, found, reading.options, lambda row: str(row["Node"])))
+
+
+@routes.add("GET", "/v1/catalog/services")
+async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """All service names with their tags."""
+    meta = dict(part.partition(":")[::2] for part in request.query.getall("node-meta", []))
+    reading = await read(ctx, request, "catalog.services", {"node_meta": meta} if meta else {}, rows=False)
+    found: dict[str, Any] = reading.value
+    if reading.options.filter:
+        rows = [{"ServiceName": name, "ServiceTags": tags} for name, tags in found.items()]
+        found = {row["ServiceName"]: row["ServiceTags"] for row in filtered(rows, reading.options)}
+    return answer(request, reading, found)
+
+
+async def _instances(ctx: Context, request: web.Request, query: str, params: dict[str, Any]) -> web.Response:
+    reading = await read(ctx, request, query, params)
+    found = [catalog_service_shape(row) for row in reading.decode(list[CatalogService])]
+    found = with_meta(found, reading.options, lambda row: row["NodeMeta"])
+    found = filtered(found, reading.options)
+    return answer(request, reading, nearest(ctx, found, reading.options, lambda row: str(row["Node"])))
+
+
+@routes.add("GET", "/v1/catalog/service/{service:.*}")
+async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """The instances of a service."""
+    name = _required(request, "service", "Missing service name")
+    tags = request.query.getall("tag", [])
+    return await _instances(ctx, request, "catalog.service", {"service": name} | ({"tags": tags} if tags else {}))
+
+
+@routes.add("GET", "/v1/catalog/connect/{service:.*}")
+async def connect(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """The proxies and mesh-native instances that answer for a service."""
+    name = _required(request, "service", "Missing service name")
+    return await _instances(ctx, request, "catalog.connect", {"service": name})
+
+
+@routes.add("GET", "/v1/catalog/node/{node:.*}")
+async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """A node and its services by id; null for an unknown one."""
+    name = _required(request, "node", "Missing node name")
+    reading = await read(ctx, request, "catalog.node", {"node": name}, rows=False)
+    found = reading.optional(CatalogNode)
+    if found is None:
+        return answer(request, reading, None)
+    rows = filtered([service_shape(row) for row in found.services.values()], reading.options)
+    return answer(request, reading, {"Node": node_shape(found.node), "Services": {row["ID"]: row for row in rows}})
+
+
+@routes.add("GET", "/v1/catalog/node-services/{node:.*}")
+async def node_services(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """A node and the list of its services."""
+    name = _required(request, "node", "Missing node name")
+    reading = await read(ctx, request, "catalog.node", {"node": name}, rows=False)
+    found = reading.optional(CatalogNode)
+    if found is None:
+        return answer(request, reading, {"Node": None, "Services": []})
+    rows = filtered([service_shape(row) for row in found.services.values()], reading.options)
+    return answer(request, reading, {"Node": node_shape(found.node), "Services": rows})
+
+
+@routes.add("GET", "/v1/catalog/gateway-services/{gateway:.*}")
+async def gateway_services(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """Services behind a gateway: none, as Lictor has no gateways."""
+    reading = await read(ctx, request, "catalog.services", {}, rows=False)
+    return answer(request, reading, [])
+
+
+class CatalogCheck(Wire, frozen=True):
+    """A check in a catalog registration."""
+
+    check_id: str = ""
+    name: str = ""
+    status: str = ""
+    notes: str = ""
+    output: str = ""
+    service_id: str = ""
+    node: str = ""
+    type: str = ""
+    definition: dict[str, Any] = {}
+
+
+class CatalogServiceBody(ServiceInstance, frozen=True, kw_only=True):
+    """A service in a catalog registration: a row whose node is named elsewhere."""
+
+    node: str = ""
+    id: str = ""
+    service: str = ""
+
+
+class Registration(Wire, frozen=True):
+    """``PUT /v1/catalog/register``."""
+
+    node: str = ""
+    address: str = ""
+    id: str = ""
+    datacenter: str = ""
+    tagged_addresses: dict[str, str] = {}
+    node_meta: dict[str, str] = {}
+    service: CatalogServiceBody | None = None
+    check: CatalogCheck | None = None
+    checks: tuple[CatalogCheck, ...] = ()
+    skip_node_update: bool = False
+
+
+@routes.add("PUT", "/v1/catalog/register")
+async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """Register a node, a service and checks, past any agent."""
+    body = await body_as(ctx, request, Registration, aliases=None)
+    if not body.node or not (body.address or body.skip_node_update):
+        raise BadRequest("Must provide node and address")
+    row: ServiceInstance | None = None
+    if body.service is not None:
+        given = msgspec.structs.asdict(body.service)
+        service_id = body.service.id or body.service.service
+        if not body.service.service:
+            raise BadRequest("Must provide service name (Service.Service) when service is provided")
+        row = ServiceInstance(**given | {"node": body.node, "id": service_id})
+    given_checks = ((body.check,) if body.check is not None else ()) + body.checks
+    command = commands.CatalogRegister(
+        node=Node(
+            node=body.node,
+            address=body.address,
+            id=body.id,
+            datacenter=ctx.agent.options.datacenter,
+            tagged_addresses=body.tagged_addresses,
+            meta=body.node_meta,
+        ),
+        service=row,
+        checks=tuple(_check_row(check, body.node, row) for check in given_checks),
+        skip_node_update=body.skip_node_update,
+    )
+    return json_response(request, await write(ctx, request, command))
+
+
+def _check_row(check: CatalogCheck, node: str, service: ServiceInstance | None) -> Check:
+    service_id = check.service_id
+    name = service.service if service is not None and service.id == service_id else ""
+    check_id = check.check_id or check.name
+    if not check_id:
+        raise BadRequest("Must provide CheckID or Name of a check")
+    if check.status and check.status not in STATUSES:
+        raise BadRequest(f"Invalid check status: {check.status!r}")
+    return Check(
+        node=node,
+        check_id=check_id,
+        name=check.name or check_id,
+        status=check.status or "critical",
+        notes=check.notes,
+        output=check.output,
+        service_id=service_id,
+        service_name=name,
+        service_tags=service.tags if service is not None and name else (),
+        type=check.type,
+        definition=check.definition,
+    )
+
+
+class Deregistration(Wire, frozen=True):
+    """``PUT /v1/catalog/deregister``."""
+
+    node: str = ""
+    service_id: str = ""
+    check_id: str = ""
+    datacenter: str = ""
+
+
+@routes.add("PUT", "/v1/catalog/deregister")
+async def deregister(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """Remove a node, or one service or check of it."""
+    body = await body_as(ctx, request, Deregistration)
+    if not body.node:
+        raise BadRequest("Must provide node")
+    command: Any
+    if body.service_id:
+        command = commands.DeregisterService(node=body.node, service_id=body.service_id)
+    elif body.check_id:
+        command = commands.DeregisterCheck(node=body.node, check_id=body.check_id)
+    else:
+        command = commands.DeregisterNode(node=body.node)
+    await write(ctx, request, command)
+    return json_response(request, True)
+
+
+def _required(request: web.Request, name: str, text: str) -> str:
+    value: str = request.match_info[name]
+    if not value:
+        raise BadRequest(text)
+    return value

@@ -1,0 +1,118 @@
+"""``/v1/config``: configuration entries, and the discovery chain that they make of a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from node.http.context import Context, Routes
+from node.http.errors import BadRequest, NotFound
+from node.http.reading import answer, filtered, read
+from node.http.respond import json_response
+from node.http.writing import read_body, write
+from raftstate.state import commands
+
+routes = Routes("config")
+
+
+@routes.add("PUT", "/v1/config")
+async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """Write an entry; with ``?cas=`` only if it is as old as that."""
+    try:
+        body = msgspec.json.decode(await read_body(request, ctx.options.body_bytes_max), type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"Request decoding failed: {error}") from error
+    kind, name = _take(body, "kind"), _take(body, "name")
+    if not kind:
+        raise BadRequest("Payload does not contain a Kind key at the top level")
+    command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=_cas(request))
+    return json_response(request, await write(ctx, request, command))
+
+
+def _take(body: dict[str, Any], name: str) -> str:
+    for key in tuple(body):
+        if key.lower() == name:
+            value = body.pop(key)
+            if not isinstance(value, str):
+                raise BadRequest(f"{key} must be a string")
+            return value
+    return ""
+
+
+def _cas(request: web.Request) -> int | None:
+    given = request.query.get("cas")
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit()) or len(given) > 19:
+        raise BadRequest(f"Invalid value for ?cas: {given[:30]!r}")
+    return int(given)
+
+
+@routes.add("GET", "/v1/config/{kind}/{name:.+}")
+async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """An entry."""
+    kind, name = request.match_info["kind"], request.match_info["name"]
+    reading = await read(ctx, request, "config.get", {"kind": kind, "name": name}, rows=False)
+    if reading.raw is None:
+        error = NotFound(f'Config entry not found for "{kind}" / "{name}"')
+        error.headers = reading.headers
+        raise error
+    return answer(request, reading, reading.value)
+
+
+@routes.add("GET", "/v1/config/{kind}")
+async def list_kind(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """All entries of a kind."""
+    reading = await read(ctx, request, "config.list", {"kind": request.match_info["kind"]}, rows=False)
+    return answer(request, reading, filtered(list(reading.value), reading.options))
+
+
+@routes.add("DELETE", "/v1/config/{kind}/{name:.+}")
+async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """Delete an entry; with ``?cas=`` only if it is as old as that."""
+    cas = _cas(request)
+    command = commands.DeleteConfigEntry(request.match_info["kind"], request.match_info["name"], cas)
+    done = await write(ctx, request, command)
+    return json_response(request, done if cas is not None else {})
+
+
+@routes.add("GET POST", "/v1/discovery-chain/{service}")
+async def discovery_chain(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """The way a call to a service takes: straight to its instances, with the protocol its defaults say."""
+    service = request.match_info["service"]
+    reading = await read(ctx, request, "config.get", {"kind": "service-defaults", "name": service}, rows=False)
+    protocol = (reading.value or {}).get("Protocol", "tcp") or "tcp"
+    datacenter = ctx.agent.options.datacenter
+    target = f"{service}.default.default.{datacenter}"
+    node = f"resolver:{target}"
+    chain = {
+        "ServiceName": service,
+        "Namespace": "default",
+        "Datacenter": datacenter,
+        "Protocol": protocol,
+        "Default": True,
+        "StartNode": node,
+        "Nodes": {
+            node: {
+                "Type": "resolver",
+                "Name": target,
+                "Resolver": {"Default": True, "ConnectTimeout": "5s", "Target": target},
+            }
+        },
+        "Targets": {
+            target: {
+                "ID": target,
+                "Service": service,
+                "Namespace": "default",
+                "Datacenter": datacenter,
+                "MeshGateway": {},
+                "Subset": {},
+                "ConnectTimeout": "5s",
+                "SNI": f"{service}.default.{datacenter}.internal",
+                "Name": f"{service}.default.{datacenter}.internal",
+            }
+        },
+    }
+    return answer(request, reading, {"Chain": chain})

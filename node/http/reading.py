@@ -1,0 +1,118 @@
+"""Reading through the Backend or a local view, by the rules that all read endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import msgspec
+from aiohttp import web
+
+from node.backend import ReadMode
+from node.errors import NodeError
+from node.http.context import Context
+from node.http.errors import BadRequest
+from node.http.filter import BadFilter, apply_filter
+from node.http.options import ReadOptions, read_options
+from node.http.respond import json_response, query_headers
+
+T = TypeVar("T")
+CACHED_WAIT_S = 5.0
+
+
+@dataclass(slots=True)
+class Reading:
+    """A query's answer with its headers. ``raw`` holds model values or builtins."""
+
+    raw: Any
+    index: int
+    headers: dict[str, str]
+    options: ReadOptions
+
+    def decode(self, kind: type[T]) -> T:
+        """Return the value as a model type."""
+        return msgspec.convert(self.raw, kind, from_attributes=False)
+
+    def optional(self, kind: type[T]) -> T | None:
+        """Return the value as a model type, or None."""
+        return None if self.raw is None else self.decode(kind)
+
+    @property
+    def value(self) -> Any:
+        """Return the value as builtins."""
+        return msgspec.to_builtins(self.raw, builtin_types=(bytes,))
+
+
+async def read(
+    ctx: Context, request: web.Request, name: str, params: dict[str, Any] | None = None, *, rows: bool = True
+) -> Reading:
+    """Run a query as the request's parameters say. ``rows``: the value is a list that a view keeps as rows."""
+    options = read_options(request.query, request.headers, ctx.rng)
+    if options.cached and rows:
+        return await _read_view(ctx, name, params, options)
+    result = await ctx.backend.query(
+        name, params, mode=cast(ReadMode, options.mode), min_index=options.min_index, wait_s=options.wait_s
+    )
+    if options.max_stale_s is not None and result.last_contact_ms > options.max_stale_s * 1000:
+        result = await ctx.backend.query(
+            name, params, mode="default", min_index=options.min_index, wait_s=options.wait_s
+        )
+    headers = query_headers(
+        result.index, result.known_leader, result.last_contact_ms, _consistency_name(result.consistency)
+    )
+    return Reading(result.raw, result.index, headers, options)
+
+
+async def _read_view(ctx: Context, name: str, params: dict[str, Any] | None, options: ReadOptions) -> Reading:
+    """Answer from the view that this node keeps: current within the time that a change takes to reach it."""
+    known_before = False
+    view = ctx.agent.views.acquire(name, params)
+    try:
+        known_before = view.known
+        if not await view.ready(CACHED_WAIT_S):
+            raise NodeError("No cluster leader: nothing is known here yet; retry in a moment")
+        if options.min_index and view.index == options.min_index:
+            await view.wait(options.min_index, options.wait_s)
+        age_s = 0.0 if view.connected else asyncio.get_running_loop().time() - view.changed_at
+        headers = query_headers(view.index, view.connected, round(age_s * 1000), "stale")
+        headers |= {"X-Cache": "HIT" if known_before else "MISS", "Age": str(int(age_s))}
+        return Reading(list(view.rows.values()), view.index, headers, options)
+    finally:
+        ctx.agent.views.release(view)
+
+
+def _consistency_name(mode: str) -> str:
+    return "leader" if mode == "default" else mode
+
+
+def filtered(rows: list[Any], options: ReadOptions) -> list[Any]:
+    """Apply ``?filter=``. Raises BadRequest."""
+    if not options.filter:
+        return rows
+    try:
+        return apply_filter(options.filter, rows)
+    except BadFilter as error:
+        raise BadRequest(f"Failed to create boolean expression evaluator: {error}") from error
+
+
+def nearest(ctx: Context, rows: list[Any], options: ReadOptions, node_of: Callable[[Any], str]) -> list[Any]:
+    """Apply ``?near=``: rows on that node first, the others in their order."""
+    if not options.near:
+        return rows
+    near = ctx.agent.options.node if options.near == "_agent" else options.near
+    return sorted(rows, key=lambda row: node_of(row) != near)
+
+
+def with_meta(rows: list[Any], options: ReadOptions, meta_of: Callable[[Any], dict[str, str]]) -> list[Any]:
+    """Apply ``?node-meta=``: rows whose node has all of it."""
+    wanted = options.node_meta
+    if not wanted:
+        return rows
+    return [row for row in rows if all(meta_of(row).get(key) == value for key, value in wanted.items())]
+
+
+def answer(request: web.Request, reading: Reading, value: Any, *, status: int = 200) -> web.Response:
+    """Answer with a reading's headers."""
+    return json_response(request, value, status=status, headers=reading.headers)

@@ -1,0 +1,53 @@
+"""Writing through the Backend, and reading request bodies."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from node.http.context import Context
+from node.http.errors import BadRequest, HttpError
+from node.loose_json import BadJson, loads
+
+T = TypeVar("T")
+REQUEST_ID_HEADER = "X-Lictor-Request-Id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{8,128}")
+
+
+def request_id(request: web.Request) -> str | None:
+    """Return the client's id of this write, under which it happens once however often it is sent."""
+    given = request.headers.get(REQUEST_ID_HEADER)
+    if given is not None and not _REQUEST_ID.fullmatch(given):
+        raise BadRequest(f"Invalid {REQUEST_ID_HEADER}: 8 to 128 characters out of letters, digits and . _ : -")
+    return given
+
+
+async def write(ctx: Context, request: web.Request, command: Any) -> Any:
+    """Apply a command and return its value. Raises the refusal, or the backend's errors."""
+    return (await ctx.backend.apply(command, request_id=request_id(request))).unwrap()
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """Return the body. Raises 413 beyond ``limit`` bytes, without reading further."""
+    if request.content_length is not None and request.content_length > limit:
+        raise _too_large(limit)
+    data = bytearray()
+    async for chunk in request.content.iter_any():
+        data += chunk
+        if len(data) > limit:
+            raise _too_large(limit)
+    return bytes(data)
+
+
+def _too_large(limit: int) -> HttpError:
+    return HttpError(413, f"Request body too large, max allowed is {limit} bytes.", {"Connection": "close"})
+
+
+async def body_as(ctx: Context, request: web.Request, kind: type[T], *, aliases: dict[str, str] | None = None) -> T:
+    """Return the JSON body as ``kind``. Raises BadRequest naming the field."""
+    try:
+        return loads(await read_body(request, ctx.options.body_bytes_max), kind, aliases=aliases)
+    except BadJson as error:
+        raise BadRequest(str(error)) from error
