@@ -51,7 +51,7 @@ class LeaderDuties:
         self._room = asyncio.Semaphore(PROPOSALS_MAX)
         self._wake = asyncio.Event()
         self._judging: set[str] = set()
-        self._in_office = False
+        self.in_office = False
         self._ticked_at = 0.0
         replica.on_leader(lambda leader: self._wake.set())
         backend.on_session_renewed = self._session_renewed
@@ -68,7 +68,7 @@ class LeaderDuties:
 
     def beats(self, nodes: Iterable[str]) -> None:
         """Note signs of life; a node that was judged dead is judged alive again."""
-        if not self._in_office:
+        if not self.in_office:
             return
         now = asyncio.get_running_loop().time()
         checks = self._store.checks.rows
@@ -106,11 +106,11 @@ class LeaderDuties:
         while True:
             self._wake.clear()
             if not self._replica.is_leader:
-                self._in_office = False
+                self.in_office = False
                 await self._wake.wait()
                 continue
             try:
-                if not self._in_office:
+                if not self.in_office:
                     await self._take_office()
                     next_slow = loop.time() + SLOW_TICK_S
                 self._tick(loop.time())
@@ -133,7 +133,7 @@ class LeaderDuties:
         self._ticked_at = now
         self._sessions.begin((), now)
         self._dead_since.clear()
-        self._in_office = True
+        self.in_office = True
         log.info("leader: took office; %d agents are watched", len(self._nodes))
 
     def _watched(self) -> dict[str, str]:
@@ -169,7 +169,7 @@ class LeaderDuties:
     # -- sessions --------------------------------------------------------------------------------------------------
 
     def _session_renewed(self, session: Any) -> None:
-        if not self._in_office or session is None:
+        if not self.in_office or session is None:
             return
         row = self._store.sessions.rows.get(session["ID"] if isinstance(session, dict) else session)
         if row is not None and (ttl_s := _ttl_s(row)) > 0:

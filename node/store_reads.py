@@ -33,7 +33,7 @@ class StoreReads:
 
     def __init__(self, machine: StateMachine, watches: Watches) -> None:
         self._machine, self._watches = machine, watches
-        self.hub = ViewHub(self.ask, self._changed)
+        self.hub = ViewHub(self.ask, self._changed, lambda: machine.store.index)
 
     def ask(self, name: str, params: Mapping[str, Any]) -> Answer:
         """Run a query that may be asked from outside. Raises BadRequest."""

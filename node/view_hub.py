@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from node.backend import ViewEvent
+from node.errors import Unreachable
 from node.tasks import Tasks
 from node.views import Rows, canonical, difference, rows_of
 
@@ -20,7 +21,7 @@ HISTORY_EVENTS = 64
 BACKLOG_EVENTS_MAX = 64
 """A subscriber that is this far behind gets the whole view instead."""
 LAG_WAIT_S = 2.0
-"""How long a server that knows less than the subscriber may take to catch up before it sends what it has."""
+"""How long a server that knows less than the subscriber may take to catch up before it sends it elsewhere."""
 REFRESH_PAUSE_MAX_S = 0.05
 
 
@@ -115,8 +116,8 @@ class _View:
 class ViewHub:
     """All views of one node."""
 
-    def __init__(self, ask: Ask, changed: Changed) -> None:
-        self._ask, self._changed = ask, changed
+    def __init__(self, ask: Ask, changed: Changed, applied_index: Callable[[], int]) -> None:
+        self._ask, self._changed, self._applied_index = ask, changed, applied_index
         self._views: dict[str, tuple[_View, asyncio.Task[Any]]] = {}
         self._tasks = Tasks("views")
 
@@ -150,13 +151,14 @@ class ViewHub:
         return view
 
     async def _first(self, view: _View, subscriber: _Subscriber, from_index: int) -> list[ViewEvent]:
-        if from_index > view.index:
+        if from_index > self._applied_index():
+            # The subscriber knows what this server has yet to hear; older rows would take it back in time.
             try:
                 async with asyncio.timeout(LAG_WAIT_S):
                     while view.index < from_index:
                         await subscriber.next()
             except TimeoutError:
-                from_index = 0
+                raise Unreachable("this server is behind what you have seen: follow the query elsewhere") from None
         subscriber.events.clear()
         events = view.since(from_index) if from_index else None
         return [view.whole()] if events is None else events
