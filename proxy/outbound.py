@@ -13,11 +13,13 @@ from collections.abc import Mapping
 
 from proxy.balancer import LEAST_REQUEST, POLICIES, Balancer, BalancerOptions, Instance, Key, RetryBudget
 from proxy.errors import ConnectFailed, StreamClosed
+from proxy.http import HttpCounters, OutboundHttp
 from proxy.logs import LimitedLog
 from proxy.metrics import Metrics, PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
+from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of
 from proxy.pool import CONNECT_TIMEOUT_S, ForeignChannel, SessionPool
 from proxy.relay import SocketChannel
 from proxy.stream import Channel, Data, join
@@ -72,7 +74,11 @@ class Upstream:
         self.balancer = Balancer(random.random)
         self.budget = RetryBudget()
         self.settings = UpstreamSettings({}, None)
-        self.connections: set[Outgoing] = set()
+        self.connections: set[Outgoing | HttpAppConnection] = set()
+        self.http_options = options_of(name, {})
+        self.http_counters = HttpCounters()
+        self._fleet = ServiceFleet(self)
+        self._http: OutboundHttp | None = None
         self.blocked = ""
         """Why no call may be made at all (our own identity is revoked, draining); empty normally."""
         self.limited = LimitedLog(log)
@@ -85,6 +91,9 @@ class Upstream:
             gone = self.balancer.update(())
         else:
             self.settings = UpstreamSettings(spec.config, me)
+            self.http_options = options_of(spec.service or self.name, spec.config)
+            if self._http is not None:
+                self._http.use(self.http_options)
             self.balancer.options = self.settings.balancer
             self.stats = self.metrics.pair("outbound", me.service if me else "", spec.service or self.name)
             gone = self.balancer.update(spec.endpoints)
@@ -95,9 +104,27 @@ class Upstream:
                     connection.cut(f"{connection.instance.key.instance} is no longer an instance of {self.name}")
         return [instance.key for instance in gone]
 
-    def protocol_factory(self) -> AppConnection:
+    @property
+    def http(self) -> OutboundHttp:
+        """The HTTP side, made when it is first needed."""
+        if self._http is None:
+            self._http = OutboundHttp(self.http_options, self._fleet, self.http_counters)
+        return self._http
+
+    def protocol_factory(self) -> AppConnection | HttpAppConnection:
         """Return the protocol of a connection that our app makes."""
+        if self.spec is not None and self.spec.protocol == "http":
+            return HttpAppConnection(self)
         return AppConnection(self)
+
+    def drain(self) -> None:
+        """HTTP connections end with the request that is under way on them."""
+        if self._http is not None:
+            self._http.drain()
+
+    def sweep(self) -> None:
+        """Let go of what was not needed for long. Called now and then."""
+        self._fleet.sweep()
 
     def unavailable(self) -> str:
         """Return why no connection can be made now, or ``""``."""

@@ -19,6 +19,7 @@ from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
+from proxy.stream import Channel
 from proxy.tasks import Tasks
 from proxy.tls import PeerProof, TlsMaterial, explain_handshake_failure, proof_of
 
@@ -64,7 +65,7 @@ class ForeignChannel(SocketChannel):
         self.pool.pop(self, None)
         super().connection_lost(exc)
 
-    def attach(self, peer: SocketChannel) -> None:
+    def attach(self, peer: Channel) -> None:
         """Join with the app's connection and hand over what arrived early."""
         self.joined = True
         self.peer = peer

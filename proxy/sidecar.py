@@ -170,6 +170,8 @@ class Sidecar:
             for server in self._servers.values():
                 server.close()
             self._servers.clear()
+            for upstream in self._upstreams.values():
+                upstream.drain()
         try:
             async with asyncio.timeout(timeout_s):
                 while self.live_calls():  # noqa: ASYNC110 - calls must not pay for signalling their end
@@ -249,6 +251,8 @@ class Sidecar:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
+            for upstream in self._upstreams.values():
+                upstream.sweep()
             self._pool.sweep()
 
     # Seen from outside

@@ -6,6 +6,7 @@ start line and headers. Parsing is httptools'; what is sent on is written anew f
 
 from proxy.http.inbound import Decide, Dial, InboundConnection, InboundHttp
 from proxy.http.options import HttpCounters, HttpOptions, HttpStats
+from proxy.http.outbound import OutboundConnection, OutboundHttp, OutboundOptions
 from proxy.http.replies import client_cert_header
 
 __all__ = [
@@ -16,5 +17,8 @@ __all__ = [
     "HttpStats",
     "InboundConnection",
     "InboundHttp",
+    "OutboundConnection",
+    "OutboundHttp",
+    "OutboundOptions",
     "client_cert_header",
 ]

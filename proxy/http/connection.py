@@ -143,7 +143,7 @@ class HttpConnection:
         raise NotImplementedError
 
     def _let_go(self, upstream: Upstream) -> None:
-        """The response is complete; ``upstream`` is reusable. Keep it or give it back."""
+        """The response is complete; ``upstream`` can take another request unless ``lost``. Keep it or give it back."""
         raise NotImplementedError
 
     def _timed_out(self, message: Message) -> None:
@@ -399,11 +399,10 @@ class HttpConnection:
         if upstream is not self._upstream or message is None or head is None:
             return
         self._count(head.status, "app")
-        if upstream.reusable and self._ended:
-            self._let_go(upstream)
-        else:
+        if not (upstream.reusable and self._ended):
             upstream.close()
             self._upstream = None
+        self._let_go(upstream)
         whole = message.complete
         self._active = self._replay = None
         self.deadline = self._after(self._options.idle_timeout_s)

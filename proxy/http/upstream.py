@@ -78,6 +78,10 @@ class Upstream:
         self._closer: asyncio.TimerHandle | None = None
         self._parser = HttpResponseParser(self)
 
+    def attach(self, owner: Owner) -> None:
+        """From here on it is ``owner`` who is told."""
+        self._owner = owner
+
     def begin(self, request: RequestHead, *, keep_client: bool) -> None:
         """The next response is ``request``'s; ``keep_client`` says whether its connection may stay open after it."""
         self.request = request

@@ -105,6 +105,11 @@ class MuxStream:
             if credit and not self.closed and not self.fin_in:
                 self._core.send_control(frames.window(self.id, credit))
 
+    @property
+    def retiring(self) -> bool:
+        """Whether the session takes no more streams; one that could be kept for later should end then."""
+        return self._core.draining or self._core.going_away
+
     # Admission, on the accepting side
 
     def accept(self) -> None:

@@ -1,0 +1,256 @@
+"""The caller's side: requests of the app, each sent to an instance chosen for it, on connections that are kept.
+
+A request is sent again, to another instance, only where that is safe: no byte of an answer has come, all that was
+sent of it is still at hand (:data:`REPLAY_BYTES`), and either no app can have seen it (the stream was refused, the
+instance not reached) or its method is idempotent (RFC 9110, section 9.2.2). Retries have a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.errors import ConnectFailed, StreamRefused
+from proxy.http.connection import NEVER, HttpConnection, HttpSide
+from proxy.http.options import HttpOptions, HttpStats
+from proxy.http.parser import Message
+from proxy.http.upstream import Owner, Upstream
+from proxy.stream import Channel
+
+REPLAY_BYTES = 64 * 1024
+"""What is kept of a request to send it again; one that is longer is sent once."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboundOptions:
+    """How requests to one upstream are sent. A timeout of 0 is none."""
+
+    http: HttpOptions
+    try_timeout_s: float = 0.0
+    """As ``http.response_timeout_s``, for one attempt; then another is made where that is safe."""
+    attempts_max: int = 3
+    requests_max: int = 10_000
+    """Requests in flight; more get a 503 at once."""
+    pending_max: int = 1_000
+    """Requests that await a connection; more get a 503 at once."""
+
+
+class Lease(Protocol):
+    """The right to send one request to one instance. ``done`` ends it."""
+
+    key: Hashable
+
+    def open(self, owner: Owner) -> Upstream | None:
+        """Return a connection that is there now, or None: then :meth:`connect`."""
+        ...
+
+    async def connect(self, owner: Owner) -> Upstream:
+        """Make a connection. Raises :class:`~proxy.errors.ConnectFailed` or OSError."""
+        ...
+
+    def failed(self, reason: str) -> None:
+        """The instance could not be reached or did not answer."""
+        ...
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
+        ...
+
+    def done(self, upstream: Upstream | None) -> None:
+        """The request has ended; ``upstream`` is the connection if it can take another one. Idempotent."""
+        ...
+
+
+class Fleet(Protocol):
+    """The instances of one upstream."""
+
+    def unavailable(self) -> str:
+        """Return why nothing can be sent now, or ``""``."""
+        ...
+
+    def pick(self, tried: set[Hashable]) -> Lease | None:
+        """Choose the instance for a request, outside ``tried``."""
+        ...
+
+    def may_retry(self) -> bool:
+        """Take leave for one retry."""
+        ...
+
+
+class OutboundHttp(HttpSide):
+    """The HTTP side of one upstream's listener."""
+
+    def __init__(self, options: OutboundOptions, fleet: Fleet, stats: HttpStats) -> None:
+        super().__init__(options.http)
+        self.outbound = options
+        self.fleet = fleet
+        self.stats = stats
+        self.in_flight = 0
+        self.pending = 0
+
+    def use(self, options: OutboundOptions) -> None:
+        """Take new options, for requests and connections to come."""
+        self.outbound = options
+        self.options = options.http
+
+    def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundConnection:
+        """Serve a connection of the app. ``on_done`` is called once, at the end."""
+        return OutboundConnection(self, downstream, on_done)
+
+
+class OutboundConnection(HttpConnection):
+    """A connection of the app. Each of its requests may go to another instance."""
+
+    __slots__ = ("_attempts", "_flying", "_lease", "_outbound", "_reason", "_tried")
+
+    def __init__(self, side: OutboundHttp, channel: Channel, on_done: Callable[[], None] | None) -> None:
+        super().__init__(side, channel, side.stats, on_done, replay_bytes_max=REPLAY_BYTES)
+        self._outbound = side
+        self._lease: Lease | None = None
+        self._flying = False
+        self._attempts = 0
+        self._tried: set[Hashable] = set()
+        self._reason = ""
+        """Why the last attempt failed."""
+
+    def _route(self, message: Message) -> None:
+        side, head = self._outbound, message.head
+        assert head is not None
+        problem = side.fleet.unavailable()
+        if not problem and side.in_flight >= side.outbound.requests_max:
+            problem = f"has {side.in_flight} requests in flight already"
+        if not problem and side.pending >= side.outbound.pending_max:
+            problem = f"has {side.pending} requests waiting for a connection already"
+        if problem:
+            self._reply(503, f"{self._options.service!r}: {problem}", "app-down")
+            return
+        self._flying = True
+        side.in_flight += 1
+        self._attempts = 0
+        self._tried = set()
+        self._reason = ""
+        self._launch(message, head.wire(head.target))
+
+    def _connect(self, message: Message) -> None:
+        lease = self._lease = self._outbound.fleet.pick(self._tried)
+        if lease is None:
+            self._reply(503, f"{self._options.service!r}: {self._reason or 'no instance can be used'}", "app-down")
+            return
+        self._attempts += 1
+        self._tried.add(lease.key)
+        upstream = lease.open(self)
+        if upstream is not None:
+            self._send(message, upstream)
+            if message.complete:
+                self._await_response()
+        else:
+            self._connecting = True
+            self._outbound.pending += 1
+            self._side.tasks.spawn(self._make(message, lease))
+
+    async def _make(self, message: Message, lease: Lease) -> None:
+        upstream: Upstream | None = None
+        try:
+            upstream = await lease.connect(self)
+        except (ConnectFailed, OSError) as error:
+            reason = str(error) or type(error).__name__
+        finally:
+            self._outbound.pending -= 1
+        if self._done or self._lease is not lease or not self._connecting:
+            if upstream is not None:
+                upstream.close()
+            return
+        self._connecting = False
+        if upstream is not None and not upstream.lost:
+            self._send(message, upstream)
+            if message.complete:
+                self._await_response()
+        else:
+            reason = reason if upstream is None else "the connection was lost at once"
+            lease.failed(reason)
+            self._again(message, reason)
+        self._advance()
+
+    def _again(self, message: Message, reason: str) -> None:
+        """An attempt came to nothing before any app can have answered: make another one, or say so."""
+        self._drop_lease()
+        self._reason = reason
+        if self._replay is None or self._attempts >= self._outbound.outbound.attempts_max:
+            self._reply(503, f"{self._options.service!r}: {reason}", "app-down")
+        elif not self._outbound.fleet.may_retry():
+            self._reply(503, f"{self._options.service!r}: {reason}; no more retries", "app-down")
+        else:
+            self._connect(message)
+
+    def _retry(self, upstream: Upstream, error: Exception | None, message: Message) -> bool:
+        lease, head = self._lease, message.head
+        assert head is not None
+        if lease is None:
+            return False
+        if isinstance(error, StreamRefused):
+            final = lease.refusal(error)
+            if final is not None:
+                self._drop_lease()
+                self._reply(*final, "denied" if final[0] == 403 else "app-down")
+            else:
+                self._again(message, str(error))
+            self._advance()
+            return True
+        if upstream.served == 1:
+            lease.failed(str(error) if error else "closed the connection")
+        if upstream.heard or not head.idempotent or self._replay is None:
+            self._drop_lease()
+            return False
+        if upstream.served > 1:
+            self._tried.discard(lease.key)  # a kept connection had ended; the instance need not be at fault
+        self._again(message, str(error) if error else "the connection was closed")
+        self._advance()
+        return True
+
+    def _timed_out(self, message: Message) -> None:
+        lease, head = self._lease, message.head
+        assert head is not None
+        if lease is not None:
+            lease.failed("did not answer in time")
+        self._drop_lease()
+        limit_s = self._options.response_timeout_s
+        over = bool(limit_s) and self._loop.time() >= self._started + limit_s
+        may = head.idempotent and self._replay is not None and self._attempts < self._outbound.outbound.attempts_max
+        if not over and may and self._outbound.fleet.may_retry():
+            self._reason = "did not answer in time"
+            self._connect(message)
+        else:
+            super()._timed_out(message)
+
+    def _await_response(self) -> None:
+        limit_s, try_s = self._options.response_timeout_s, self._outbound.outbound.try_timeout_s
+        self.deadline = self._started + limit_s if limit_s else NEVER
+        if try_s:
+            self.deadline = min(self.deadline, self._loop.time() + try_s)
+
+    def _let_go(self, upstream: Upstream) -> None:
+        self._upstream = None
+        self._drop_lease(None if upstream.lost else upstream)
+        self._land()
+
+    def _reply(self, status: int, error: str, origin: str, *, close: bool = False) -> None:
+        self._drop_lease()
+        self._land()
+        super()._reply(status, error, origin, close=close)
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._drop_lease()
+        self._land()
+
+    def _drop_lease(self, upstream: Upstream | None = None) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.done(upstream)
+
+    def _land(self) -> None:
+        """The request has ended, one way or another."""
+        if self._flying:
+            self._flying = False
+            self._outbound.in_flight -= 1

@@ -1,0 +1,306 @@
+"""HTTP requests of our app: each gets an instance of its own choosing, on streams that are kept between requests.
+
+Binds the HTTP filter's outbound side (:mod:`proxy.http.outbound`) to balancer, sessions and metrics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, cast
+
+from proxy.balancer import Instance, Key
+from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
+from proxy.http import HttpOptions, OutboundConnection, OutboundOptions
+from proxy.http.outbound import Lease
+from proxy.http.upstream import Owner, Upstream
+from proxy.mux import frames
+from proxy.mux.core import MuxStream
+from proxy.mux.session import MuxSession
+from proxy.relay import SocketChannel
+from proxy.stream import Data
+
+if TYPE_CHECKING:
+    from proxy.outbound import Upstream as Service
+
+IDLE_MAX = 32
+"""Streams kept open to one instance between requests."""
+IDLE_S = 60.0
+_INSTANCE_FAULTS = frozenset({frames.APP_DOWN, frames.TIMED_OUT})
+_AVOIDABLE = frozenset({frames.DRAINING, frames.NOT_READY, frames.TOO_MANY})
+
+
+def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
+    """Read an upstream's ``config``: ``request_timeout_ms``, ``try_timeout_ms``, ``max_attempts`` and, under
+    ``limits``, ``max_concurrent_requests`` and ``max_pending_requests`` (Consul's names where it has one)."""
+
+    def number(source: Mapping[str, object], key: str, default: float) -> float:
+        value = source.get(key)
+        return float(value) if isinstance(value, int | float) and value >= 0 else default
+
+    limits = config.get("limits")
+    limits = cast("Mapping[str, object]", limits) if isinstance(limits, dict) else {}
+    request_timeout_s = number(config, "request_timeout_ms", 0) / 1000
+    return OutboundOptions(
+        http=HttpOptions(service=name, response_timeout_s=request_timeout_s),
+        try_timeout_s=number(config, "try_timeout_ms", 0) / 1000,
+        attempts_max=max(1, int(number(config, "max_attempts", 3))),
+        requests_max=int(number(limits, "max_concurrent_requests", 10_000)),
+        pending_max=int(number(limits, "max_pending_requests", 1_000)),
+    )
+
+
+class ServiceFleet:
+    """The instances of one upstream, with the idle streams to each."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.idle: dict[Hashable, deque[tuple[float, Upstream]]] = {}
+
+    def unavailable(self) -> str:
+        return self.service.unavailable()
+
+    def pick(self, tried: set[Hashable]) -> Lease | None:
+        service = self.service
+        if service.spec is not None and service.spec.loopback_port:
+            return LoopbackLease(self, service.spec.loopback_port)
+        loop = asyncio.get_running_loop()
+        instance = service.balancer.pick(loop.time(), cast("set[Key]", tried))
+        if tried:
+            service.metrics.count("lictor_retries_total", upstream=service.name)
+        else:
+            service.budget.connection()
+        return None if instance is None else InstanceLease(self, instance)
+
+    def may_retry(self) -> bool:
+        return self.service.budget.take(asyncio.get_running_loop().time())
+
+    def take_idle(self, key: Hashable) -> Upstream | None:
+        """Return the idle stream that was used last."""
+        idle = self.idle.get(key)
+        while idle:
+            _, upstream = idle.pop()
+            if _retiring(upstream):
+                upstream.close()
+            elif not upstream.lost:
+                return upstream
+        return None
+
+    def keep_idle(self, key: Hashable, upstream: Upstream) -> None:
+        """Keep a stream for a later request; those that were not needed for long are closed."""
+        now = asyncio.get_running_loop().time()
+        idle = self.idle.setdefault(key, deque())
+        idle.append((now, upstream))
+        upstream.attach(self)
+        while len(idle) > IDLE_MAX or (idle and idle[0][0] < now - IDLE_S):
+            idle.popleft()[1].close()
+
+    def sweep(self) -> None:
+        """Close what was idle for long. Called now and then."""
+        stale = asyncio.get_running_loop().time() - IDLE_S
+        for key, idle in list(self.idle.items()):
+            while idle and (idle[0][0] < stale or idle[0][1].lost):
+                idle.popleft()[1].close()
+            for at, upstream in [each for each in idle if _retiring(each[1])]:
+                idle.remove((at, upstream))
+                upstream.close()
+            if not idle:
+                del self.idle[key]
+
+    def close_idle(self) -> None:
+        """Close all idle streams."""
+        for idle in self.idle.values():
+            for _, upstream in idle:
+                upstream.close()
+        self.idle.clear()
+
+    # Owner of the idle streams: what ends is skipped by take_idle
+
+    def response_output(self, upstream: Upstream, pieces: list[bytes]) -> None:
+        """An idle stream has no request; its Upstream ends it when bytes come."""
+
+    def response_complete(self, upstream: Upstream) -> None:
+        """As above."""
+
+    def response_switched(self, upstream: Upstream, rest: Data) -> None:
+        """As above."""
+
+    def upstream_lost(self, upstream: Upstream, error: Exception | None) -> None:
+        """It is skipped when its turn comes."""
+
+    def upstream_full(self, upstream: Upstream, full: bool) -> None:
+        """Nothing is being sent."""
+
+
+class InstanceLease:
+    """One request to one instance."""
+
+    __slots__ = ("_done", "_fleet", "_instance", "key")
+
+    def __init__(self, fleet: ServiceFleet, instance: Instance) -> None:
+        self._fleet = fleet
+        self._instance = instance
+        self._done = False
+        self.key: Hashable = instance.key
+        instance.active += 1
+
+    def open(self, owner: Owner) -> Upstream | None:
+        upstream = self._fleet.take_idle(self.key)
+        if upstream is not None:
+            upstream.attach(owner)
+            return upstream
+        session = self._fleet.service.pool.ready(self._instance.key)
+        return None if session is None else self._open_stream(session, owner)
+
+    async def connect(self, owner: Owner) -> Upstream:
+        service = self._fleet.service
+        result = await service.pool.connect(self._instance.key, service.settings.connect_timeout_s)
+        if isinstance(result, MuxSession):
+            return self._open_stream(result, owner)
+        upstream = Upstream(owner, service.http_options.http)
+        upstream.channel = result
+        result.attach(upstream)
+        service.balancer.succeeded(self._instance)
+        return upstream
+
+    def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
+        service = self._fleet.service
+        upstream = Upstream(owner, service.http_options.http)
+        fate = _StreamFate(service, self._instance, upstream)
+        upstream.channel = session.core.open(self._instance.key.service, upstream, fate)
+        return upstream
+
+    def failed(self, reason: str) -> None:
+        service = self._fleet.service
+        if service.balancer.failed(self._instance, asyncio.get_running_loop().time()):
+            service.metrics.count("lictor_ejections_total", upstream=service.name)
+            key = self._instance.key
+            service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        service = self._fleet.service
+        cause = frames.CODE_NAMES.get(refused.code, "other")
+        service.metrics.count("lictor_refusals_received_total", upstream=service.name, reason=cause)
+        if refused.code in _INSTANCE_FAULTS:
+            self.failed(str(refused))
+        elif refused.code == frames.DENIED:
+            return 403, f"destination {self._instance.key.service!r} denies calls of this service"
+        elif refused.code not in _AVOIDABLE:
+            return 502, f"{self._instance.key.instance} refused the call: {cause}"
+        return None
+
+    def done(self, upstream: Upstream | None) -> None:
+        if self._done:
+            return
+        self._done = True
+        self._instance.active -= 1
+        if upstream is None:
+            return
+        if _retiring(upstream) or self._instance.key not in self._fleet.service.balancer.instances:
+            upstream.close()
+        else:
+            self._fleet.keep_idle(self.key, upstream)
+
+
+def _retiring(upstream: Upstream) -> bool:
+    channel = upstream.channel
+    return isinstance(channel, MuxStream) and channel.retiring
+
+
+class _StreamFate:
+    """Turns a mux stream's fate into its Upstream's."""
+
+    __slots__ = ("_instance", "_service", "_upstream")
+
+    def __init__(self, service: Service, instance: Instance, upstream: Upstream) -> None:
+        self._service = service
+        self._instance = instance
+        self._upstream = upstream
+
+    def stream_accepted(self, stream: MuxStream) -> None:
+        self._service.balancer.succeeded(self._instance)
+
+    def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
+        self._upstream.abort(StreamRefused(code, f"{self._instance.key.instance}: {text}"))
+
+    def stream_closed(self, stream: MuxStream) -> None:
+        pass  # the channel's peer, the Upstream, is told
+
+
+class LoopbackLease:
+    """One request to our own app, without the mesh between."""
+
+    __slots__ = ("_fleet", "_port", "key")
+
+    def __init__(self, fleet: ServiceFleet, port: int) -> None:
+        self._fleet = fleet
+        self._port = port
+        self.key: Hashable = ("loopback", port)
+
+    def open(self, owner: Owner) -> Upstream | None:
+        upstream = self._fleet.take_idle(self.key)
+        if upstream is not None:
+            upstream.attach(owner)
+        return upstream
+
+    async def connect(self, owner: Owner) -> Upstream:
+        service = self._fleet.service
+        upstream = Upstream(owner, service.http_options.http)
+
+        def channel() -> SocketChannel:
+            made = SocketChannel()
+            made.peer = upstream
+            return made
+
+        host = (service.me.local_address if service.me else "") or "127.0.0.1"
+        try:
+            async with asyncio.timeout(service.settings.connect_timeout_s):
+                _, upstream.channel = await asyncio.get_running_loop().create_connection(channel, host, self._port)
+        except (OSError, TimeoutError) as error:
+            text = f"our own app at {host}:{self._port} cannot be reached: {error or 'timeout'}"
+            raise ConnectFailed("app-down", text) from error
+        return upstream
+
+    def failed(self, reason: str) -> None:
+        pass  # there is no other one
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        return None
+
+    def done(self, upstream: Upstream | None) -> None:
+        if upstream is not None:
+            self._fleet.keep_idle(self.key, upstream)
+
+
+class HttpAppConnection(SocketChannel):
+    """A connection that our app made to an HTTP upstream's listener."""
+
+    __slots__ = ("_connection", "_service", "_stats")
+
+    instance = None
+    """Requests choose their instances; the connection has none of its own."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self._service = service
+        self._stats = service.stats
+        self._connection: OutboundConnection | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._stats.total += 1
+        self._stats.active += 1
+        self._service.connections.add(self)
+        self._connection = self._service.http.serve(self)
+
+    def on_closed(self) -> None:
+        self._stats.active -= 1
+        self._stats.bytes_in += self.received
+        self._stats.bytes_out += self.sent
+        self._service.connections.discard(self)
+
+    def cut(self, reason: str) -> None:
+        """End the connection now, whatever is under way."""
+        if self._connection is not None:
+            self._connection.cut(StreamClosed(reason))

@@ -1,0 +1,232 @@
+"""HTTP upstreams: each request goes to an instance of its own, is tried again only where that is safe."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from tests.support.http_filter import Answer, App, Seen, simple
+from tests.support.loops import with_mesh
+from tests.support.sidecars import Member, Mesh, hang_up, until
+
+
+async def fleet(mesh: Mesh, *apps: App, config: dict[str, Any] | None = None) -> tuple[Member, list[Member]]:
+    servers = []
+    for number, app in enumerate(apps):
+        made = await mesh.app(app.handle)
+        server = await mesh.member("backend", f"backend-{number}", port=made.port)
+        await server.allow("web")
+        servers.append(server)
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    await client.route("backend", *(server.endpoint for server in servers), protocol="http", config=config or {})
+    return client, servers
+
+
+async def ask(client: Member, *requests: bytes) -> list[tuple[int, bytes]]:
+    """Send requests one after the other on one connection; return status and body of each."""
+    reader, writer = await client.dial()
+    answers = []
+    async with asyncio.timeout(10):
+        for request in requests:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(re.search(rb"content-length: (\d+)", head.lower())[1])  # type: ignore[index]
+            answers.append((int(head.split()[1]), await reader.readexactly(size)))
+    await hang_up(writer)
+    return answers
+
+
+def get(path: str = "/") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: backend\r\n\r\n".encode()
+
+
+def post(body: bytes) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: backend\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+@with_mesh
+async def test_requests_of_one_connection_are_spread(mesh: Mesh) -> None:
+    apps = [App(answer=simple(b"0")), App(answer=simple(b"1")), App(answer=simple(b"2"))]
+    client, _ = await fleet(mesh, *apps, config={"load_balancer": "round_robin"})
+    answers = await ask(client, *[get(f"/{n}") for n in range(12)])
+    assert [status for status, _ in answers] == [200] * 12
+    assert sorted(body for _, body in answers) == [b"0"] * 4 + [b"1"] * 4 + [b"2"] * 4
+    assert [app.connections for app in apps] == [1, 1, 1], "streams are kept between requests"
+    upstream = client.sidecar._upstreams["backend"]
+    assert upstream.http_counters.requests == {("GET", 200, "app"): 12}
+    assert all(instance.active == 0 for instance in upstream.balancer.instances.values())
+    assert upstream.http.in_flight == 0
+    # Another connection of the app goes on using the streams of the first one.
+    await ask(client, *[get() for _ in range(6)])
+    assert [app.connections for app in apps] == [1, 1, 1]
+
+
+@with_mesh
+async def test_any_request_goes_elsewhere_when_an_app_is_down(mesh: Mesh) -> None:
+    apps = [App(answer=simple(b"0")), App(answer=simple(b"1"))]
+    client, _ = await fleet(mesh, *apps)
+    await mesh.apps[0].stop()
+    answers = await ask(client, *[post(b"x" * 1000) for _ in range(10)])
+    assert answers == [(200, b"1")] * 10
+    assert [seen.body for seen in apps[1].seen] == [b"x" * 1000] * 10
+
+
+@with_mesh
+async def test_any_request_goes_elsewhere_when_a_sidecar_is_gone(mesh: Mesh) -> None:
+    apps = [App(answer=simple(b"0")), App(answer=simple(b"1"))]
+    client, servers = await fleet(mesh, *apps)
+    await ask(client, *[get() for _ in range(6)])
+    await servers[0].sidecar.close()
+    answers = await ask(client, *[get() for _ in range(10)])
+    assert answers == [(200, b"1")] * 10
+
+
+def dying(name: bytes) -> Answer:
+    async def answer(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    return answer
+
+
+@with_mesh
+async def test_a_request_that_an_app_may_have_seen_is_repeated_only_if_idempotent(mesh: Mesh) -> None:
+    apps = [App(answer=dying(b"0"))]
+    client, _ = await fleet(mesh, *apps)
+    (answer,) = await ask(client, post(b"pay"))
+    assert answer[0] == 502
+    assert len(apps[0].seen) == 1
+    # The destination's own filter is not in the way here (a tcp service): the sidecar sees the cut itself.
+    upstream = client.sidecar._upstreams["backend"]
+    assert all(instance.active == 0 for instance in upstream.balancer.instances.values())
+
+
+@with_mesh
+async def test_an_idempotent_request_survives_an_app_that_dies_of_it(mesh: Mesh) -> None:
+    apps = [App(answer=dying(b"0")), App(answer=simple(b"1"))]
+    client, _ = await fleet(mesh, *apps, config={"load_balancer": "round_robin"})
+    answers = await ask(client, *[get() for _ in range(6)])
+    assert answers == [(200, b"1")] * 6
+
+
+@with_mesh
+async def test_denied_by_the_destination(mesh: Mesh) -> None:
+    client, servers = await fleet(mesh, App())
+    await servers[0].push(intentions=())
+    (answer,) = await ask(client, get())
+    assert answer[0] == 403
+    assert b"denies" in answer[1]
+
+
+@with_mesh
+async def test_no_instance_is_a_503_that_says_so(mesh: Mesh) -> None:
+    client, _ = await fleet(mesh, App())
+    await client.route("backend", protocol="http")
+    (answer,) = await ask(client, get())
+    assert answer[0] == 503
+    assert b"has no instance" in answer[1]
+
+
+@with_mesh
+async def test_a_try_that_takes_too_long_is_made_elsewhere(mesh: Mesh) -> None:
+    release = asyncio.Event()
+
+    async def hang(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+
+    apps = [App(answer=hang), App(answer=simple(b"1"))]
+    config = {"load_balancer": "round_robin", "try_timeout_ms": 50}
+    client, _ = await fleet(mesh, *apps, config=config)
+    answers = await ask(client, get(), get())
+    assert answers == [(200, b"1")] * 2
+    assert len(apps[0].seen) >= 1
+    release.set()
+
+
+@with_mesh
+async def test_too_many_requests_are_turned_away(mesh: Mesh) -> None:
+    release = asyncio.Event()
+
+    async def wait(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    app = App(answer=wait)
+    client, _ = await fleet(mesh, app, config={"limits": {"max_concurrent_requests": 2}})
+    held = [asyncio.create_task(ask(client, get())) for _ in range(2)]
+    await until(lambda: len(app.seen) == 2)
+    (answer,) = await ask(client, get())
+    assert answer[0] == 503
+    assert b"in flight already" in answer[1]
+    release.set()
+    assert [status for ((status, _),) in await asyncio.gather(*held)] == [200, 200]
+    assert (await ask(client, get()))[0][0] == 200
+
+
+@with_mesh
+async def test_large_bodies_pass(mesh: Mesh) -> None:
+    async def echo(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(seen.body) + seen.body)
+
+    client, _ = await fleet(mesh, App(answer=echo))
+    body = bytes(range(256)) * 40_000
+    (answer,) = await ask(client, post(body))
+    assert answer == (200, body)
+
+
+@with_mesh
+async def test_websocket_through_both_filters(mesh: Mesh) -> None:
+    async def upgrade(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        while data := await reader.read(100):
+            writer.write(data.upper())
+        writer.write_eof()
+
+    client, _ = await fleet(mesh, App(answer=upgrade))
+    reader, writer = await client.dial()
+    async with asyncio.timeout(10):
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nearly")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        assert await reader.readexactly(5) == b"EARLY"
+        writer.write_eof()
+        assert await reader.read() == b""
+    await hang_up(writer)
+    upstream = client.sidecar._upstreams["backend"]
+    await until(lambda: not upstream.connections and not upstream.http.connections)
+    assert upstream.http.in_flight == 0
+    assert all(instance.active == 0 for instance in upstream.balancer.instances.values())
+
+
+@with_mesh
+async def test_kept_streams_end_when_the_certificate_is_renewed(mesh: Mesh) -> None:
+    """Or a session of the old identity would live on for as long as requests come."""
+    app = App()
+    client, _ = await fleet(mesh, app)
+    await ask(client, get())
+    old = client.sidecar._pool.describe()
+    await client.push(leaf=mesh.ca.leaf("web", "web-1"))
+    assert (await ask(client, get()))[0][0] == 200
+    client.sidecar._upstreams["backend"].sweep()
+    await until(lambda: len(client.sidecar._pool.describe()) == 1)
+    assert len(old) == 1
+    assert app.connections == 2
+
+
+@pytest.mark.parametrize("eof", [True, False])
+@with_mesh
+async def test_pipelined_requests_keep_their_order(mesh: Mesh, eof: bool) -> None:
+    async def name(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n" + seen.target[1:].encode())
+
+    client, _ = await fleet(mesh, App(answer=name), App(answer=name))
+    reader, writer = await client.dial()
+    writer.write(b"".join(get(f"/{n:03}") for n in range(100)))
+    if eof:
+        writer.write_eof()
+    async with asyncio.timeout(10):
+        for n in range(100):
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(3) == b"%03d" % n
+    await hang_up(writer)
