@@ -9,7 +9,7 @@ Operator verbs (`Backend.operator`), with their parameters and values:
     raft.add_peer {id, address}          -> None     joins as a non-voter, votes once it has caught up
     raft.remove_peer {id | address}      -> None
     raft.transfer_leader {id?}           -> None
-    raft.status {}                       -> the answering server's own raft status
+    raft.status {}                       -> the answering server's own view: {id, state, term, leader, …}
     status.leader {}                     -> "ip:port" of the leader's RPC address, "" if none
     status.peers {}                      -> ["ip:port", ...]
     autopilot.health {}                  -> Consul's autopilot health object

@@ -45,7 +45,7 @@ class LeaderDuties:
     def __init__(self, backend: ServerBackend, replica: Replica, authority: Authority, liveness: Liveness) -> None:
         self._backend, self._replica, self._authority, self._liveness = backend, replica, authority, liveness
         self._nodes = Deadlines(liveness.node_ttl_s)
-        self._sessions = Deadlines(0.0)
+        self.session_deadlines = Deadlines(0.0)
         self._dead_since: dict[str, float] = {}
         self._tasks = Tasks("leader")
         self._room = asyncio.Semaphore(PROPOSALS_MAX)
@@ -131,7 +131,7 @@ class LeaderDuties:
         now = asyncio.get_running_loop().time()
         self._nodes.begin((node for node, status in self._watched().items() if status != CRITICAL), now)
         self._ticked_at = now
-        self._sessions.begin((), now)
+        self.session_deadlines.begin((), now)
         self._dead_since.clear()
         self.in_office = True
         log.info("leader: took office; %d agents are watched", len(self._nodes))
@@ -173,15 +173,15 @@ class LeaderDuties:
             return
         row = self._store.sessions.rows.get(session["ID"] if isinstance(session, dict) else session)
         if row is not None and (ttl_s := _ttl_s(row)) > 0:
-            self._sessions.beat(row.id, asyncio.get_running_loop().time(), SESSION_GRACE * ttl_s)
+            self.session_deadlines.beat(row.id, asyncio.get_running_loop().time(), SESSION_GRACE * ttl_s)
 
     def _end_sessions(self, now: float) -> None:
         rows = self._store.sessions.rows
         for row in rows.values():
             # A new leader does not know when a session was last renewed: it begins anew with a full time.
-            if row.id not in self._sessions and row.id not in self._judging and (ttl_s := _ttl_s(row)) > 0:
-                self._sessions.beat(row.id, now, SESSION_GRACE * ttl_s)
-        for session in self._sessions.expired(now):
+            if row.id not in self.session_deadlines and row.id not in self._judging and (ttl_s := _ttl_s(row)) > 0:
+                self.session_deadlines.beat(row.id, now, SESSION_GRACE * ttl_s)
+        for session in self.session_deadlines.expired(now):
             if session in rows:
                 self._judging.add(session)
                 self._tasks.spawn(self._end_session(session))

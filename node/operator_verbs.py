@@ -131,7 +131,23 @@ class OperatorVerbs:
     # -- any server's ----------------------------------------------------------------------------------------------
 
     async def _raft_status(self, params: dict[str, Any]) -> Any:
-        return self._replica.status()
+        status = self._replica.status()
+        return {
+            "id": status.id,
+            "state": status.role,
+            "term": status.term,
+            "leader": status.leader or "",
+            "commit_index": status.commit_index,
+            "applied_index": status.applied_index,
+            "first_index": status.first_index,
+            "last_index": status.last_index,
+            "durable_index": status.durable_index,
+            "snapshot_index": status.snapshot_index,
+            "last_contact_ms": status.last_contact_ms,
+            "lag": status.lag,
+            "failure": status.failure or "",
+            "members": [{"id": one.id, "address": one.address, "voter": one.voter} for one in status.members],
+        }
 
     async def _leader_address(self, params: dict[str, Any]) -> str:
         leader = self._replica.leader
