@@ -29,6 +29,9 @@ CONNECT_TIMEOUT_S = 5.0
 IDLE_SESSION_S = 300.0
 SHUTDOWN_TIMEOUT_S = 2.0
 MAX_PENDING_DIALS = 1024
+HALF_CLOSED_SILENCE_S = 5.0
+"""A TLS connection of asyncio cannot be half closed. Once the app has sent its end, a foreign peer may go on sending;
+when it was silent for this long the connection is closed."""
 FOREIGN_MEMORY_S = 60.0
 """How long a peer that did not speak mux is dialed as foreign before mux is offered again."""
 
@@ -64,6 +67,17 @@ class ForeignChannel(SocketChannel):
         self.lost = True
         self.pool.pop(self, None)
         super().connection_lost(exc)
+
+    def write_eof(self) -> None:
+        super().write_eof()
+        if not self.transport.is_closing():
+            asyncio.get_running_loop().call_later(HALF_CLOSED_SILENCE_S, self._end_if_silent, self.received)
+
+    def _end_if_silent(self, received: int) -> None:
+        if not self.lost and received == self.received:
+            self.transport.close()
+        elif not self.lost:
+            asyncio.get_running_loop().call_later(HALF_CLOSED_SILENCE_S, self._end_if_silent, self.received)
 
     def attach(self, peer: Channel) -> None:
         """Join with the app's connection and hand over what arrived early."""

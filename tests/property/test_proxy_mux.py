@@ -1,0 +1,251 @@
+"""The mux layer: any bytes, any sizes, any order of taking and not taking."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.errors import MuxError, StreamClosed
+from proxy.mux import frames
+from proxy.mux.core import OUT_HIGH_BYTES, MuxCore, MuxStream
+from proxy.mux.flow import INITIAL_WINDOW_BYTES, MAX_WINDOW_BYTES, GrowthBudget, ReceiveWindow, SendCredit
+from proxy.stream import Channel, Data
+
+control_kinds = st.sampled_from([frames.FIN, frames.WINDOW, frames.OPEN, frames.ACCEPT, frames.REFUSE, frames.RESET])
+whole_frames = st.one_of(
+    st.tuples(st.just(frames.DATA), st.integers(1, 2**32 - 1), st.binary(min_size=1, max_size=3000)),
+    st.tuples(control_kinds, st.integers(1, 2**32 - 1), st.binary(max_size=200)),
+    st.tuples(st.sampled_from([frames.PING, frames.PONG, frames.GOAWAY]), st.just(0), st.binary(max_size=8)),
+)
+
+
+@given(st.lists(whole_frames, max_size=12), st.data())
+def test_frames_come_back_whole_however_they_are_cut(
+    wanted: list[tuple[int, int, bytes]], data: st.DataObject
+) -> None:
+    wire = b"".join(frames.frame(*each) for each in wanted)
+    parser = frames.FrameParser()
+    got: list[list[object]] = []
+    position = 0
+    open_data = 0  # bytes still to come of the DATA frame that is being put together
+    while position < len(wire):
+        step = data.draw(st.integers(1, max(1, min(len(wire) - position, 2000))))
+        for kind, stream_id, payload in parser.feed(wire[position : position + step]):
+            if kind == frames.DATA and open_data:
+                got[-1][2] = bytes(got[-1][2]) + bytes(payload)  # type: ignore[arg-type]
+                open_data -= len(payload)
+            else:
+                if kind == frames.DATA:
+                    open_data = len(wanted[len(got)][2]) - len(payload)
+                got.append([kind, stream_id, bytes(payload)])
+        assert parser.held_bytes < frames.HEADER_BYTES + frames.MAX_CONTROL_BYTES
+        position += step
+    assert [tuple(each) for each in got] == wanted
+
+
+@given(st.lists(st.binary(max_size=500), max_size=20))
+def test_any_bytes_give_frames_or_an_error(chunks: list[bytes]) -> None:
+    parser = frames.FrameParser()
+    with contextlib.suppress(MuxError):
+        for chunk in chunks:
+            for kind, _, payload in parser.feed(chunk):
+                assert kind == frames.DATA or len(payload) <= frames.MAX_CONTROL_BYTES
+            assert parser.held_bytes < frames.HEADER_BYTES + frames.MAX_CONTROL_BYTES
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20), st.booleans())
+def test_any_bytes_leave_a_core_alive_or_end_it_with_an_error(chunks: list[bytes], accepting: bool) -> None:
+    core = MuxCore(acceptor=(lambda stream: stream.accept()) if accepting else None, wake=lambda: None)
+    with contextlib.suppress(MuxError):
+        for chunk in chunks:
+            core.receive(chunk)
+            core.take_output()
+
+
+@given(st.lists(st.tuples(st.integers(1, 300_000), st.booleans()), max_size=40))
+def test_window_and_credit_agree_and_stay_bounded(steps: list[tuple[int, bool]]) -> None:
+    """What the sender may send is exactly what the receiver will take, at most the largest window."""
+    budget = GrowthBudget(1 << 20)
+    credit, window = SendCredit(), ReceiveWindow(budget)
+    for wanted, taking in steps:
+        if taking:
+            credit.grant(window.resume())
+        else:
+            window.pause()
+        sent = min(wanted, credit.left)
+        if sent:
+            credit.left -= sent
+            credit.grant(window.received(sent))
+        assert credit.left == window.left
+        assert window.size <= MAX_WINDOW_BYTES
+        if taking:
+            assert credit.left > 0, "an app that takes is never starved"
+    window.close()
+    assert budget.left == 1 << 20
+
+
+def test_sending_beyond_the_window_is_an_error() -> None:
+    window = ReceiveWindow(GrowthBudget(0))
+    window.pause()
+    window.received(INITIAL_WINDOW_BYTES)
+    with pytest.raises(MuxError, match="beyond"):
+        window.received(1)
+
+
+class Side:
+    """An app's end of a stream in the model: what it got, whether it takes, whether it was told to pause."""
+
+    def __init__(self) -> None:
+        self.peer: Channel = self
+        self.stream: MuxStream | None = None
+        self.got = bytearray()
+        self.ended = False
+        self.error: Exception | None = None
+        self.paused = False
+
+    def write(self, data: Data) -> None:
+        assert not self.ended
+        self.got += data
+
+    def write_eof(self) -> None:
+        assert not self.ended
+        self.ended = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def pause_reading(self) -> None:
+        assert not self.paused
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+    def stream_accepted(self, stream: MuxStream) -> None:
+        pass
+
+    def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
+        self.error = StreamClosed(text)
+
+    def stream_closed(self, stream: MuxStream) -> None:
+        pass
+
+
+class Wire:
+    """Two cores, and the bytes on their way."""
+
+    def __init__(self) -> None:
+        self.servers: list[Side] = []
+        self.client = MuxCore(acceptor=None, wake=lambda: None)
+        self.server = MuxCore(acceptor=self._accept, wake=lambda: None)
+        self.flying: dict[MuxCore, bytearray] = {self.client: bytearray(), self.server: bytearray()}
+
+    def _accept(self, stream: MuxStream) -> None:
+        side = Side()
+        side.stream = stream
+        stream.peer = side
+        self.servers.append(side)
+        stream.accept()
+
+    def open(self) -> Side:
+        side = Side()
+        side.stream = self.client.open("backend", side, side)
+        return side
+
+    def flush(self, core: MuxCore) -> None:
+        core.pump()
+        assert core.out_bytes <= OUT_HIGH_BYTES + 2 * 200_000
+        self.flying[core] += b"".join(core.take_output())
+
+    def deliver(self, core: MuxCore, count: int) -> None:
+        other = self.server if core is self.client else self.client
+        data, self.flying[core] = bytes(self.flying[core][:count]), self.flying[core][count:]
+        if data:
+            other.receive(data)
+
+    def settle(self) -> None:
+        for _ in range(10_000):
+            for core in (self.client, self.server):
+                core.blocked = False
+                self.flush(core)
+                self.deliver(core, len(self.flying[core]))
+            busy = any(self.flying.values()) or any(core.out or core.waiting for core in (self.client, self.server))
+            if not busy:
+                return
+        raise AssertionError("the two sides never come to rest")
+
+
+actions = st.one_of(
+    st.tuples(st.just("send"), st.integers(0, 3), st.booleans(), st.integers(1, 200_000)),
+    st.tuples(st.just("take"), st.integers(0, 3), st.booleans(), st.booleans()),
+    st.tuples(st.just("end"), st.integers(0, 3), st.booleans(), st.none()),
+    st.tuples(st.just("flush"), st.none(), st.booleans(), st.booleans()),
+    st.tuples(st.just("deliver"), st.none(), st.booleans(), st.integers(1, 100_000)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(actions, max_size=60))
+def test_streams_carry_everything_in_order_whatever_happens(steps: list[tuple[str, int, bool, object]]) -> None:
+    wire = Wire()
+    clients = [wire.open() for _ in range(4)]
+    wire.settle()
+    pairs = list(zip(clients, wire.servers, strict=True))
+    sent: dict[Side, bytearray] = {side: bytearray() for pair in pairs for side in pair}
+    ended: set[Side] = set()
+    for action, index, at_client, argument in steps:
+        core = wire.client if at_client else wire.server
+        if action == "flush":
+            core.blocked = bool(argument)
+            wire.flush(core)
+        elif action == "deliver":
+            assert isinstance(argument, int)
+            wire.deliver(core, argument)
+        else:
+            side = pairs[index][0 if at_client else 1]
+            stream = side.stream
+            assert stream is not None
+            if action == "take":
+                (stream.resume_reading if argument else stream.pause_reading)()
+            elif action == "end" and side not in ended:
+                ended.add(side)
+                stream.write_eof()
+            elif action == "send" and side not in ended and not side.paused:
+                assert isinstance(argument, int)
+                data = bytes((len(sent[side]) + offset) % 251 for offset in range(0, argument, 997)) * 997
+                data = data[:argument]
+                sent[side] += data
+                stream.write(data)
+    for pair in pairs:
+        for side in pair:
+            assert side.stream is not None
+            side.stream.resume_reading()
+    wire.settle()
+    for client, server in pairs:
+        for sender, receiver in ((client, server), (server, client)):
+            assert bytes(receiver.got) == bytes(sent[sender])
+            assert receiver.ended == (sender in ended)
+            assert receiver.error is None
+            assert not sender.paused
+        assert client.stream is not None
+        assert client.stream.closed == (client in ended and server in ended)
+
+
+def test_paused_stream_holds_no_more_than_its_window() -> None:
+    wire = Wire()
+    slow, quick = wire.open(), wire.open()
+    wire.settle()
+    assert wire.servers[0].stream is not None
+    wire.servers[0].stream.pause_reading()
+    assert slow.stream is not None
+    assert quick.stream is not None
+    while not slow.paused:
+        slow.stream.write(bytes(50_000))
+        wire.settle()
+    assert len(wire.servers[0].got) <= INITIAL_WINDOW_BYTES
+    quick.stream.write(b"still moving")
+    wire.settle()
+    assert bytes(wire.servers[1].got) == b"still moving"
