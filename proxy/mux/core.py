@@ -152,10 +152,10 @@ class MuxStream:
             core.send_data(self.id, data, allowed)
         if pending:
             return credit.left > 0
-        if self.fin_wanted:
+        # Even a peer that has sent its end: reading is how a socket learns that it is gone.
+        self.peer.resume_reading()
+        if self.fin_wanted and not self.fin_out and not self.pending and not self.closed:
             self._send_fin()
-        else:
-            self.peer.resume_reading()
         return False
 
     def _send_fin(self) -> None:
