@@ -24,6 +24,7 @@ from node.server_rpc import ServerRpc
 from node.tasks import Tasks
 from node.version import lictor_version
 from raftstate.disk import RealDisk
+from raftstate.errors import RaftError
 from raftstate.journal import Journal
 from raftstate.model.catalog import PASSING, SERF_HEALTH
 from raftstate.raft_config import RaftConfig
@@ -130,6 +131,15 @@ class ServerNode:
         self._tasks.spawn(self._own_heartbeat())
         self._running = True
         log.info("server: %s takes part in raft at %s", node.name, node.rpc_endpoint)
+
+    async def hand_over(self, timeout_s: float) -> None:
+        """Give leadership to another server, if this one has it; requests go on being answered."""
+        if not self._running or not self.replica.is_leader or len(self.replica.members()) < 2:
+            return
+        try:
+            await self.replica.transfer_leadership(timeout_s=timeout_s)
+        except RaftError as error:
+            log.warning("server: leaving without handing over leadership: %s", error)
 
     async def stop(self) -> None:
         """Hand leadership over, then close everything."""
