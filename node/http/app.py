@@ -15,7 +15,8 @@ from node.http.middleware import guard
 
 FAMILIES = (
     "status", "agent", "agent_services", "agent_checks", "agent_connect", "catalog", "health", "intentions",
-    "connect", "operator", "kv", "session", "config", "snapshot",
+    "connect", "operator", "kv", "session", "txn", "config", "event", "coordinate", "snapshot", "acl", "internal",
+    "discovery", "openapi", "unsupported",
 )  # fmt: skip
 """Modules with a ``routes`` table, in the order in which a request is matched."""
 

@@ -170,7 +170,7 @@ def _select(row: Any, path: tuple[str, ...]) -> list[Any]:
             if isinstance(value, dict):
                 if part in value:
                     following.append(value[part])
-            elif isinstance(value, list):
+            elif isinstance(value, list | tuple):
                 if part.isdigit() and part.isascii():
                     following.extend(value[int(part) : int(part) + 1])
                 else:
@@ -180,7 +180,7 @@ def _select(row: Any, path: tuple[str, ...]) -> list[Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _equals(value: Any, text: str) -> bool:
@@ -203,6 +203,6 @@ def _equals(value: Any, text: str) -> bool:
 def _holds(value: Any, text: str) -> bool:
     if isinstance(value, str | dict):
         return text in value
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return any(isinstance(item, str | int | float) and _equals(item, text) for item in value)
     return False

@@ -113,8 +113,7 @@ async def renew(ctx: Context, request: web.Request) -> web.StreamResponse:
 async def info(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A session, in a list; an empty list for an unknown one."""
     reading = await read(ctx, request, "session.info", {"id": _id(request)}, rows=False)
-    session = reading.optional(Session)
-    return answer(request, reading, [] if session is None else [session])
+    return answer(request, reading, reading.raw or [])
 
 
 @routes.add("GET", "/v1/session/list")

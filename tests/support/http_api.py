@@ -88,6 +88,7 @@ class SigningBackend(LocalBackend):
         self.away: Exception | None = None
         """While set, writes and signings fail with it."""
         self.applied: list[Any] = []
+        self.restored = b""
 
     async def apply(self, command: Any, **kwargs: Any) -> Any:
         if self.away is not None:
@@ -99,6 +100,9 @@ class SigningBackend(LocalBackend):
         if self.away is not None:
             raise self.away
         return self.ca.sign(csr_pem, service, instance)
+
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+        self.restored = b"".join([chunk async for chunk in chunks])
 
     async def use_root(self) -> None:
         await self.apply(commands.SetCAConfig(config={"LeafCertTTL": "72h"}, trust_domain=TRUST_DOMAIN))
@@ -168,6 +172,6 @@ async def serving(
 async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
     """Await a condition on the loop's own progress; fail when it does not come to hold."""
     async with asyncio.timeout(timeout_s):
-        while not (found := condition()):
+        while not (found := condition()):  # noqa: ASYNC110 - the condition is on anything
             await asyncio.sleep(0.005)
     return found

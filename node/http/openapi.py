@@ -1,0 +1,87 @@
+"""``/v1/openapi.json``: a description of this API, made from the route table it is served by."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from aiohttp import web
+
+from node.http.context import Context, Route, Routes
+from node.http.respond import json_response
+
+routes = Routes("openapi")
+_PARAMETER = re.compile(r"\{(\w+)(?::[^{}]*(?:\{[^{}]*\}[^{}]*)*)?\}")
+
+_QUERY = {
+    "index": "Block until the index exceeds this one.",
+    "wait": "How long to block at most, as 30s or 5m; at most 10m.",
+    "stale": "Any node may answer; present or not.",
+    "consistent": "The leader confirms with a quorum first; present or not.",
+    "cached": "Answer from this agent's local view; present or not.",
+    "filter": "Consul's filter expression.",
+    "near": "Sort this node first; _agent means the agent's own.",
+    "pretty": "Indent the JSON; present or not.",
+}
+_BLOCKING = (
+    "/v1/catalog/", "/v1/health/", "/v1/kv/", "/v1/session/", "/v1/connect/", "/v1/config",
+    "/v1/agent/connect/ca",
+)  # fmt: skip
+
+
+def describe(table: list[Route], version: str) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a route table."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in table:
+        path = _PARAMETER.sub(r"{\1}", route.path)
+        names = _PARAMETER.findall(route.path)
+        for method in route.methods:
+            paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, names)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Lictor: Consul's HTTP API v1",
+            "version": version,
+            "description": "Errors are plain text. Query answers carry X-Consul-Index, KnownLeader and LastContact.",
+        },
+        "paths": dict(sorted(paths.items())),
+    }
+
+
+def _operation(route: Route, method: str, path: str, names: list[str]) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+    ]
+    if method == "GET" and path.startswith(_BLOCKING):
+        parameters += [
+            {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
+            for name, text in _QUERY.items()
+        ]
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "operationId": f"{route.handler.__module__.rpartition('.')[2]}.{route.handler.__name__}.{method.lower()}",
+        "tags": [route.handler.__module__.rpartition(".")[2]],
+        "responses": {
+            "200": {"description": "Done.", "content": {"application/json": {"schema": {}}}},
+            "default": {"description": "An error.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        },
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if method in ("PUT", "POST"):
+        operation["requestBody"] = {"required": False, "content": {"application/json": {"schema": {}}}}
+    return operation
+
+
+@cache
+def _document(version: str) -> dict[str, Any]:
+    from node.http.app import all_routes
+
+    return describe(all_routes(), version)
+
+
+@routes.add("GET", "/v1/openapi.json")
+async def openapi(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """This description."""
+    return json_response(request, _document(ctx.options.lictor_version))
