@@ -115,18 +115,28 @@ class Call:
         return self._desk.decide_request(self.identity, request)
 
     async def _dial(self) -> SocketChannel | None:
+        desk = self._desk
+        desk.dialing[self] = asyncio.get_running_loop().time() + APP_CONNECT_TIMEOUT_S
         try:
-            app = await self._desk.dial_app(self)
-        except (OSError, TimeoutError) as error:
-            reason = str(error) or type(error).__name__
-            self._desk.refused("app-down", f"app does not take the connection: {reason}")
-            self.turn_away(frames.APP_DOWN, f"app does not take the connection: {reason}")
+            app = await desk.connect_app(self)
+        except OSError as error:
+            self._app_down(str(error) or type(error).__name__)
             return None
+        finally:
+            desk.dialing.pop(self, None)
         if self.gone:
             app.abort()
             return None
         self.app = app
         return app
+
+    def dial_timed_out(self) -> None:
+        """The app neither takes nor refuses the connection."""
+        self._app_down("no answer")
+
+    def _app_down(self, reason: str) -> None:
+        self._desk.refused("app-down", f"app does not take the connection: {reason}")
+        self.turn_away(frames.APP_DOWN, f"app does not take the connection: {reason}")
 
     def _accept(self) -> None:
         if isinstance(self.outside, MuxStream):
@@ -214,6 +224,9 @@ class Desk:
 
     def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks) -> None:
         self.calls: set[Call] = set()
+        self.dialing: dict[Call, float] = {}
+        """Calls whose app is being connected, and until when, the oldest first. One clock watches all of them: a
+        timer for each would cost more than the rest of the call's admission."""
         self.draining = False
         self.tasks = tasks
         self._http: InboundHttp | None = None
@@ -347,14 +360,23 @@ class Desk:
 
     async def dial_app(self, call: Call, peer: Channel = NOBODY) -> AppChannel:
         """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""
+        async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
+            return await self.connect_app(call, peer)
+
+    async def connect_app(self, call: Call, peer: Channel = NOBODY) -> AppChannel:
+        """As :meth:`dial_app` without a time limit of its own. Raises OSError."""
         me = self._config.self
         if me is None or not me.local_port:
             raise ConnectionRefusedError("no app is registered")
-        async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
-            _, app = await asyncio.get_running_loop().create_connection(
-                lambda: AppChannel(call.stats, peer), me.local_address or "127.0.0.1", me.local_port
-            )
+        _, app = await asyncio.get_running_loop().create_connection(
+            lambda: AppChannel(call.stats, peer), me.local_address or "127.0.0.1", me.local_port
+        )
         return app
+
+    def tick(self, now: float) -> None:
+        """Give up on apps that took too long to connect. Called every second."""
+        for call in _overdue(self.dialing, now):
+            call.dial_timed_out()
 
     # Withdrawal
 
@@ -378,6 +400,15 @@ class Desk:
         """Return the counters for calls from ``identity``."""
         me = self._config.self
         return self._metrics.pair("inbound", identity.service, me.service if me else "")
+
+
+def _overdue(deadlines: dict[Call, float], now: float) -> list[Call]:
+    overdue = []
+    for call, deadline in deadlines.items():
+        if deadline > now:
+            break
+        overdue.append(call)
+    return overdue
 
 
 NOT_KNOWN = Decision(False, None, "intentions are not known yet")

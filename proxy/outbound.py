@@ -75,6 +75,8 @@ class Upstream:
         self.budget = RetryBudget()
         self.settings = UpstreamSettings({}, None)
         self.connections: set[Outgoing | HttpAppConnection] = set()
+        self.opening: dict[Outgoing, float] = {}
+        """Calls that an instance is to accept, and until when, the oldest first; one clock watches all of them."""
         self.http_options = options_of(name, {})
         self.http_counters = HttpCounters()
         self._fleet = ServiceFleet(self)
@@ -121,6 +123,14 @@ class Upstream:
         """HTTP connections end with the request that is under way on them."""
         if self._http is not None:
             self._http.drain()
+
+    def tick(self, now: float) -> None:
+        """Give up on instances that did not accept in time. Called every second."""
+        while self.opening:
+            call, deadline = next(iter(self.opening.items()))
+            if deadline > now:
+                break
+            call.accept_timed_out()
 
     def sweep(self) -> None:
         """Let go of what was not needed for long. Called now and then."""
@@ -174,7 +184,7 @@ class Outgoing:
     """The way of one app connection to an instance. Until accepted it is the app connection's peer."""
 
     __slots__ = (
-        "_attempts", "_eof", "_held", "_live", "_replay", "_replay_bytes", "_stream", "_stream_full", "_timer",
+        "_attempts", "_eof", "_held", "_live", "_replay", "_replay_bytes", "_stream", "_stream_full",
         "_tried", "app", "instance", "peer", "reason", "upstream",
     )  # fmt: skip
 
@@ -195,7 +205,6 @@ class Outgoing:
         self._stream_full = False
         self._attempts = 0
         self._tried: set[Key] = set()
-        self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         upstream = self.upstream
@@ -269,11 +278,13 @@ class Outgoing:
             stream.write(data)
         if self._eof:
             stream.write_eof()
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(ACCEPT_TIMEOUT_S, self._accept_timed_out)
+        opening = self.upstream.opening
+        if self not in opening:
+            opening[self] = asyncio.get_running_loop().time() + ACCEPT_TIMEOUT_S
 
-    def _accept_timed_out(self) -> None:
-        self._timer = None
+    def accept_timed_out(self) -> None:
+        """The instance neither accepted nor refused in time."""
+        self._settle()
         stream = self._stream
         if self._live and stream is not None:
             self._stream = None
@@ -301,7 +312,7 @@ class Outgoing:
     def _accepted(self, channel: Channel) -> None:
         """An instance took the call: join the app with it and step aside."""
         self._live = False
-        self._stop_timer()
+        self._settle()
         app = self.app
         if self.instance is not None:
             self.upstream.balancer.succeeded(self.instance)
@@ -340,7 +351,7 @@ class Outgoing:
     def _fail(self, cause: str, text: str) -> None:
         if self._live:
             self._live = False
-            self._stop_timer()
+            self._settle()
             self._replay = []
             self.upstream.failed(cause, text)
             self.app.abort(StreamClosed(text))
@@ -349,7 +360,7 @@ class Outgoing:
         """End the call now, whatever its state."""
         if self._live:
             self._live = False
-            self._stop_timer()
+            self._settle()
             if self._stream is not None:
                 self._stream.abort(StreamClosed(reason))
         else:
@@ -359,7 +370,7 @@ class Outgoing:
     def ended(self) -> None:
         """The app's connection is gone; the last call on this object."""
         self._live = False
-        self._stop_timer()
+        self._settle()
         self._replay = []
         self._leave()
         self.upstream.connections.discard(self)
@@ -370,10 +381,9 @@ class Outgoing:
             self.instance = None
         self._stream = None
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _settle(self) -> None:
+        """No instance is to accept any more."""
+        self.upstream.opening.pop(self, None)
 
     # StreamOwner
 

@@ -35,7 +35,8 @@ FIRST_PUBLIC_PORT = 20000
 FIRST_UPSTREAM_PORT = 21000
 FIRST_ADMIN_PORT = 19000
 OFF = -1
-_SWEEP_S = 30.0
+_TICK_S = 1.0
+_TICKS_PER_SWEEP = 30
 
 
 @dataclass(frozen=True)
@@ -249,11 +250,19 @@ class Sidecar:
                     connection.cut(upstream.blocked)
 
     async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        ticks = 0
         while True:
-            await asyncio.sleep(_SWEEP_S)
+            await asyncio.sleep(_TICK_S)
+            ticks += 1
+            now = loop.time()
+            self._desk.tick(now)
             for upstream in self._upstreams.values():
-                upstream.sweep()
-            self._pool.sweep()
+                upstream.tick(now)
+                if ticks % _TICKS_PER_SWEEP == 0:
+                    upstream.sweep()
+            if ticks % _TICKS_PER_SWEEP == 0:
+                self._pool.sweep()
 
     # Seen from outside
 
