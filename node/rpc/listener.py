@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any
@@ -19,18 +20,9 @@ from proxy.logs import BurstLog
 
 log = logging.getLogger("lictor.rpc")
 
+ACCEPT_PAUSE_S = 0.1
+
 RaftAccept = Callable[[Peer], asyncio.Protocol]
-
-
-class _Raw(asyncio.Protocol):
-    """A connection before its handshake: nothing is read until TLS takes over."""
-
-    def __init__(self, accepted: Callable[[Any], None]) -> None:
-        self._accepted = accepted
-
-    def connection_made(self, transport: Any) -> None:
-        transport.pause_reading()
-        self._accepted(transport)
 
 
 def _cause(error: BaseException) -> str:
@@ -73,14 +65,14 @@ class Listener:
         self._accept_raft, self._blocked = accept_raft, blocked
         self._tasks = Tasks("rpc listener")
         self._calls = Tasks("rpc calls")
-        self._server: asyncio.Server | None = None
-        self._handshakes: set[Any] = set()
+        self._socket: socket.socket | None = None
+        self._handshakes = 0
         self._connections: set[ServerConnection] = set()
         self._closings = BurstLog(log)
 
     def __len__(self) -> int:
         """Connections that count towards the bound."""
-        return len(self._handshakes) + len(self._connections)
+        return self._handshakes + len(self._connections)
 
     @property
     def connections(self) -> frozenset[ServerConnection]:
@@ -88,58 +80,68 @@ class Listener:
         return frozenset(self._connections)
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; return the port (useful with 0)."""
+        """Listen; return the port (useful with 0). Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Raw(self._accepted), host, port, backlog=1024)
-        return int(self._server.sockets[0].getsockname()[1])
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        self._socket = socket.create_server(address[:2], family=family, backlog=1024)
+        self._socket.setblocking(False)
+        self._tasks.spawn(self._accept(self._socket))
+        return int(self._socket.getsockname()[1])
 
     async def close(self) -> None:
         """Stop accepting and close every connection."""
-        if self._server is not None:
-            self._server.close()
+        await self._tasks.close()
+        if self._socket is not None:
+            self._socket.close()
         for connection in tuple(self._connections):
             connection.close()
-        await self._tasks.close()
         await self._calls.close()
-        for transport in tuple(self._handshakes):
-            transport.abort()
 
-    def _accepted(self, transport: Any) -> None:
-        if len(self) >= self._limits.rpc_connections_max:
-            self._refuse(transport, f"{self._limits.rpc_connections_max} connections are open")
-            return
-        self._handshakes.add(transport)
-        self._tasks.spawn(self._shake(transport))
+    async def _accept(self, listening: socket.socket) -> None:
+        # Accepted by hand, since only `connect_accepted_socket` tells us of a handshake that failed, and why.
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, where = await loop.sock_accept(listening)
+            except OSError as error:
+                log.error("rpc: cannot accept connections for now: %s", error)  # noqa: TRY400 - the text says it all
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            address = f"{where[0]}:{where[1]}"
+            if len(self) >= self._limits.rpc_connections_max:
+                self._log_refusal(address, f"{self._limits.rpc_connections_max} connections are open")
+                sock.close()
+                continue
+            self._handshakes += 1
+            self._tasks.spawn(self._shake(sock, address))
 
-    def _refuse(self, transport: Any, cause: str) -> None:
-        where = transport.get_extra_info("peername")
-        address = f"{where[0]}:{where[1]}" if where else "an unknown address"
+    def _log_refusal(self, address: str, cause: str) -> None:
         self._closings.warning(f"rpc: closed a connection from {address}: {cause}")
-        transport.abort()
 
-    async def _shake(self, raw: Any) -> None:
+    async def _shake(self, sock: socket.socket, address: str) -> None:
         gate = Gate()
         try:
-            transport = await asyncio.get_running_loop().start_tls(
-                raw,
-                gate,
-                self._context,
-                server_side=True,
+            sock.setblocking(False)
+            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: gate,
+                sock,
+                ssl=self._context,
                 ssl_handshake_timeout=self._limits.rpc_handshake_timeout_s,
                 ssl_shutdown_timeout=1.0,
             )
-            if transport is None:
-                raise ConnectionResetError("closed before the handshake")
         except (OSError, TimeoutError) as error:
-            self._refuse(raw, _cause(error))
+            self._log_refusal(address, _cause(error))
+            sock.close()
             return
         finally:
-            self._handshakes.discard(raw)
+            self._handshakes -= 1
         try:
             peer = peer_of(transport.get_extra_info("ssl_object"), self._datacenter)
             self._serve(peer, transport, gate)
         except PkiError as error:
-            self._refuse(transport, str(error))
+            self._log_refusal(address, str(error))
+            transport.abort()
 
     def _serve(self, peer: Peer, transport: Any, gate: Gate) -> None:
         protocol = transport.get_extra_info("ssl_object").selected_alpn_protocol()

@@ -13,6 +13,7 @@ from node.config import Limits
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Refused, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
 from node.rpc.server import Call, Methods
+from tests.support.both_loops import both_loops
 from tests.support.rpc import eventually, rpc_ends
 
 
@@ -68,6 +69,7 @@ class Served:
             self.cancelled += 1
 
 
+@both_loops
 async def test_calls_interleave_and_know_their_caller(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -80,6 +82,7 @@ async def test_calls_interleave_and_know_their_caller(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_errors_keep_their_kind(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -99,6 +102,7 @@ async def test_errors_keep_their_kind(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_the_deadline_travels_and_ends_the_call_at_both_ends(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -110,6 +114,7 @@ async def test_the_deadline_travels_and_ends_the_call_at_both_ends(tmp_path: Pat
         connection.close()
 
 
+@both_loops
 async def test_a_cancelled_caller_cancels_the_call(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -121,6 +126,7 @@ async def test_a_cancelled_caller_cancels_the_call(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_streams_end_fail_and_are_cancelled(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -140,6 +146,7 @@ async def test_streams_end_fail_and_are_cancelled(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_an_upload_arrives_in_bounded_pieces(tmp_path: Path) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         yield b"x" * 10
@@ -151,6 +158,7 @@ async def test_an_upload_arrives_in_bounded_pieces(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_calls_in_progress_are_bounded(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods, limits=Limits(rpc_inflight_max=2)) as ends:
@@ -165,6 +173,7 @@ async def test_calls_in_progress_are_bounded(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_an_oversized_request_is_refused_before_it_is_sent(tmp_path: Path) -> None:
     async with rpc_ends(tmp_path, Served().methods) as ends:
         connection = await ends.dial()
@@ -174,6 +183,7 @@ async def test_an_oversized_request_is_refused_before_it_is_sent(tmp_path: Path)
         connection.close()
 
 
+@both_loops
 async def test_a_lost_connection_fails_what_waits_at_once(tmp_path: Path) -> None:
     served = Served()
     async with rpc_ends(tmp_path, served.methods) as ends:
@@ -199,6 +209,7 @@ async def test_a_lost_connection_fails_what_waits_at_once(tmp_path: Path) -> Non
         await eventually(lambda: served.cancelled == 2 and len(ends.listener) == 0)
 
 
+@both_loops
 async def test_ping_proves_the_peer_alive(tmp_path: Path) -> None:
     async with rpc_ends(tmp_path, Served().methods) as ends:
         connection = await ends.dial()
@@ -207,6 +218,7 @@ async def test_ping_proves_the_peer_alive(tmp_path: Path) -> None:
         connection.close()
 
 
+@both_loops
 async def test_a_partition_is_silent_and_its_connections_die_when_it_heals(tmp_path: Path) -> None:
     faults = FaultFilter(enabled=True)
     async with rpc_ends(tmp_path, Served().methods, blocked=faults.blocks) as ends:
