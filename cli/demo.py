@@ -24,6 +24,7 @@ SETTLE_S = 5.0
 BALANCE_CALLS = 40
 BALANCE_LEAST = 10
 WALKTHROUGH_PORT = 8080
+CREATE = ("intentions", "create", "-from", "echo-client-1", "-to", "echo-server-1", "-verb", "http")
 
 
 def run(args: Args) -> int:
@@ -73,6 +74,15 @@ def _clear(stage: Stage, given: str) -> None:
         signal.signal(signal.SIGINT, interrupt)
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _outcomes(lines: list[str]) -> list[bool]:
+    """Return for each call whether it was answered."""
+    return [not call.failed for call in calls(lines)]
+
+
 class Story:
     """The steps, in the order of the telling."""
 
@@ -98,7 +108,8 @@ class Story:
     # -- helpers ------------------------------------------------------------------------------------------------
 
     def _measure(self, what: str, seconds: float) -> str:
-        shown = f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+        """Note a time, and return it as it is told."""
+        shown = _time(seconds)
         self.measured.append((what, shown))
         return shown
 
@@ -106,18 +117,27 @@ class Story:
         done = self.stage.call(self.address)
         return done.returncode == 0, (done.stdout or done.stderr).strip()
 
-    def _becomes(self, allowed: bool, what: str) -> str:
-        """Wait until calls are allowed (or refused); return what the client said."""
+    def _changes(self, allowed: bool, what: str, *command: str) -> tuple[str, str]:
+        """Type a command while calls go on, and wait until they are allowed (or refused) for good.
 
-        said: list[str] = []
-
-        def seen() -> bool:
-            works, text = self._call()
-            said.append(text)
-            return works == allowed
-
-        self.stage.require(wait_until(seen, SETTLE_S), f"{what}: the client still says {said[-1]!r}")
-        return said[-1]
+        Returns (how long after the command was typed, what the first call with the new outcome said).
+        """
+        stage = self.stage
+        load = stage.client("load", self.address)
+        stage.require(bool(wait_until(lambda: len(load.lines) >= 3, SETTLE_S)), "the client makes no calls")
+        typed = time.monotonic()
+        stage.lictor(*command, host=0)
+        returned = time.monotonic()
+        settled = wait_until(lambda: _outcomes(load.lines[-5:]) == [allowed] * 5, SETTLE_S)
+        found = calls(load.finish())
+        stage.require(settled, f"{what}, but the client still says {found[-1].answer!r}")
+        stage.require(_outcomes(load.lines[:3]) == [not allowed] * 3, f"{what} before the command was typed")
+        first = next(n for n, call in enumerate(found) if call.failed != allowed)
+        back = [call.answer for call in found[first:] if call.failed == allowed]
+        stage.require(not back, f"{what}, and after that a call said {back[:1]}")
+        took = _time(found[first].began_s + found[first].took_ms / 1000 - typed)
+        self.measured.append((f"{what} after", f"{took} (the command itself took {_time(returned - typed)})"))
+        return took, found[first].answer.removeprefix("!")
 
     def _stays_refused(self, what: str) -> str:
         """Call a few times: a call that gets through once is a hole. The app itself must be up all the while."""
@@ -140,10 +160,11 @@ class Story:
         if stage.offset:
             stage.tell("The standard ports are taken on this machine, so this cluster uses others.")
             arguments += ["-port-offset", str(stage.offset)]
+            stage.show(f"export LICTOR_HTTP_ADDR={stage.hosts[0]}")
         began = time.monotonic()
         stage.cluster_up = True
         stage.lictor(*arguments)
-        self._measure("cluster of five nodes ready", time.monotonic() - began)
+        self._measure("cluster up: five nodes ready after", time.monotonic() - began)
         stage.lictor("members", host=0)
 
     def start_apps(self) -> None:
@@ -190,15 +211,12 @@ class Story:
     def allowed_by_intention(self) -> None:
         stage = self.stage
         stage.title(4, "An intention allows it")
-        stage.lictor(
-            "intentions", "create", "-from", "echo-client-1", "-to", "echo-server-1", "-verb", "http", host=0
-        )  # fmt: skip
-        began = time.monotonic()
-        text = self._becomes(True, "the intention stands, but the call is refused")
-        took = self._measure("intention created -> first call answered", time.monotonic() - began)
-        expected = f"Client received: Hello from echo-server on port {self.ports[0]}!"
-        stage.require(text == expected, f"the client was to say {expected!r} and says {text!r}")
-        stage.held(f"{text}   ({took} after the command)")
+        took, text = self._changes(True, "intention created: calls answered", *CREATE)
+        expected = f"Hello from echo-server on port {self.ports[0]}!"
+        stage.require(text == expected, f"the client was to get {expected!r} and got {text!r}")
+        works, text = self._call()
+        stage.require(works, f"the call was refused: {text}")
+        stage.held(f"{text}   (after {took})")
 
     def refused_after_deletion(self) -> None:
         stage = self.stage
@@ -206,34 +224,32 @@ class Story:
         holding = stage.client("hold", self.address)
         holding.wait_line("holding", SETTLE_S)
         stage.tell("A client holds a connection on which the server sends a tick every 50 ms.")
-        stage.lictor("intentions", "delete", "-from", "echo-client-1", "-to", "echo-server-1", host=0)
-        returned = time.monotonic()
-        ended = float(holding.wait_line("ended", SETTLE_S).split()[1])
-        took = self._measure("intention deleted -> live connection ended", max(ended - returned, 0.0))
+        stage.tell("Another calls every 20 ms.")
+        before = time.monotonic()
+        took, text = self._changes(
+            False, "intention deleted: calls refused",
+            "intentions", "delete", "-from", "echo-client-1", "-to", "echo-server-1",
+        )  # fmt: skip
+        ended = float(holding.wait_line("ended", 1.0).split()[1])
+        stage.require(ended > before, "the live connection ended before the intention was deleted")
         holding.finish()
-        stage.held(f"The live connection ended {took} after the command returned.")
-        self._becomes(False, "the intention is gone, but calls get through")
-        stage.held(f"New calls are refused: {self._stays_refused('the intention was deleted')}")
+        stage.held(f"The live connection ended, and calls were refused after {took}: {text}")
+        self._stays_refused("the intention was deleted")
 
     def refused_after_revocation(self) -> None:
         stage = self.stage
         stage.title(6, "The client's identity is revoked although an intention allows it; then it is restored")
-        stage.lictor(
-            "intentions", "create", "-from", "echo-client-1", "-to", "echo-server-1", "-verb", "http", host=0
-        )  # fmt: skip
-        self._becomes(True, "the intention stands again, but the call is refused")
-        stage.lictor("identity", "revoke", "-service-id", "echo-client-1", host=0)
-        began = time.monotonic()
-        self._becomes(False, "the identity is revoked, but calls get through")
-        self._measure("identity revoked -> calls refused", time.monotonic() - began)
-        refused = self._stays_refused("the identity was revoked")
+        self._changes(True, "intention created again: calls answered", *CREATE)
+        took, text = self._changes(
+            False, "identity revoked: calls refused", "identity", "revoke", "-service-id", "echo-client-1"
+        )
         stage.lictor("intentions", "list", host=0)
-        stage.held(f"The intention stands, and yet: {refused}")
-        stage.lictor("identity", "restore", "-service-id", "echo-client-1", host=0)
-        began = time.monotonic()
-        self._becomes(True, "the identity is restored, but calls are refused")
-        took = self._measure("identity restored -> first call answered", time.monotonic() - began)
-        stage.held(f"Restored: calls are answered again ({took} after the command).")
+        self._stays_refused("the identity was revoked")
+        stage.held(f"The intention stands, and yet calls were refused after {took}: {text}")
+        took, _ = self._changes(
+            True, "identity restored: calls answered", "identity", "restore", "-service-id", "echo-client-1"
+        )
+        stage.held(f"Restored: calls are answered again after {took}.")
 
     def balanced(self) -> None:
         stage = self.stage
@@ -309,9 +325,9 @@ class Story:
             gap.append(time.monotonic() - began)
 
         self._under_load(kill, "the leader's failure", cut_at_most=0)
-        new = supervisor.leader()
+        new = wait_until(lambda: (name := supervisor.leader()) != old and name, SETTLE_S)
         stage.require(new not in ("", old), f"no new leader: {new or 'nobody'} leads")
-        took = self._measure("leader killed -> next write acknowledged", gap[0])
+        took = self._measure("leader killed: next write acknowledged after", gap[0])
         stage.held(f"{new} leads now; a write that began right after the kill was acknowledged {took} later.")
         after = stage.lictor("intentions", "list", "-json", host=1, quiet=True).stdout
         stage.require(before == after, "the intentions are not what they were before the leader was killed")

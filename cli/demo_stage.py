@@ -109,10 +109,10 @@ class Stage:
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of what the demo starts; the user's own agent must not be asked."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CONSUL_", "LICTOR_"))}
-        return {**kept, "PYTHONUNBUFFERED": "1", **(more or {})}
+        return {**kept, "PYTHONUNBUFFERED": "1", "LICTOR_HTTP_ADDR": self.hosts[0], **(more or {})}
 
     def _address(self, host: int) -> list[str]:
-        return [] if host == 0 and self.offset == 0 else ["-http-addr", self.hosts[host]]
+        return [] if host == 0 else ["-http-addr", self.hosts[host]]
 
     # -- telling ------------------------------------------------------------------------------------------------
 
@@ -194,6 +194,10 @@ class Stage:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise NotHeld(f"the sidecar of {instance} did not become ready:\n{background.text()}")
             time.sleep(POLL_S)
+        said = background.text().splitlines()
+        for line in said[next(n for n, one in enumerate(said) if "is ready" in one) :]:
+            if line.startswith(("Sidecar", "  ")):
+                print(f"   {line}", flush=True)
         return background
 
     def call(self, address: str) -> subprocess.CompletedProcess[str]:
