@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
+from proxy import outbound
+from proxy.errors import PortUnavailable
+from proxy.sidecar import Sidecar, SidecarOptions
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Mesh, digest, hang_up, naming, until
@@ -261,3 +265,74 @@ async def test_drain_lets_live_calls_end_and_takes_no_new_ones(mesh: Mesh) -> No
     assert await reader.readline() == b"two\n"
     await hang_up(writer)
     await until(lambda: server._running is not None and server._running.done(), 2)
+
+
+@with_mesh
+async def test_full_session_makes_way_for_another(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    client.sidecar._pool._max_streams = 10
+    held = [await client.dial() for _ in range(25)]
+    for reader, writer in held:
+        writer.write(b"hello\n")
+        assert await asyncio.wait_for(reader.readline(), 5) == b"hello\n"
+    assert len(server.sidecar._public.sessions) == 3  # type: ignore[union-attr]
+    for _, writer in held:
+        await hang_up(writer)
+
+
+@with_mesh
+async def test_instance_that_never_answers_is_given_up_on(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that takes the session and then no stream: what was not sent yet goes elsewhere, the rest is closed."""
+    monkeypatch.setattr(outbound, "ACCEPT_TIMEOUT_S", 0.2)
+    client, server, _ = await mesh.pair()
+    assert await client.ask() == b"hi\n"
+    monkeypatch.setattr(server.sidecar._desk, "_refusal", lambda identity, service: None)
+    monkeypatch.setattr("proxy.inbound.Call.start", lambda self: None)
+    assert await client.ask(b"lost\n") == b""
+    await until(lambda: client.sidecar.live_calls() == 0)
+
+
+@with_mesh
+async def test_app_aborts_are_carried_across(mesh: Mesh) -> None:
+    """Either app dropping its connection ends the other's."""
+
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.transport.abort()
+
+    client, server, _ = await mesh.pair(reset)
+    reader, writer = await client.dial()
+    writer.write(b"bye\n")
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    await hang_up(writer)
+    await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
+
+
+@with_mesh
+async def test_client_that_vanishes_frees_everything(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    for _ in range(20):
+        _, writer = await client.dial()
+        writer.write(b"hello\n")
+        writer.transport.abort()
+    await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
+    assert all(not session.core.streams for session in server.sidecar._public.sessions)  # type: ignore[union-attr]
+
+
+@with_mesh
+async def test_lost_configuration_keeps_serving(mesh: Mesh) -> None:
+    """Static stability: the stream's end changes nothing."""
+    client, server, _ = await mesh.pair()
+    for member in (client, server):
+        assert member._running is not None
+        await member.push()  # a heartbeat
+    assert await client.ask() == b"hi\n"
+
+
+@with_mesh
+async def test_taken_port_is_said_at_bind(mesh: Mesh) -> None:
+    member = await mesh.member("web", "web-1", upstreams=("backend",))
+    options = SidecarOptions(upstreams=(("other", "127.0.0.1", member.ports.upstreams["backend"]),))
+    with pytest.raises(PortUnavailable, match="choose another port"):
+        await Sidecar(options).bind()
