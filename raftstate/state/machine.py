@@ -153,7 +153,7 @@ class StateMachine:
         if count > REQUESTS_MAX:
             surplus = REQUESTS_MAX // 32
         elif requests.weight > REQUEST_WEIGHT_MAX:
-            surplus = max(1, count // 32)
+            surplus = requests.surplus_weight(REQUEST_WEIGHT_MAX)
         elif index % _SWEEP_EVERY == 0 and count > REQUESTS_KEPT:
             oldest = store.clock_us - REQUEST_AGE_US_MAX
             for request in islice(requests.rows.values(), count - REQUESTS_KEPT):

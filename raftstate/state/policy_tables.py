@@ -176,6 +176,16 @@ class Requests(Table[str, Request]):
         if new is not None:
             self.weight += _weight(new)
 
+    def surplus_weight(self, weight_max: int) -> int:
+        """Return how many of the oldest must go for the rest to weigh no more than ``weight_max``."""
+        weight, count = self.weight, 0
+        for row in self.rows.values():
+            if weight <= weight_max:
+                break
+            weight -= _weight(row)
+            count += 1
+        return count
+
 
 def _weight(row: Request) -> int:
     value = row.value
