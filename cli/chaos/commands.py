@@ -50,6 +50,7 @@ def run(args: Args) -> int:
         write_plan(layout, Plan(args.number("servers", 3), 2, args.number("port-offset", 3000)))
         supervisor = Supervisor(layout)
         print(f"Starting {', '.join(supervisor.names)} …", flush=True)
+        code = 1
         try:
             supervisor.start(supervisor.names)
             supervisor.wait_ready(supervisor.names, lambda text: None)
@@ -59,14 +60,18 @@ def run(args: Args) -> int:
                 if supervisor.state(name) == "paused":
                     supervisor.resume(name)
             supervisor.stop(supervisor.names)
-        if code and not args.on("discard"):
-            logs = out / "cluster"
-            shutil.rmtree(logs, ignore_errors=True)
-            shutil.copytree(layout.directory, logs, ignore=shutil.ignore_patterns("tls", "*.sock"))
-            print(f"The nodes' logs and data are kept in {logs}.")
+            if code and not args.on("discard"):
+                _keep(layout.directory, out / "cluster")
         return code
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep(directory: Path, kept: Path) -> None:
+    """Copy what explains a failure, without the keys."""
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(directory, kept, ignore=shutil.ignore_patterns("tls", "leaves", "*.sock"))
+    print(f"The nodes' logs and data are kept in {kept}.")
 
 
 def _judge(supervisor: Supervisor, options: Options, out: Path) -> int:

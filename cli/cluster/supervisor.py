@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cli.client import Api
 from cli.cluster.layout import Layout, refuse_taken_ports
 from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, spawn
-from cli.errors import CliError, UsageError
+from cli.errors import CliError, NoAgent, UsageError
 
 if TYPE_CHECKING:
     from node.config import ClusterConfig, NodeConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 READY_TIMEOUT_S = 40.0
 STOP_TIMEOUT_S = 10.0
 PROBE_WAIT_S = 0.8
+START_LISTENING_S = 15.0
 _POLL_S = 0.1
 _LOG_LINES_SHOWN = 12
 
@@ -183,7 +184,16 @@ class Supervisor:
                 self._block(name, [])
 
     def _block(self, name: str, peers: Sequence[str]) -> None:
-        Api(self.http_addr(name), wait_s=3.0).put("/v1/operator/debug/partition", {"Peers": list(peers)})
+        """Tell one node; a process that has just been started may not listen yet."""
+        deadline = time.monotonic() + START_LISTENING_S
+        while True:
+            try:
+                Api(self.http_addr(name), wait_s=3.0).put("/v1/operator/debug/partition", {"Peers": list(peers)})
+                return
+            except NoAgent:
+                if self.state(name) != RUNNING or time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
 
     # -- asking -------------------------------------------------------------------------------------------------
 
