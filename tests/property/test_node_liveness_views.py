@@ -1,0 +1,89 @@
+"""Deadlines against a naive twin, and views: differences applied one after another give the whole."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.backend import ViewEvent
+from node.liveness import Deadlines
+from node.views import as_delta, canonical, difference, merge
+
+names = st.sampled_from(["a", "b", "c", "d"])
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("beat"), names, st.floats(0.1, 9.0)),
+        st.tuples(st.just("forget"), names, st.just(0.0)),
+        st.tuples(st.just("pass"), names, st.floats(0.0, 7.0)),
+        st.tuples(st.just("keep"), names, st.just(0.0)),
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_deadlines_expire_once_and_only_when_due(script: list[tuple[str, str, float]]) -> None:
+    deadlines, naive, now = Deadlines(5.0), dict[str, float](), 100.0
+    for what, name, amount in script:
+        if what == "beat":
+            deadlines.beat(name, now, amount)
+            naive[name] = now + amount
+        elif what == "forget":
+            deadlines.forget(name)
+            naive.pop(name, None)
+        elif what == "keep":
+            deadlines.keep_only({name}, now)
+            naive = {name: naive.get(name, now + 5.0)}
+        else:
+            now += amount
+            due = {known for known, at in naive.items() if at <= now}
+            assert set(deadlines.expired(now)) == due
+            naive = {known: at for known, at in naive.items() if known not in due}
+        assert len(deadlines) == len(naive)
+        assert deadlines.next_due() == min(naive.values(), default=None)
+
+
+def test_a_new_leader_gives_everyone_a_full_deadline() -> None:
+    deadlines = Deadlines(5.0)
+    deadlines.beat("a", 0.0)
+    deadlines.begin(["a", "b"], 4.0)
+    assert deadlines.expired(8.9) == []
+    assert sorted(deadlines.expired(9.0)) == ["a", "b"]
+
+
+def test_many_beats_take_bounded_room() -> None:
+    deadlines = Deadlines(5.0)
+    for number in range(10_000):
+        deadlines.beat("a", float(number))
+    assert len(deadlines._heap) < 200
+
+
+rows = st.dictionaries(st.text(max_size=3), st.integers(0, 3) | st.lists(st.integers(0, 2), max_size=2), max_size=6)
+
+
+@given(st.lists(rows, min_size=1, max_size=6))
+def test_deltas_add_up_to_the_whole(versions: list[dict[str, object]]) -> None:
+    held = merge({}, ViewEvent(1, True, versions[0]))
+    for index, version in enumerate(versions[1:], 2):
+        upserts, deletes = difference(held, version)
+        assert not any(key in held and held[key] == row for key, row in upserts.items()), "only what changed"
+        held = merge(held, ViewEvent.unpack(ViewEvent(index, False, upserts, deletes).packed))
+        assert held == version
+
+
+@given(rows, rows)
+def test_a_reset_seen_by_a_holder_is_the_difference(held: dict[str, object], now: dict[str, object]) -> None:
+    event = as_delta(held, ViewEvent(9, True, now))
+    if event is None:
+        assert held == now
+    else:
+        assert not event.reset
+        assert merge(held, event) == now
+
+
+def test_equal_parameters_share_a_view_whatever_their_order() -> None:
+    assert canonical("q", {"a": 1, "b": ["x"]}) == canonical("q", {"b": ("x",), "a": 1})
+    assert canonical("q", {"a": {"y": 1, "x": 2}}) == canonical("q", {"a": {"x": 2, "y": 1}})
+    assert (
+        len({canonical("q", None), canonical("q", {"a": 1}), canonical("q", {"a": "1"}), canonical("r", None)}) == 4
+    )
