@@ -177,7 +177,7 @@ class Stage:
         self.show(prefix + "lictor " + shlex.join("python3" if word == sys.executable else word for word in shown))
         home = self.directory / instance
         log = home / "sidecar.log"
-        with log.open("ab") as output:
+        with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "cli", *command],
                 stdin=subprocess.DEVNULL,
