@@ -108,9 +108,8 @@ class Client:
                     returned_s, succeeded = self.recorder.now_s(), text.strip() == "true"
                 else:
                     self.recorder.count_error(text)
-        except aiohttp.ClientConnectorError:
-            return False  # nothing was sent: certainly no effect
         except (aiohttp.ClientError, TimeoutError) as error:
+            # A refused connection proves nothing: aiohttp sends a PUT again when a kept connection broke under it.
             self.recorder.count_error(type(error).__name__)
         self.recorder.operations.append(
             Operation(
