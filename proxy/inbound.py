@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from proxy.authz import Decision, Request
 from proxy.config import Configuration
 from proxy.errors import StreamClosed
-from proxy.http import HttpCounters, HttpOptions, InboundHttp, client_cert_header
+from proxy.http import HttpCounters, HttpOptions, client_cert_header
+from proxy.http_entry import HttpEntry, Undecided
 from proxy.logs import LimitedLog
 from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
@@ -90,8 +91,10 @@ class Call:
             return
         self._accept()
         desk = self._desk
-        filtered = desk.http.serve(
+        Undecided(
+            desk.http,
             self.outside,
+            None if app.transport.is_closing() else app,
             peer=self.identity,
             dial=self._dial_again,
             decide=self._decide_request,
@@ -99,13 +102,11 @@ class Call:
             identity=client_cert_header(self.identity, desk.http.options.uri),
             on_done=self.end,
         )
-        if not app.transport.is_closing():
-            filtered.adopt(app)
         early, self._early = self._early, []
         for data in early:
-            filtered.write(data)
+            self.outside.peer.write(data)
         if self._early_eof:
-            filtered.write_eof()
+            self.outside.peer.write_eof()
 
     async def _dial_again(self, peer: Channel) -> Channel:
         app = self.app = await self._desk.dial_app(self, peer)
@@ -229,7 +230,7 @@ class Desk:
         timer for each would cost more than the rest of the call's admission."""
         self.draining = False
         self.tasks = tasks
-        self._http: InboundHttp | None = None
+        self._http: HttpEntry | None = None
         self._http_counters: dict[str, HttpCounters] = {}
         """By source service."""
         self._config = config
@@ -243,7 +244,7 @@ class Desk:
     # HTTP
 
     @property
-    def http(self) -> InboundHttp:
+    def http(self) -> HttpEntry:
         """The HTTP filter, with options as the configuration now has them."""
         me = self._config.self
         if me is None:
@@ -252,8 +253,8 @@ class Desk:
             spiffe = SpiffeId(trust_domain=me.trust_domain, datacenter=me.datacenter, service=me.service)
             options = HttpOptions(service=me.service, uri=spiffe.uri())
         if self._http is None:
-            self._http = InboundHttp(options)
-        self._http.options = options
+            self._http = HttpEntry(options)
+        self._http.use(options)
         return self._http
 
     def drain(self) -> None:

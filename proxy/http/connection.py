@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from proxy.http.head import trailer_lines
 from proxy.http.options import HttpOptions, HttpStats
@@ -30,19 +31,35 @@ _LINGER_BYTES = 1 << 20
 """What a connection that is being closed may still send before it is reset."""
 
 
+class Kept(Protocol):
+    """A connection that :class:`HttpSide` looks after."""
+
+    deadline: float
+    """When :meth:`expire` is due, by the loop's clock."""
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+
+    def drain(self) -> None:
+        """Take no more requests; end with those under way."""
+
+    def cut(self, error: Exception | None = None) -> None:
+        """Drop the connection at once."""
+
+
 class HttpSide:
     """The connections of one direction. ``options`` may be replaced; new connections then go by the new ones."""
 
     def __init__(self, options: HttpOptions) -> None:
         self.options = options
         self.tasks = Tasks("http filter")
-        self.connections: set[HttpConnection] = set()
+        self.connections: set[Kept] = set()
         self.draining = False
         self.burst_log = BurstLog(log)
         self.loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
 
-    def keep(self, connection: HttpConnection) -> None:
+    def keep(self, connection: Kept) -> None:
         """Look after a connection's deadlines until it has ended."""
         self.connections.add(connection)
         if self._sweeper is None:
@@ -143,7 +160,7 @@ class HttpConnection:
         raise NotImplementedError
 
     def _let_go(self, upstream: Upstream) -> None:
-        """The response is complete; ``upstream`` can take another request unless ``lost``. Keep it or give it back."""
+        """The response is complete; ``upstream`` can take another request unless ``lost``."""
         raise NotImplementedError
 
     def _timed_out(self, message: Message) -> None:

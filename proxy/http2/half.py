@@ -1,0 +1,179 @@
+"""One HTTP/2 connection on a channel: bytes to events, and out again with the channel's back-pressure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, Event
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+from hyperframe.frame import Frame, GoAwayFrame
+
+from proxy.http.head import Field
+from proxy.mux.core import NOBODY
+from proxy.stream import Channel, Data
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+STREAMS_MAX = 128
+STREAM_WINDOW_BYTES = 128 * 1024
+CONNECTION_WINDOW_BYTES = STREAMS_MAX * STREAM_WINDOW_BYTES
+"""As much as all streams together may hold, so that one that is not taken off never holds up the others."""
+HEADER_LIST_BYTES_MAX = 64 * 1024
+LAST_STREAM_ID = (1 << 31) - 1
+
+
+class _Connection(H2Connection):
+    """h2's, but a GOAWAY leaves the streams under way alone (RFC 9113, section 6.8); h2 would end them all."""
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        event = ConnectionTerminated()
+        event.error_code = frame.error_code
+        event.last_stream_id = frame.last_stream_id
+        event.additional_data = frame.additional_data or None
+        return [], [event]
+
+
+class Half:
+    """The channel's peer. Its three callbacks tell the owner: events, the end, and room in the channel."""
+
+    __slots__ = ("_on_end", "_on_events", "_on_room", "channel", "closed", "conn", "full", "peer")
+
+    def __init__(
+        self,
+        *,
+        client: bool,
+        on_events: Callable[[Half, list[Event]], None],
+        on_end: Callable[[Half, Exception | None], None],
+        on_room: Callable[[Half], None],
+    ) -> None:
+        self.channel: Channel = NOBODY
+        self.peer: Channel = NOBODY
+        self.closed = False
+        """Nothing more is sent or taken."""
+        self.full = False
+        """The channel takes no more for now: no data frames are made for it."""
+        self._on_events = on_events
+        self._on_end = on_end
+        self._on_room = on_room
+        config = H2Configuration(
+            client_side=client,
+            header_encoding=None,
+            validate_outbound_headers=False,
+            normalize_outbound_headers=False,
+        )
+        self.conn = _Connection(config)
+        settings: dict[SettingCodes | int, int] = {
+            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
+            SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_MAX,
+            SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST_BYTES_MAX,
+        }
+        if client:
+            settings[SettingCodes.ENABLE_PUSH] = 0
+        self.conn.initiate_connection()
+        self.conn.update_settings(settings)
+        # h2 refuses what is beyond a limit only once its setting was acknowledged; a peer may never do that.
+        self.conn.decoder.max_header_list_size = HEADER_LIST_BYTES_MAX
+        self.conn.increment_flow_control_window(CONNECTION_WINDOW_BYTES - self.conn.inbound_flow_control_window)
+
+    def flush(self) -> None:
+        """Send what the connection wants to send."""
+        if self.channel is not NOBODY and not self.closed:
+            data = self.conn.data_to_send()
+            if data:
+                self.channel.write(data)
+
+    # Streams. Each returns False when the stream has ended: the peer may have reset it in bytes that h2 has seen
+    # already and whose event is still to come.
+
+    def send_headers(self, stream_id: int, headers: Sequence[Field], *, end: bool) -> bool:
+        """Send a header list, or trailers."""
+        try:
+            self.conn.send_headers(stream_id, headers, end_stream=end)
+        except ProtocolError:
+            return False
+        return True
+
+    def send_data(self, stream_id: int, data: bytes, *, end: bool) -> bool:
+        """Send data, for which there must be room: :meth:`room`."""
+        try:
+            self.conn.send_data(stream_id, data, end_stream=end)
+        except ProtocolError:
+            return False
+        return True
+
+    def room(self, stream_id: int) -> int:
+        """How many bytes can be sent on a stream in one frame; -1 when it has ended."""
+        try:
+            return min(self.conn.local_flow_control_window(stream_id), self.conn.max_outbound_frame_size)
+        except ProtocolError:
+            return -1
+
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """Give the peer back ``size`` of its window."""
+        if size and not self.closed:
+            self.conn.acknowledge_received_data(size, stream_id)
+
+    def reset(self, stream_id: int, code: ErrorCodes | int) -> None:
+        """Cancel a stream."""
+        if not self.closed:
+            try:
+                self.conn.reset_stream(stream_id, code)
+            except ProtocolError:
+                pass  # it had ended by itself
+
+    def go_away(self, error: ErrorCodes = ErrorCodes.NO_ERROR, last_stream_id: int = LAST_STREAM_ID) -> None:
+        """Tell the peer to open no more streams; those under way go on."""
+        if not self.closed:
+            frame = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=error)
+            self.channel.write(frame.serialize())
+
+    def close(self) -> None:
+        """Send what is left and end our direction."""
+        if not self.closed:
+            self.flush()
+            self.closed = True
+            self.channel.write_eof()
+
+    def cut(self, error: Exception | None = None) -> None:
+        """Drop the connection at once."""
+        if not self.closed:
+            self.closed = True
+            self.channel.abort(error)
+
+    # Channel
+
+    def write(self, data: Data) -> None:
+        """Bytes from the other end."""
+        if self.closed:
+            return
+        try:
+            events = self.conn.receive_data(bytes(data))
+        except ProtocolError as error:
+            self.flush()  # with the GOAWAY that h2 has made
+            self.close()
+            self._on_end(self, error)
+            return
+        self._on_events(self, events)
+
+    def write_eof(self) -> None:
+        """The other end has ended; in HTTP/2 that is the end of the connection."""
+        if not self.closed:
+            self.close()
+            self._on_end(self, None)
+
+    def abort(self, error: Exception | None = None) -> None:
+        """The connection was cut."""
+        if not self.closed:
+            self.closed = True
+            self._on_end(self, error)
+
+    def pause_reading(self) -> None:
+        self.full = True
+
+    def resume_reading(self) -> None:
+        self.full = False
+        if not self.closed:
+            self._on_room(self)

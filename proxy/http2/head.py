@@ -1,0 +1,114 @@
+"""HTTP/2 header lists: what is decided on, what is sent on, and answers of our own.
+
+Sources: RFC 9113, section 8; gRPC over HTTP/2 (the status mapping for a denied or unreachable call).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from proxy.authz import Request
+from proxy.http.errors import BadRequest
+from proxy.http.head import FORWARDED_CERT, Field
+
+_GRPC = b"application/grpc"
+_GRPC_STATUS = {400: 13, 403: 7, 502: 14, 503: 14, 504: 4, 500: 13}
+"""HTTP status -> gRPC status of an answer of our own: INTERNAL, PERMISSION_DENIED, UNAVAILABLE, DEADLINE_EXCEEDED."""
+_TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")
+_DROP = frozenset((b"host", b"keep-alive", b"proxy-connection", b"http2-settings", b"upgrade", b"connection"))
+
+
+class RequestHead:
+    """A request's header list, checked."""
+
+    __slots__ = ("authority", "fields", "grpc", "method", "scheme", "target")
+
+    def __init__(self) -> None:
+        self.method = self.target = self.authority = b""
+        self.scheme = b"http"
+        self.fields: list[Field] = []
+        self.grpc = False
+
+    def request(self) -> Request:
+        """Return what permissions see."""
+        fields = [(b"host", self.authority), *self.fields] if self.authority else self.fields
+        return Request(self.method.decode("latin-1"), self.target.decode("latin-1"), fields)
+
+    def wire(self, target: bytes, identity: bytes) -> list[Field]:
+        """Return the list to send on."""
+        out = [(b":method", self.method), (b":scheme", self.scheme)]
+        if self.authority:
+            out.append((b":authority", self.authority))
+        out.append((b":path", target))
+        out += self.fields
+        if identity:
+            out.append((FORWARDED_CERT, identity))
+        return out
+
+
+def read_request(headers: list[Field]) -> RequestHead:
+    """Sort a request's header list, which h2 has validated. Raises :class:`BadRequest`."""
+    head = RequestHead()
+    host = b""
+    lengths = 0
+    for name, value in headers:
+        if name[:1] == b":":
+            if name == b":method":
+                head.method = value
+            elif name == b":path":
+                head.target = value
+            elif name == b":authority":
+                head.authority = value
+            elif name == b":scheme":
+                head.scheme = value
+            else:
+                raise BadRequest(400, "an extended CONNECT is not served here")
+        elif name == b"host":
+            host = value
+        elif name in _DROP or name.replace(b"_", b"-") == FORWARDED_CERT:
+            continue
+        else:
+            if name == b"content-type":
+                head.grpc = value.startswith(_GRPC)
+            elif name == b"content-length":
+                lengths += 1
+            elif name == b"transfer-encoding":
+                raise BadRequest(400, "Transfer-Encoding has no place in HTTP/2")
+            head.fields.append((bytes(name), bytes(value)))
+    head.authority = head.authority or host
+    if lengths > 1:
+        raise BadRequest(400, "several Content-Length headers")
+    if head.method == b"CONNECT":
+        raise BadRequest(405, "CONNECT is not served here")
+    if not _TARGET.fullmatch(head.target) and not (head.target == b"*" and head.method == b"OPTIONS"):
+        raise BadRequest(400, "the request's path is malformed")
+    return head
+
+
+def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
+    """Return a response's header list, or trailers, as they are sent on."""
+    return [
+        (bytes(name), bytes(value))
+        for name, value in headers
+        if (response and name == b":status")
+        or (name[:1] != b":" and name not in _DROP and name.replace(b"_", b"-") != FORWARDED_CERT)
+    ]
+
+
+def local_answer(status: int, error: str, *, grpc: bool) -> tuple[list[Field], bytes]:
+    """Return header list and body of an answer of our own; a gRPC client gets a gRPC status and no body."""
+    if grpc and status in _GRPC_STATUS:
+        message = "".join(c if " " <= c <= "~" and c != "%" else f"%{ord(c):02X}" for c in error)
+        return [
+            (b":status", b"200"),
+            (b"content-type", _GRPC),
+            (b"grpc-status", b"%d" % _GRPC_STATUS[status]),
+            (b"grpc-message", message.encode()),
+        ], b""
+    body = json.dumps({"error": error}).encode() + b"\n"
+    return [
+        (b":status", b"%d" % status),
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+    ], body
