@@ -6,13 +6,16 @@ Everything it decides becomes a command in the log; a leader that has been depos
 from __future__ import annotations
 
 import asyncio
+import datetime
 import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
 import msgspec
 
+from node.autopilot import removable
 from node.ca.authority import Authority
+from node.ca.signing import rfc3339
 from node.config import Liveness
 from node.durations import parse_duration_s
 from node.errors import NodeError
@@ -47,6 +50,8 @@ class LeaderDuties:
         self._nodes = Deadlines(liveness.node_ttl_s)
         self.session_deadlines = Deadlines(0.0)
         self._dead_since: dict[str, float] = {}
+        self._servers: dict[str, tuple[bool, float, str]] = {}
+        """(well, loop time, RFC 3339) of each server's last change."""
         self._tasks = Tasks("leader")
         self._room = asyncio.Semaphore(PROPOSALS_MAX)
         self._wake = asyncio.Event()
@@ -117,6 +122,7 @@ class LeaderDuties:
                 if loop.time() >= next_slow:
                     next_slow = loop.time() + SLOW_TICK_S
                     await self._authority.retire_old_roots()
+                    await self._remove_dead_server(loop.time())
             except (NodeError, RaftError) as error:
                 log.warning("leader: %s", error)
             try:
@@ -133,6 +139,7 @@ class LeaderDuties:
         self._ticked_at = now
         self.session_deadlines.begin((), now)
         self._dead_since.clear()
+        self._servers.clear()
         self.in_office = True
         log.info("leader: took office; %d agents are watched", len(self._nodes))
 
@@ -154,6 +161,7 @@ class LeaderDuties:
             self._judge(node, CRITICAL, DEAD_OUTPUT)
         self._reap_nodes({node for node, status in watched.items() if status == CRITICAL}, now)
         self._end_sessions(now)
+        self._note_servers(watched, now)
 
     def _reap_nodes(self, critical: set[str], now: float) -> None:
         """A node that is critical for days leaves the catalog. Counted from this leader's own office."""
@@ -165,6 +173,27 @@ class LeaderDuties:
                 self._dead_since[node] = now
                 log.warning("liveness: %s has been gone for %g s: deregistered", node, now - since)
                 self._tasks.spawn(self._propose(DeregisterNode(node)))
+
+    # -- servers ---------------------------------------------------------------------------------------------------
+
+    def _note_servers(self, watched: dict[str, str], now: float) -> None:
+        """Note since when each server has been well or dead, for operators and for the clean-up."""
+        for member in self._replica.members():
+            well = watched.get(member.id) != CRITICAL
+            held = self._servers.get(member.id)
+            if held is None or held[0] != well:
+                self._servers[member.id] = (well, now, rfc3339(datetime.datetime.now(datetime.UTC)))
+
+    def stable_since(self) -> dict[str, str]:
+        """Return since when (RFC 3339) each server has been as it is, as far as this leader has seen."""
+        return {server: since for server, (_, _, since) in self._servers.items()}
+
+    async def _remove_dead_server(self, now: float) -> None:
+        dead_for_s = {server: now - at for server, (well, at, _) in self._servers.items() if not well}
+        gone = removable(self._replica.status(), dead_for_s, after_s=self._liveness.remove_server_after_s)
+        if gone is not None:
+            log.warning("leader: server %s has been dead for %g s and leaves the membership", gone, dead_for_s[gone])
+            await self._replica.remove_server(gone)
 
     # -- sessions --------------------------------------------------------------------------------------------------
 

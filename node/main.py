@@ -19,6 +19,7 @@ from node.backend import Backend
 from node.client_process import ClientNode
 from node.config import ClusterConfig, NodeConfig
 from node.data_dir import DataDir
+from node.dns import DnsServer
 from node.errors import NodeError, PkiError
 from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
@@ -107,11 +108,6 @@ class NodeProcess:
     async def _serve_dns(self, backend: Backend, agent: LocalAgent) -> None:
         node = self.node
         if not node.dns_port:
-            return
-        try:
-            from node.dns import DnsServer
-        except ImportError:
-            log.warning("dns: not part of this build; port %d stays closed", node.dns_port)
             return
         dns = DnsServer(backend, agent, domain=self.config.dns_domain)
         self._undo.append(dns.stop)

@@ -192,7 +192,7 @@ class ServerNode:
             check = checks.get((server, SERF_HEALTH))
             return check is not None and check.status == PASSING
 
-        return health(self.replica.status(), alive, {}, version=lictor_version())
+        return health(self.replica.status(), alive, self.duties.stable_since(), version=lictor_version())
 
     async def _own_heartbeat(self) -> None:
         while True:
