@@ -78,6 +78,7 @@ class LocalAgent:
         self._changes: set[asyncio.Future[None]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks("agent")
+        self._stopping = False
 
     async def start(self) -> None:
         """Load what was registered, and begin to check, sync and follow."""
@@ -98,9 +99,11 @@ class LocalAgent:
         self.sync.mark(NODE_ITEM)
 
     async def stop(self) -> None:
-        """End streams and checks; registrations stay, here and in the catalog."""
-        for feed, _ in tuple(self._streams.values()):
-            feed.close()
+        """End streams and checks; registrations stay, here and in the catalog.
+
+        The sidecars live on and stream again to the next agent of this node: their checks stay as they are.
+        """
+        self.end_streams()
         for timer in self._grace.values():
             timer.cancel()
         await asyncio.gather(*self._changes, return_exceptions=True)
@@ -109,6 +112,12 @@ class LocalAgent:
         await self.leaves.stop()
         await self._tasks.close()
         await self.views.close()
+
+    def end_streams(self) -> None:
+        """End the sidecars' streams because the process ends."""
+        self._stopping = True
+        for feed, _ in tuple(self._streams.values()):
+            feed.close()
 
     def node_row(self) -> Node:
         """Return this node's row in the catalog."""
@@ -373,7 +382,8 @@ class LocalAgent:
         finally:
             if self._streams.get(sidecar_id, (None,))[0] is feed:
                 del self._streams[sidecar_id]
-                self._stream_lost(stream_check, "the sidecar's stream has ended")
+                if not self._stopping:
+                    self._stream_lost(stream_check, "the sidecar's stream has ended")
 
     def _sidecar_definition(self, definition: ServiceDefinition) -> tuple[ServiceDefinition, str]:
         definition = msgspec.structs.replace(definition, kind=KIND_CONNECT_PROXY, check=None, checks=(), connect=None)

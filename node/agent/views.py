@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from node.backend import Backend
+from node.backend import Backend, ViewEvent
 from node.errors import NodeError
 from node.tasks import Tasks
 from node.views import Rows, canonical, merge
@@ -43,6 +43,7 @@ class View:
         self._waiters: set[asyncio.Future[None]] = set()
         self._listeners: list[Listener] = []
         self._typed: dict[Any, tuple[int, Any]] = {}
+        self._converted: dict[Any, dict[str, tuple[Any, Any]]] = {}
         self._revision = 0
 
     @property
@@ -85,11 +86,14 @@ class View:
         """Return the rows as model values in the query's order; converted once a change."""
         held = self._typed.get(kind)
         if held is None or held[0] != self._revision:
-            rows = tuple(
-                row if type(row) is kind else msgspec.convert(row, kind, from_attributes=False)
-                for row in self.rows.values()
-            )
-            held = (self._revision, rows)
+            before = self._converted.get(kind, {})
+            now: dict[str, tuple[Any, T]] = {}
+            for key, row in self.rows.items():
+                known = before.get(key)
+                # An unchanged row is the same object as before; only what a change brought is converted.
+                now[key] = known if known is not None and known[0] is row else (row, _typed(row, kind))
+            self._converted[kind] = now
+            held = (self._revision, tuple(row for _, row in now.values()))
             self._typed[kind] = held
         return cast("tuple[T, ...]", held[1])
 
@@ -101,11 +105,11 @@ class View:
             self._typed[key] = held
         return cast(T, held[1])
 
-    def take(self, event: Any) -> None:
+    def take(self, event: ViewEvent) -> None:
         """Apply one event of the stream and tell everyone."""
         first = not self._known.is_set()
         rows = merge(self.rows, event)
-        changed = first or rows != self.rows
+        changed = first or not event.reset or rows != self.rows
         self.rows = rows
         # A view that moved to a server which knows less keeps its index: readers were promised it only grows.
         self.index = max(self.index, event.index, 1)
@@ -119,6 +123,10 @@ class View:
         if changed:
             for listener in tuple(self._listeners):
                 listener()
+
+
+def _typed(row: Any, kind: type[T]) -> T:
+    return row if type(row) is kind else msgspec.convert(row, kind, from_attributes=False)
 
 
 class Views:

@@ -34,6 +34,11 @@ def create_app(
     # Handlers bound the bodies they read (413); snapshots stream and have no bound here.
     app = web.Application(middlewares=[guard], client_max_size=options.body_bytes_max)
     app[CONTEXT] = Context(backend, agent, options, rng or random.Random())
+
+    async def end_streams(_: web.Application) -> None:
+        agent.end_streams()
+
+    app.on_shutdown.append(end_streams)
     for route in all_routes():
         for method in route.methods:
             app.router.add_route(method, route.path, _bound(app[CONTEXT], route.handler))
