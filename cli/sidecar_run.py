@@ -119,7 +119,8 @@ class Runner:
         self.ports = BoundPorts(0)
         self._upstream_lines: dict[str, str] = {}
         self._child: asyncio.subprocess.Process | None = None
-        self._signals = 0
+        self._signals: list[signal.Signals] = []
+        """Signals that came while there was no child to pass them to."""
 
     async def run(self) -> int:
         """Run until a signal comes or the child ends. Returns the exit code; raises :class:`CliError`."""
@@ -138,7 +139,7 @@ class Runner:
             return await self._until_end(running)
         finally:
             if running is not None and not running.done():
-                await self.sidecar.drain(self.plan.drain_s if self._signals < 2 else 0.0)
+                await self.sidecar.drain(self.plan.drain_s if len(self._signals) < 2 else 0.0)
             await self.sidecar.close()
             if running is not None:
                 with suppress(asyncio.CancelledError, ProxyError):
@@ -157,7 +158,7 @@ class Runner:
                 await running
                 return 0  # drained through the admin endpoint
             if stopped.done() and not ready.done():
-                return 0
+                return 128 + self._signals[0] if self.plan.command else 0
             if not self.plan.command:
                 await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
                 return 0
@@ -173,6 +174,9 @@ class Runner:
             self._child = await asyncio.create_subprocess_exec(*command, env=variables)
         except OSError as error:
             raise CliError(f"can't run {command[0]}: {error.strerror}") from None
+        for number in self._signals:  # they came while the child was being born
+            with suppress(ProcessLookupError):
+                self._child.send_signal(number)
         code = await self._child.wait()
         self._child = None
         return code if code >= 0 else 128 - code
@@ -189,9 +193,9 @@ class Runner:
                 with suppress(ProcessLookupError):
                     self._child.send_signal(number)
             return
-        self._signals += 1
+        self._signals.append(number)
         self.stopping.set()
-        if self._signals == 2:
+        if len(self._signals) == 2:
             self.sidecar.start_drain(0.0)
 
     def _applied(self) -> None:

@@ -131,6 +131,21 @@ async def test_signals_go_to_the_child(tmp_path: Path) -> None:
     assert agent.deregistered == ["web-1-sidecar-proxy"]
 
 
+async def test_a_signal_that_comes_while_the_child_is_born_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = asyncio.create_subprocess_exec
+
+    async def slow(*command: str, **more: Any) -> asyncio.subprocess.Process:
+        child = await create(*command, **more)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        return child
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    async with scripted() as agent:
+        async with asyncio.timeout(20):
+            assert await Runner(_plan("sleep", "60"), Api(agent.address)).run() == 128 + signal.SIGHUP
+
+
 async def test_a_signal_ends_a_sidecar_without_a_child() -> None:
     async with scripted() as agent:
         runner = Runner(_plan(port=9), Api(agent.address))
