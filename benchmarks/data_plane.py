@@ -233,9 +233,20 @@ def measure(target: Target, seconds: float, loads: set[str]) -> dict[str, float]
         rate, total = wrk(target.port, seconds, "Connection: close")
         result["connections/s"] = rate
         result["CPU-s per 10k connections"] = (target.cpu_s() - before) / total * 10_000
+    if "latency" in loads:
+        result["p50 µs, one at a time"] = latency_us(target.port, seconds)
     if "bulk" in loads:
         result |= measure_bulk(target)
     return result
+
+
+def latency_us(port: int, seconds: float) -> float:
+    command = ["wrk", "-t1", "-c1", f"-d{seconds:g}s", "--latency", f"http://127.0.0.1:{port}/"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"50%\s+([\d.]+)(us|ms)", output)
+    if found is None:
+        raise SystemExit(f"wrk said: {output}")
+    return float(found[1]) * (1000 if found[2] == "ms" else 1)
 
 
 def measure_bulk(target: Target) -> dict[str, float]:
@@ -295,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="direct,haproxy,lictor")
-    parser.add_argument("--loads", default="requests,connections,bulk")
+    parser.add_argument("--loads", default="requests,connections,bulk", help="also: latency")
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -374,6 +374,7 @@ class Outgoing:
         self._replay = []
         self._leave()
         self.upstream.connections.discard(self)
+        del self.app.outgoing  # the two refer to each other; parted, they are freed without the cyclic collector
 
     def _leave(self) -> None:
         if self.instance is not None:

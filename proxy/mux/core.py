@@ -321,8 +321,9 @@ class MuxCore:
             return
         self._waiting.pop(stream, None)
         stream.release()
-        if stream.owner is not None:
-            stream.owner.stream_closed(stream)
+        owner, stream.owner = stream.owner, None
+        if owner is not None:
+            owner.stream_closed(stream)
         if not self.streams and (self.draining or self.going_away):
             self._wake()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 
 import pytest
 
 from proxy import outbound
 from proxy.errors import PortUnavailable
+from proxy.inbound import AppChannel, Call
+from proxy.mux.core import MuxStream
 from proxy.sidecar import Sidecar, SidecarOptions
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
@@ -336,3 +339,25 @@ async def test_taken_port_is_said_at_bind(mesh: Mesh) -> None:
     options = SidecarOptions(upstreams=(("other", "127.0.0.1", member.ports.upstreams["backend"]),))
     with pytest.raises(PortUnavailable, match="choose another port"):
         await Sidecar(options).bind()
+
+
+@with_mesh
+async def test_nothing_of_a_finished_call_stays(mesh: Mesh) -> None:
+    kinds = (MuxStream, outbound.Outgoing, outbound.AppConnection, Call, AppChannel)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, kinds) for each in gc.get_objects())
+
+    client, server, _ = await mesh.pair()
+    assert await client.ask() == b"hi\n"
+    await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
+    before = alive()
+    for _ in range(30):
+        assert await client.ask() == b"hi\n"
+    await server.push(intentions=())
+    for _ in range(5):
+        assert await client.ask() == b""
+    await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
+    await until(lambda: alive() <= before)
+    assert len(server.sidecar._tasks) <= 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,14 +29,14 @@ def test_frames_come_back_whole_however_they_are_cut(
 ) -> None:
     wire = b"".join(frames.frame(*each) for each in wanted)
     parser = frames.FrameParser()
-    got: list[list[object]] = []
+    got: list[list[Any]] = []
     position = 0
     open_data = 0  # bytes still to come of the DATA frame that is being put together
     while position < len(wire):
         step = data.draw(st.integers(1, max(1, min(len(wire) - position, 2000))))
         for kind, stream_id, payload in parser.feed(wire[position : position + step]):
             if kind == frames.DATA and open_data:
-                got[-1][2] = bytes(got[-1][2]) + bytes(payload)  # type: ignore[arg-type]
+                got[-1][2] = bytes(got[-1][2]) + bytes(payload)
                 open_data -= len(payload)
             else:
                 if kind == frames.DATA:

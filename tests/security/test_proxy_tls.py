@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import ssl
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -71,7 +72,7 @@ def spiffe(ca: TestCA, service: str) -> str:
 
 
 JUST_NOW = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=1)
-BAD_CLIENTS = {
+BAD_CLIENTS: dict[str, tuple[str, Callable[[TestCA], Leaf | None]]] = {
     "another CA": ("untrusted-certificate", lambda ca: TestCA("evil").leaf("web", "web-1")),
     "expired": (
         "expired-certificate",

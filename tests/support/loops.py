@@ -37,4 +37,5 @@ def with_mesh(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     run.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
     loop_parameter = inspect.Parameter("loop_name", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__signature__ = inspect.Signature([loop_parameter, *others])  # type: ignore[attr-defined]
-    return pytest.mark.parametrize("loop_name", list(_LOOPS))(run)
+    parametrized: Callable[..., None] = pytest.mark.parametrize("loop_name", list(_LOOPS))(run)
+    return parametrized
