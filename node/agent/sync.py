@@ -223,13 +223,16 @@ class AntiEntropy:
         catalog, health = self._catalog, self._health
         if catalog is None or health is None or not (catalog.connected and health.connected):
             return
-        if not late and min(catalog.index, health.index) < self._pushed_index:
-            # These views do not show our own writes yet, and a comparison would undo or repeat them. They will; and
-            # where a write changed no row, the late comparison sees that all is well.
-            if self._late is None:
-                self._late = asyncio.get_running_loop().call_later(LATE_S, self._compare_late)
-            return
-        for item in self._differences(catalog, health, with_output=late):
+        fresh = {
+            view for view in (catalog, health) if late or view.index >= self._pushed_index
+        }  # the others do not show our own writes yet: a comparison would undo or repeat these
+        if len(fresh) < 2 and self._late is None:
+            # They will show them and be compared then; where a write changed no row, this sees that all is well.
+            self._late = asyncio.get_running_loop().call_later(LATE_S, self._compare_late)
+        found = self._services_that_differ(catalog) if catalog in fresh else []
+        if health in fresh:
+            found += self._checks_that_differ(health, with_output=late)
+        for item in found:
             if item not in self._dirty and item not in self._in_flight and item not in self._refusals:
                 self.mark(item)
 
@@ -237,11 +240,10 @@ class AntiEntropy:
         self._late = None
         self._compare(late=True)
 
-    def _differences(self, catalog: View, health: View, *, with_output: bool) -> list[Item]:
+    def _services_that_differ(self, catalog: View) -> list[Item]:
         found: list[Item] = []
         node, services = node_and_services(catalog)
-        checks = {row.check_id: row for row in health.typed(Check)}
-        if node is None or not same_node(node, self._node_row()) or SERF_HEALTH not in checks:
+        if node is None or not same_node(node, self._node_row()):
             found.append(NODE_ITEM)
         for service_id, service in self._local.services.items():
             remote = services.get(service_id)
@@ -249,13 +251,21 @@ class AntiEntropy:
                 self._local.set_tags(service_id, remote.tags)
             if remote is None or plain(remote) != plain(service.row):
                 found.append(("service", service_id))
+        found.extend(("service", gone) for gone in services if gone not in self._local.services)
+        return found
+
+    def _checks_that_differ(self, health: View, *, with_output: bool) -> list[Item]:
+        found: list[Item] = []
+        checks = {row.check_id: row for row in health.typed(Check)}
+        if SERF_HEALTH not in checks:
+            found.append(NODE_ITEM)
         for check_id, check in self._local.checks.items():
             row = checks.get(check_id)
             # A new output alone is not worth a write each time; it goes along with the next change or period.
             same = plain if with_output else without_output
             if row is None or same(row) != same(check.row):
                 found.append(("check", check_id))
-        found.extend(("service", gone) for gone in services if gone not in self._local.services)
+        # The checks of a service that is not ours go with it.
         found.extend(
             ("check", gone)
             for gone, row in checks.items()
