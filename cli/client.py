@@ -23,6 +23,9 @@ from cli.flags import Args, Flag, duration
 
 DEFAULT_ADDRESS = "127.0.0.1:8500"
 DEFAULT_WAIT_S = 10.0
+GRACE_S = 2.0
+"""An agent waits for a leader itself; it gets this much longer than we wait, so that its own words reach the user."""
+PROBE_TIMEOUT_S = 1.0
 REQUEST_ID_HEADER = "X-Lictor-Request-Id"
 
 API_FLAGS = (
@@ -156,7 +159,7 @@ class Api:
             left_s = max(deadline - time.monotonic(), 0.5)
             problem: CliError
             try:
-                connection, response = self._once(method, path, params, body, headers, timeout_s=left_s + 1.0)
+                connection, response = self._once(method, path, params, body, headers, timeout_s=left_s + GRACE_S)
                 try:
                     content = response.read()
                 finally:
@@ -168,7 +171,7 @@ class Api:
                 if response.status == 200 or (allow_404 and response.status == 404):
                     return Answer(response.status, dict(response.headers), content)
                 problem = _refusal(response.status, content)
-                if response.status == 504 and method != "GET":
+                if isinstance(problem, _TimedOut) and method != "GET":
                     problem = OutcomeUnknown(f"{problem}; the write may or may not have been applied")
                 if not isinstance(problem, NoLeader | OutcomeUnknown | _Busy):
                     raise problem
@@ -181,12 +184,26 @@ class Api:
             pause_s = min(pause_s * 1.6, 0.5)
 
     def _lost(self, method: str, reason: str) -> CliError:
+        if method == "GET" and self._lives():
+            return NoLeader(
+                f"the agent at {self.address} lives, but had no answer from the cluster in time ({reason}). See:"
+                " lictor members -stale; lictor cluster status"
+            )
         if method == "GET":
             return NoAgent(f"the agent at {self.address} broke the connection: {reason}")
         return OutcomeUnknown(
             f"the agent at {self.address} went away before it answered ({reason}); the write may or may not have been"
             " applied. Look, then run the command again"
         )
+
+    def _lives(self) -> bool:
+        """Tell whether the agent answers what it needs no cluster for."""
+        try:
+            connection, response = self._once("GET", "/v1/agent/services", {}, None, {}, timeout_s=PROBE_TIMEOUT_S)
+        except (_Broken, CliError):
+            return False
+        connection.close()
+        return response.status < 600
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         url = urllib.parse.urlsplit(self.base_url)
@@ -249,6 +266,10 @@ class _Busy(CliError):
     """The agent asks to try again later."""
 
 
+class _TimedOut(NoLeader):
+    """The agent had no answer from the servers within its own bound."""
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout_s: float) -> None:
         super().__init__("localhost", timeout=timeout_s)
@@ -287,6 +308,8 @@ def _refusal(status: int, body: bytes) -> CliError:
         return OutcomeUnknown(text)
     if status == 503 and "no server" in lowered:
         return NoLeader(text)
-    if status in (429, 503, 504):
+    if status == 504 or "no answer within the deadline" in lowered:
+        return _TimedOut(text)
+    if status in (429, 503):
         return _Busy(text)
     return Refused(text, status)

@@ -109,6 +109,18 @@ def test_an_unknown_outcome_stays_unknown_when_the_leader_is_gone_after() -> Non
             Api(fake.address, wait_s=0.3).put("/v1/kv/a", b"x")
 
 
+def test_an_agent_that_lives_but_gets_no_answer_means_no_leader() -> None:
+    def script(n: int, path: str) -> Reply:
+        if path != "/v1/agent/services":
+            time.sleep(0.5)
+        return 200, b"{}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cli.client.GRACE_S", -0.3)
+        with agent(script) as fake, pytest.raises(NoLeader, match="lives"):
+            Api(fake.address, wait_s=0.2).get("/v1/kv/a")
+
+
 def test_a_busy_agent_is_asked_again() -> None:
     with agent(lambda n, _: (429, b"too busy") if n == 1 else (200, b"1")) as fake:
         assert Api(fake.address).get("/v1/x").json() == 1
