@@ -158,7 +158,7 @@ def _cluster(top: TableReader, path: Path, problems: list[str]) -> ClusterConfig
         path=path,
         datacenter=table.text("datacenter", "dc1"),
         dns_domain=table.text("dns_domain", "consul"),
-        trust_domain=table.text("trust_domain").lower(),
+        trust_domain=table.host_name("trust_domain"),
         data_dir=data_dir,
         tls_dir=tls_dir,
         default_intention_policy=table.choice("default_intention_policy", "deny", ("deny", "allow")),

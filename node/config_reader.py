@@ -90,6 +90,14 @@ class TableReader:
                 return default
             return value
 
+    def host_name(self, key: str) -> str:
+        """A host name or nothing, lower case."""
+        value = self.text(key).lower()
+        if value and not _HOST.fullmatch(value):
+            self.fault(key, f"must be a name like mesh.example, not {value!r}")
+            return ""
+        return value
+
     def text_map(self, key: str) -> dict[str, str]:
         value = self._get(key, {}, dict, "a table of strings")
         bad = [name for name, item in value.items() if not isinstance(item, str)]

@@ -97,6 +97,22 @@ class HeartbeatReply(_Body, frozen=True):
 
 T = TypeVar("T")
 
+SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot"})
+"""Commands that no agent may write: with a root of its own in the bundle, one stolen host could be anyone."""
+
+
+def command_name(raw: bytes | bytearray | memoryview | msgspec.Raw) -> str:
+    """Return a command's tag from its MessagePack form, an array led by a short text. Raises BadRequest."""
+    head = bytes(memoryview(raw)[:64])
+    if not head or not 0x90 <= head[0] <= 0x9F:
+        raise BadRequest("malformed command: not an array led by its name")
+    if len(head) > 1 and 0xA0 <= head[1] <= 0xBF:
+        name = head[2 : 2 + (head[1] & 0x1F)]
+        if len(name) == head[1] & 0x1F and name.isascii():
+            return name.decode()
+    raise BadRequest("malformed command: its name is not a short text")
+
+
 _encoder = msgspec.msgpack.Encoder()
 
 

@@ -46,7 +46,6 @@ SIGN_TIMEOUT_S = 10.0
 SEEN_WAIT_S = 2.0
 """How long a read waits for this server to catch up with what its client has seen elsewhere."""
 SNAPSHOT_TIMEOUT_S = 600.0
-_SESSION_RENEW = b"SessionRenew"
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -95,7 +94,7 @@ class ServerBackend:
             at = datetime.datetime.now(datetime.UTC).isoformat()
             data = encode(_Envelope(request.request_id, at, request.command))
             applied = await self.replica.apply(data, left_s)
-            if applied.refusal is None and _SESSION_RENEW in bytes(memoryview(request.command)[:16]):
+            if applied.refusal is None and protocol.command_name(request.command) == "SessionRenew":
                 self.on_session_renewed(applied.value)
             refusal = applied.refusal and (applied.refusal.code, applied.refusal.message, applied.refusal.http_status)
             return encode(ApplyReply(applied.index, applied.value, refusal))
@@ -129,7 +128,7 @@ class ServerBackend:
             left_s = deadline - loop.time()
             if min_index <= 0 or result.index > min_index or left_s <= 0:
                 return result
-            if result.index < min_index and mode != "stale":
+            if result.index < min_index and (mode != "stale" or self.applied_index >= min_index):
                 return result  # the state was replaced by an older one: the client starts over
             await self.reads.park(name, params, min_index, left_s)
 

@@ -133,7 +133,8 @@ class ServerLink:
         running: set[asyncio.Task[ClientConnection]] = set()
         try:
             for name, address in order:
-                running.add(self._tasks_dial(name, address))
+                dialling = self._dial(name, address, DIAL_TIMEOUT_S)
+                running.add(asyncio.get_running_loop().create_task(dialling))
                 done, running = await asyncio.wait(running, timeout=RACE_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
                 if (winner := self._winner(done)) is not None:
                     return winner
@@ -147,17 +148,15 @@ class ServerLink:
                 task.cancel()
                 task.add_done_callback(_close_late)
 
-    def _tasks_dial(self, name: str, address: str) -> asyncio.Task[ClientConnection]:
-        return asyncio.get_running_loop().create_task(
-            dial(
-                server_address(address),
-                self._context,
-                self._datacenter,
-                expect_node=name,
-                timeout_s=DIAL_TIMEOUT_S,
-                blocked=self._blocked,
-                on_end=self._ended,
-            )
+    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+        return await dial(
+            server_address(address),
+            self._context,
+            self._datacenter,
+            expect_node=name,
+            timeout_s=timeout_s,
+            blocked=self._blocked,
+            on_end=self._ended,
         )
 
     def _winner(self, done: set[asyncio.Task[ClientConnection]]) -> ClientConnection | None:
@@ -189,12 +188,30 @@ class ServerLink:
                 self.servers = dict(reply.servers)
             self.known_leader = reply.known_leader
             leaderless = 0 if reply.known_leader else leaderless + 1
-            if leaderless >= NO_LEADER_BEATS_MAX and len(self.servers) > 1:
-                self.replace(connection, "it has known no leader for a while")
+            if leaderless >= NO_LEADER_BEATS_MAX and await self._better_than(connection):
+                self.replace(connection, "it knows no leader, and another server does")
                 return
             await asyncio.sleep(self._liveness.heartbeat_s * self._rng.uniform(0.8, 1.2))
             if len(self.servers) > 1 and asyncio.get_running_loop().time() > move_at:
                 self.replace(connection, "servers take turns")
+
+    async def _better_than(self, connection: ClientConnection) -> bool:
+        """Return whether another server knows a leader; until one does, this one's stale reads are all there is."""
+        others = [item for item in self.servers.items() if item[0] != connection.peer.node]
+        self._rng.shuffle(others)
+        for name, address in others:
+            other: ClientConnection | None = None
+            try:
+                other = await self._dial(name, address, ANSWER_TIMEOUT_S)
+                reply = decode(await other.call(HEARTBEAT, encode(True), ANSWER_TIMEOUT_S), HeartbeatReply)
+            except NodeError:
+                continue
+            finally:
+                if other is not None:
+                    other.close()
+            if reply.known_leader:
+                return True
+        return False
 
 
 def _close_late(task: asyncio.Task[ClientConnection]) -> None:

@@ -12,16 +12,18 @@ import msgspec
 from node import protocol
 from node.backend import READ_MODES, QueryResult
 from node.config import SERVER
-from node.errors import BadRequest, NodeError
+from node.errors import BadRequest, NodeError, Refused
 from node.leader_duties import LeaderDuties
 from node.operator_verbs import OperatorVerbs
 from node.protocol import (
+    SERVERS_ONLY,
     ApplyRequest,
     HeartbeatReply,
     OperatorRequest,
     QueryRequest,
     SignRequest,
     SubscribeRequest,
+    command_name,
     decode,
     encode,
 )
@@ -66,7 +68,10 @@ class ServerRpc:
 
     async def apply(self, call: Call) -> bytes:
         """Write."""
-        return await self._backend.apply_raw(decode(call.body, ApplyRequest), call.left_s())
+        request = decode(call.body, ApplyRequest)
+        if call.peer.role != SERVER and (name := command_name(request.command)) in SERVERS_ONLY:
+            raise Refused(f"{name} is for servers: ask for it by its operator verb", http_status=403)
+        return await self._backend.apply_raw(request, call.left_s())
 
     async def query(self, call: Call) -> bytes:
         """Read; a forwarded read is answered by the leader only."""

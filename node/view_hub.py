@@ -43,6 +43,7 @@ class _Subscriber:
     def __init__(self) -> None:
         self.events: deque[ViewEvent] = deque()
         self.ready = asyncio.Event()
+        self.failure: BaseException | None = None
 
     def put(self, event: ViewEvent, whole: Callable[[], ViewEvent]) -> None:
         if len(self.events) >= BACKLOG_EVENTS_MAX:
@@ -53,6 +54,8 @@ class _Subscriber:
 
     async def next(self) -> ViewEvent:
         while not self.events:
+            if self.failure is not None:
+                raise Unreachable(f"this server cannot follow the query any more ({self.failure!r}): see its log")
             self.ready.clear()
             await self.ready.wait()
         return self.events.popleft()
@@ -147,8 +150,20 @@ class ViewHub:
         if (held := self._views.get(key)) is not None:
             return held[0]
         view = _View(name, params, self._ask, self._changed)
-        self._views[key] = (view, self._tasks.spawn(view.run()))
+        task = self._tasks.spawn(view.run())
+        task.add_done_callback(lambda ended: self._failed(key, view, ended))
+        self._views[key] = (view, task)
         return view
+
+    def _failed(self, key: str, view: _View, task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        if self._views.get(key, (None,))[0] is view:
+            del self._views[key]
+        for subscriber in view.subscribers:
+            subscriber.failure = error
+            subscriber.ready.set()
 
     async def _first(self, view: _View, subscriber: _Subscriber, from_index: int) -> list[ViewEvent]:
         if from_index > self._applied_index():

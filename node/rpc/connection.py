@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,17 @@ log = logging.getLogger("lictor.rpc")
 WRITE_BUFFER_HIGH = 1024 * 1024
 WRITE_BUFFER_MAX = 256 * 1024 * 1024
 """A peer that leaves this much unread is not reading: the connection is closed."""
+
+
+def _notice_loss(sock: Any) -> None:
+    """Let the kernel end a connection whose peer vanished without a word."""
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 15_000)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class FrameConnection(asyncio.Protocol):
@@ -52,6 +64,7 @@ class FrameConnection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         transport.set_write_buffer_limits(high=WRITE_BUFFER_HIGH)
+        _notice_loss(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         if self.closed or self._cut():

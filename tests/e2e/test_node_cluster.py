@@ -20,9 +20,19 @@ from node.errors import BadRequest, NodeError, Refused
 from node.pki import TlsFiles
 from node.views import Rows, merge
 from raftstate.model.catalog import CRITICAL, PASSING, SERF_HEALTH, Check, Node, ServiceInstance
+from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
 from raftstate.model.kv import Session
-from raftstate.state.commands import CatalogRegister, KVCas, KVLock, KVSet, Revoke, SessionCreate
+from raftstate.state.commands import (
+    AddCARoot,
+    CatalogRegister,
+    KVCas,
+    KVLock,
+    KVSet,
+    RetireCARoot,
+    Revoke,
+    SessionCreate,
+)
 from tests.support.cluster import Cluster, cluster
 from tests.support.rpc import eventually
 
@@ -355,3 +365,44 @@ async def test_everything_comes_back_after_all_servers_stopped(tmp_path: Path) -
         await asyncio.gather(*(running.stop_server(name) for name in names))
         await asyncio.gather(*(running.start_server(name) for name in names))
         assert (await client.query("kv.get", {"key": "a"})).value["Value"] == b"1"
+
+
+async def test_an_agent_cannot_plant_a_root_of_its_own(tmp_path: Path) -> None:
+    async with cluster(tmp_path, clients=1) as running:
+        await running.leader()
+        client = running.clients["client-1"].backend
+        root = CARoot(id="aa", name="mine", root_cert="-----BEGIN CERTIFICATE-----")
+        with pytest.raises(Refused, match="AddCARoot is for servers"):
+            await client.apply(AddCARoot(root, b"key"))
+        with pytest.raises(Refused, match="RetireCARoot is for servers"):
+            await client.apply(RetireCARoot("aa"))
+
+
+async def test_an_agent_leaves_a_server_that_is_cut_off_from_its_peers(tmp_path: Path) -> None:
+    async with cluster(tmp_path, clients=1, extra=FAST_LIVENESS) as running:
+        await running.leader()
+        client = running.clients["client-1"]
+        await eventually(lambda: client.link.server != "")
+        lonely = client.link.server
+        others = [name for name in running.servers if name != lonely]
+        running.servers[lonely].faults.block(others)
+        for name in others:
+            running.servers[name].faults.block([lonely])
+        (await client.backend.apply(KVSet("a", b"1"), timeout_s=10)).unwrap()
+        assert client.link.server in others
+
+
+async def test_an_agent_keeps_a_server_when_none_knows_a_leader(tmp_path: Path) -> None:
+    async with cluster(tmp_path, clients=1, extra=FAST_LIVENESS) as running:
+        await running.leader()
+        client = running.clients["client-1"]
+        (await client.backend.apply(KVSet("a", b"1"))).unwrap()
+        kept = client.link.server
+        for name in [name for name in running.servers if name != kept]:
+            await running.stop_server(name)
+        await eventually(lambda: not client.link.known_leader)
+        for _ in range(3):
+            stale = await client.backend.query("kv.get", {"key": "a"}, mode="stale")
+            assert stale.value["Value"] == b"1"
+            assert not stale.known_leader
+        assert client.link.server == kept

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node.errors import BadRequest
+from node.protocol import command_name
 from node.rpc import frames
 from node.rpc.frames import BadFrame, Frame, FrameReader, encode_frame
+from raftstate.model.connect import CARoot
+from raftstate.state.commands import AddCARoot, Command, KVSet, SessionRenew
 
 ids = st.integers(0, 2**63 - 1)
 body = st.binary(max_size=64)
@@ -68,3 +72,16 @@ def test_deep_nesting_does_not_exhaust_the_stack() -> None:
     data = b"\x91" * 100_000
     with pytest.raises(BadFrame):
         list(FrameReader(1_000_000).feed(struct.pack(">I", len(data)) + data))
+
+
+@given(st.binary(max_size=80))
+def test_a_commands_name_is_read_or_refused(data: bytes) -> None:
+    try:
+        assert command_name(data).isascii()
+    except BadRequest:
+        pass
+
+
+@pytest.mark.parametrize("command", [KVSet("a"), AddCARoot(CARoot("a", "b", "c")), SessionRenew("s")])
+def test_a_commands_name_is_its_type(command: Command) -> None:
+    assert command_name(msgspec.Raw(msgspec.msgpack.encode(command))) == type(command).__name__
