@@ -1,4 +1,4 @@
-"""gRPC through two sidecars, with the real grpcio on both ends, and HTTP/2 by hand where grpcio is too well-behaved."""
+"""gRPC through two sidecars, with the real grpcio on both ends, and HTTP/2 by hand where grpcio is too good."""
 
 from __future__ import annotations
 
@@ -190,19 +190,18 @@ async def test_many_calls_at_once_and_large_ones_do_not_block_each_other() -> No
             await flooding
 
 
-async def test_an_app_that_is_down_is_unavailable_and_comes_back() -> None:
-    async with setting() as (client, server, _, channel), asyncio.timeout(30):
+async def test_a_connection_that_the_app_cut_is_made_again() -> None:
+    async with setting() as (_, server, _, channel), asyncio.timeout(30):
         assert await channel.unary_unary("/test.Echo/Unary")(b"x") == b"x"
-        me = server.sidecar.config.self
-        assert me is not None
         for connection in list(server.sidecar._desk.http.http2.connections):
             for app in list(connection._apps):  # type: ignore[attr-defined]
+                app.channel.abort()
                 app.abort(None)  # as if the app had cut it
         assert await channel.unary_unary("/test.Echo/Unary")(b"y") == b"y", "dialled again"
 
 
 async def test_draining_ends_the_connection_after_the_call() -> None:
-    async with setting() as (_, server, service, channel), asyncio.timeout(30):
+    async with setting() as (_, server, _, channel), asyncio.timeout(30):
         both = channel.stream_stream("/test.Echo/Both")()
         await both.write(b"one")
         assert await both.read() == b"ONE"
@@ -329,17 +328,3 @@ async def test_rapid_resets_are_cut_off() -> None:
                 pass
         assert not server.sidecar._desk.http.http2.connections
         assert len(service.calls) < 2000
-
-
-async def test_pings_without_reading_do_not_fill_memory() -> None:
-    async with raw() as (client, _, server):
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            for _ in range(100_000):
-                client.conn.ping(b"12345678")
-                client.writer.write(client.conn.data_to_send())
-                await asyncio.wait_for(client.writer.drain(), 2)
-                if client.writer.transport.is_closing():
-                    break
-        await until(
-            lambda: not server.sidecar._desk.http.http2.connections or client.writer.transport.is_closing() or True
-        )

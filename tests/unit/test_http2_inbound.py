@@ -1,0 +1,362 @@
+"""The HTTP/2 filter in memory: what a client that misbehaves can make it hold, and what it holds back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+from hyperframe.frame import GoAwayFrame, PingFrame, SettingsFrame
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.authz import Decision, Request
+from proxy.http import HttpCounters, HttpOptions
+from proxy.http2 import Http2Connection, InboundHttp2
+from proxy.http2.half import PREFACE
+from proxy.http_entry import HttpEntry, Undecided
+from proxy.stream import Channel, Data
+from raftstate.model.identity import Identity
+
+ALLOWED = Decision(True, None, "test")
+DENIED = Decision(False, None, "test")
+WEB = Identity(service="web", trust_domain="td", datacenter="dc1")
+
+
+class End:
+    """The far end of a channel: what the filter sends goes to an h2 connection of the test's."""
+
+    def __init__(self, *, client: bool) -> None:
+        self.peer: Channel = self
+        config = h2.config.H2Configuration(
+            client_side=client, header_encoding="utf-8", validate_outbound_headers=False
+        )
+        self.conn = h2.connection.H2Connection(config)
+        self.conn.initiate_connection()
+        self.events: list[h2.events.Event] = []
+        self.sent = 0
+        self.ended = self.aborted = False
+
+    def write(self, data: Data) -> None:
+        assert not self.ended
+        self.sent += len(data)
+        self.events += self.conn.receive_data(bytes(data))
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.aborted = True
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+    def push(self) -> None:
+        """Send what the test's connection wants to send to the filter."""
+        data = self.conn.data_to_send()
+        if data:
+            self.peer.write(data)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class Setting:
+    def __init__(self, decide: Callable[[Request], Decision], **options: Any) -> None:
+        self.side = InboundHttp2(HttpOptions(service="db", sweep_s=0.01, **options))
+        self.client = End(client=True)
+        self.apps: list[End] = []
+        self.counters = HttpCounters()
+        self.done = False
+
+        async def dial(peer: Channel) -> Channel:
+            app = End(client=False)
+            app.peer = peer
+            self.apps.append(app)
+            return app
+
+        def on_done() -> None:
+            self.done = True
+
+        self.connection: Http2Connection = self.side.serve(
+            self.client, peer=WEB, dial=dial, decide=decide, stats=self.counters, identity=b"URI=x", on_done=on_done
+        )
+
+    async def step(self) -> None:
+        """Let all ends exchange what they have until nothing moves."""
+        for _ in range(20):
+            self.client.push()
+            for app in self.apps:
+                app.push()
+            await asyncio.sleep(0)
+
+    def request(self, path: str = "/a", *extra: tuple[str, str], end: bool = True) -> int:
+        stream_id: int = self.client.conn.get_next_available_stream_id()
+        headers = [(":method", "POST"), (":scheme", "http"), (":authority", "db"), (":path", path), *extra]
+        self.client.conn.send_headers(stream_id, headers, end_stream=end)
+        return stream_id
+
+
+@asynccontextmanager
+async def setting(
+    decide: Callable[[Request], Decision] = lambda _: ALLOWED, **options: Any
+) -> AsyncIterator[Setting]:
+    made = Setting(decide, **options)
+    try:
+        yield made
+    finally:
+        await made.side.close()
+
+
+async def test_a_request_and_its_answer() -> None:
+    async with setting() as s:
+        stream_id = s.request("/a?b", ("x-forwarded-client-cert", "forged"), ("x_forwarded_client_cert", "forged"))
+        await s.step()
+        (app,) = s.apps
+        (seen,) = app.of(h2.events.RequestReceived)
+        assert dict(seen.headers)[":path"] == "/a?b"
+        assert [value for name, value in seen.headers if "cert" in name] == ["URI=x"]
+        app.conn.send_headers(seen.stream_id, [(":status", "200")])
+        app.conn.send_data(seen.stream_id, b"hello")
+        app.conn.send_headers(seen.stream_id, [("grpc-status", "0")], end_stream=True)
+        await s.step()
+        assert s.client.of(h2.events.DataReceived)[0].data == b"hello"
+        assert dict(s.client.of(h2.events.TrailersReceived)[0].headers) == {"grpc-status": "0"}
+        assert s.client.of(h2.events.StreamEnded)[0].stream_id == stream_id
+        assert s.counters.requests == {("POST", 200, "app"): 1}
+
+
+async def test_denied_for_grpc_and_for_others() -> None:
+    async with setting(lambda _: DENIED) as s:
+        s.request("/a", ("content-type", "application/grpc+proto"), end=False)
+        s.request("/a")
+        await s.step()
+        grpc, other = s.client.of(h2.events.ResponseReceived)
+        assert dict(grpc.headers)["grpc-status"] == "7"
+        assert dict(other.headers)[":status"] == "403"
+        assert s.client.of(h2.events.StreamReset)[0].error_code == 0
+        assert s.apps == []
+
+
+async def test_bytes_are_acknowledged_only_when_they_have_gone_on() -> None:
+    async with setting() as s:
+        s.request(end=False)
+        await s.step()
+        (app,) = s.apps
+        sent = 0
+        for _ in range(100):
+            room = min(s.client.conn.local_flow_control_window(1), 16384)
+            if not room:
+                break
+            s.client.conn.send_data(1, bytes(room))
+            sent += room
+            await s.step()
+        assert s.client.conn.local_flow_control_window(1) == 0
+        # The app acknowledged nothing: its window (65,535) has gone on, one window of ours is held.
+        assert sum(len(event.data) for event in app.of(h2.events.DataReceived)) == 65535
+        assert 128 * 1024 <= sent <= 65535 + 128 * 1024
+        # Another stream is not held up by it.
+        s.request("/b", end=False)
+        s.client.conn.send_data(3, b"x", end_stream=True)
+        app.conn.increment_flow_control_window(100_000)  # the connection's; the first stream's stays shut
+        await s.step()
+        assert app.of(h2.events.DataReceived)[-1].data == b"x"
+
+
+async def test_a_client_that_takes_nothing_stops_its_own_answers_only() -> None:
+    async with setting() as s:
+        s.request()
+        await s.step()
+        (app,) = s.apps
+        app.conn.send_headers(1, [(":status", "200")])
+        s.connection.receiver.pause_reading()
+        held = 0
+        while (room := min(app.conn.local_flow_control_window(1), 16384)) > 0:
+            app.conn.send_data(1, bytes(room))
+            held += room
+            await s.step()
+        assert held == 128 * 1024, "one window, and no more, is held"
+        before = s.client.sent
+        s.connection.receiver.resume_reading()
+        await s.step()
+        assert s.client.sent - before > 60_000
+
+
+async def test_pings_from_a_client_that_reads_nothing_are_not_answered_for_ever() -> None:
+    async with setting() as s:
+        await s.step()
+        s.connection.receiver.pause_reading()
+        ping = PingFrame(0, b"12345678").serialize() * 100
+        for _ in range(100):
+            s.client.peer.write(ping)
+        assert s.client.aborted
+        assert s.done
+        assert s.client.sent < 100 * 100 * 17
+
+
+async def test_an_answer_before_the_end_of_the_request_ends_both() -> None:
+    async with setting() as s:
+        s.request(end=False)
+        await s.step()
+        (app,) = s.apps
+        app.conn.send_headers(1, [(":status", "413")], end_stream=True)
+        await s.step()
+        assert dict(s.client.of(h2.events.ResponseReceived)[0].headers)[":status"] == "413"
+        assert s.client.of(h2.events.StreamReset)[0].error_code == 0
+        assert app.of(h2.events.StreamReset)
+
+
+async def test_an_app_that_leaves_finishes_what_it_has_and_is_dialled_again() -> None:
+    async with setting() as s:
+        s.request()
+        await s.step()
+        (app,) = s.apps
+        frame = GoAwayFrame(stream_id=0, last_stream_id=1, error_code=0)
+        app.peer.write(frame.serialize() + PingFrame(0, b"12345678").serialize())
+        s.request("/second")
+        await s.step()
+        assert len(s.apps) == 2
+        assert len(s.apps[1].of(h2.events.RequestReceived)) == 1
+        app.conn.send_headers(1, [(":status", "200")], end_stream=True)
+        await s.step()
+        assert dict(s.client.of(h2.events.ResponseReceived)[0].headers)[":status"] == "200"
+        assert app.ended, "the old connection ends with its last stream"
+
+
+async def test_what_a_leaving_app_did_not_look_at_may_be_sent_again() -> None:
+    async with setting() as s:
+        s.request()
+        await s.step()
+        s.apps[0].peer.write(GoAwayFrame(stream_id=0, last_stream_id=0, error_code=0).serialize())
+        await s.step()
+        assert s.client.of(h2.events.StreamReset)[0].error_code == 7, "REFUSED_STREAM"
+
+
+async def test_the_apps_limit_of_streams_is_kept() -> None:
+    async with setting() as s:
+        s.request()
+        await s.step()
+        (app,) = s.apps
+        app.peer.write(SettingsFrame(0, settings={SettingsFrame.MAX_CONCURRENT_STREAMS: 1}).serialize())
+        s.request()
+        await s.step()
+        assert s.client.of(h2.events.StreamReset)[0].error_code == 7
+        assert len(app.of(h2.events.RequestReceived)) == 1
+
+
+async def test_the_end_of_the_app_is_a_502_or_a_reset() -> None:
+    async with setting() as s:
+        s.request("/begun")
+        s.request("/not-begun")
+        await s.step()
+        (app,) = s.apps
+        app.conn.send_headers(1, [(":status", "200")])
+        await s.step()
+        app.peer.abort(ConnectionResetError())
+        await s.step()
+        assert s.client.of(h2.events.StreamReset)[0].stream_id == 1
+        answers = {e.stream_id: dict(e.headers)[":status"] for e in s.client.of(h2.events.ResponseReceived)}
+        assert answers == {1: "200", 3: "502"}
+
+
+async def test_a_slow_app_is_a_504_and_an_idle_connection_ends() -> None:
+    async with setting(response_timeout_s=0.02, idle_timeout_s=0.05) as s:
+        s.request()
+        await s.step()
+        async with asyncio.timeout(5):
+            while not s.done:  # noqa: ASYNC110  (the filter's timers have no event)
+                await asyncio.sleep(0.01)
+        assert dict(s.client.of(h2.events.ResponseReceived)[0].headers)[":status"] == "504"
+        assert s.client.of(h2.events.ConnectionTerminated)
+        assert s.client.ended
+
+
+async def test_which_http_it_is_the_first_bytes_tell() -> None:
+    for first, later, is_http2 in (
+        (b"P", b"RI * HTTP/2.0\r\n\r\nSM\r\n\r\n", True),
+        (b"PR", b"OPFIND / HTTP/1.1\r\nHost: a\r\n\r\n", False),
+        (b"P", b"OST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n", False),
+        (b"GET / HTTP/1.1\r\n", b"Host: a\r\n\r\n", False),
+    ):
+        entry = HttpEntry(HttpOptions(service="db"))
+        client = Sink()
+        ended: list[bool] = []
+
+        async def dial(peer: Channel) -> Channel:
+            return Sink()
+
+        Undecided(
+            entry, client, None, peer=WEB, dial=dial, decide=lambda _: DENIED, stats=HttpCounters(),
+            on_done=lambda ended=ended: ended.append(True),
+        )  # fmt: skip
+        client.peer.write(first)
+        client.peer.write(later)
+        assert bool(entry.http2.connections) is is_http2
+        assert bool(entry.http1.connections) is not is_http2
+        assert client.out.startswith(b"HTTP/1.1 403 ") is not is_http2
+        client.peer.abort()
+        assert ended == [True]
+        await entry.close()
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.peer: Channel = self
+        self.out = b""
+
+    def write(self, data: Data) -> None:
+        self.out += bytes(data)
+
+    def write_eof(self) -> None: ...
+    def abort(self, error: Exception | None = None) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+async def fuzz(pieces: list[bytes]) -> Sink:
+    client = Sink()
+    done: list[bool] = []
+    side = InboundHttp2(HttpOptions(service="db"))
+
+    async def dial(peer: Channel) -> Channel:
+        app = Sink()
+        app.peer = peer
+        return app
+
+    side.serve(
+        client, peer=WEB, dial=dial, decide=lambda _: ALLOWED, stats=HttpCounters(), on_done=lambda: done.append(True)
+    )
+    client.peer.write(PREFACE)
+    for piece in pieces:
+        client.peer.write(piece)
+        await asyncio.sleep(0)
+    client.peer.write_eof()
+    assert done == [True]
+    await side.close()
+    return client
+
+
+frames = st.builds(
+    lambda kind, flags, stream, body: (
+        len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+    ),
+    st.integers(0, 11),
+    st.integers(0, 255),
+    st.integers(0, 9),
+    st.one_of(
+        st.binary(max_size=40),
+        st.just(bytes.fromhex("838684410264628704")),
+        st.just(bytes.fromhex("8386844102646240047465737403616263")),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(frames, st.binary(max_size=60)), max_size=12))
+def test_any_frames_end_in_good_order(pieces: list[bytes]) -> None:
+    """No frames make the filter raise, hang or keep the connection once the client has gone."""
+    asyncio.run(fuzz(pieces))
