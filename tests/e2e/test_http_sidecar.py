@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 
+from proxy.tls import make_material
 from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.support.http_filter import App, Seen
 from tests.support.loops import with_mesh
@@ -128,3 +129,25 @@ async def test_draining_ends_idle_http_connections(mesh: Mesh) -> None:
         await server.sidecar.drain(60)
     assert await reader.read() == b""
     await hang_up(writer)
+
+
+@with_mesh
+async def test_a_foreign_peer_is_decided_request_by_request_too(mesh: Mesh) -> None:
+    """One TLS connection without mux, as Envoy makes them."""
+    app = App()
+    _, server = await pair(mesh, app)
+    material = make_material(mesh.ca.leaf("web", "web-9"), (mesh.ca.root_pem,))
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", server.ports.public_port, ssl=material.client_plain, server_hostname=""
+    )
+    async with asyncio.timeout(10):
+        for request, status in ((b"GET /api", b"200"), (b"GET /other", b"403"), (b"GET /api/2", b"200")):
+            writer.write(request + b" HTTP/1.1\r\nHost: backend\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.split()[1] == status
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+        writer.write(b"GET /api/3 HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n")
+        assert (await reader.read()).endswith(b"\r\n\r\nok")
+    await hang_up(writer)
+    assert [seen.target for seen in app.seen] == ["/api", "/api/2", "/api/3"]
+    await until(lambda: server.sidecar.live_calls() == 0)
