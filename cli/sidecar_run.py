@@ -14,7 +14,7 @@ from typing import Any
 
 from cli.client import Api, quote
 from cli.cluster.layout import is_free
-from cli.errors import CliError
+from cli.errors import CliError, Refused
 from cli.sidecar_stream import UpdateStream
 from cli.upstreams import UpstreamSpec
 from proxy.errors import ProxyError
@@ -236,6 +236,8 @@ class Runner:
                 f"/v1/agent/service/deregister/{quote(self.plan.sidecar_id)}"
             )
         except CliError as error:
+            if isinstance(error, Refused) and error.status == 404:
+                return  # it is gone already, perhaps with its service
             say(f"the sidecar stays registered as {self.plan.sidecar_id}, critical: {error}")
 
 

@@ -77,9 +77,9 @@ class UpdateStream:
     async def updates(self) -> AsyncGenerator[SidecarUpdate, None]:
         """Yield updates for ever; never ends by itself."""
         pause_s = FIRST_PAUSE_S
-        lost = False
+        lost = ""
+        """What was last said of the agent's absence; empty while it is followed."""
         while True:
-            reason = ""
             try:
                 response = self._response or await self._dial()
                 self._response = None
@@ -87,17 +87,19 @@ class UpdateStream:
                     async for line in lines:
                         if lost:
                             self._say("the agent is back; following it again")
-                        lost, pause_s = False, FIRST_PAUSE_S
+                        lost, pause_s = "", FIRST_PAUSE_S
                         yield self._decoder.decode(line)
                         self._applied()
-                reason = "it closed the stream"
+                news = "lost the agent: it closed the stream"
+            except Refused as error:
+                news = f"the agent takes this sidecar no longer: {error}"
             except (Broken, CliError) as error:
-                reason = str(error)
+                news = lost or f"lost the agent: {error}"
             except msgspec.DecodeError as error:
-                reason = f"it sent what can't be read: {error}"
-            if not lost:
-                lost = True
-                self._say(f"lost the agent ({reason}); going on with what is known, and trying again")
+                news = f"the agent sent what can't be read: {error}"
+            if news != lost:
+                lost = news
+                self._say(f"{news}; going on with what is known, and trying again")
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(pause_s * 1.6, LONGEST_PAUSE_S)
 
