@@ -7,85 +7,24 @@ Where requests go is for the subclasses to say: to the app (:mod:`proxy.http.inb
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from proxy.http.head import trailer_lines
-from proxy.http.options import HttpOptions, HttpStats
+from proxy.http.options import HttpStats
 from proxy.http.parser import SLICE_BYTES, Message, RequestParser
 from proxy.http.replies import local_reply
+from proxy.http.side import NEVER, HttpSide
 from proxy.http.tunnel import Tunnel
 from proxy.http.upstream import Upstream, joined
-from proxy.logs import BurstLog
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
-from proxy.tasks import Tasks
 
 log = logging.getLogger("lictor.proxy.http")
 
-NEVER = float("inf")
 _LINGER_BYTES = 1 << 20
 """What a connection that is being closed may still send before it is reset."""
-
-
-class Kept(Protocol):
-    """A connection that :class:`HttpSide` looks after."""
-
-    deadline: float
-    """When :meth:`expire` is due, by the loop's clock."""
-
-    def expire(self) -> None:
-        """The deadline has passed."""
-
-    def drain(self) -> None:
-        """Take no more requests; end with those under way."""
-
-    def cut(self, error: Exception | None = None) -> None:
-        """Drop the connection at once."""
-
-
-class HttpSide:
-    """The connections of one direction. ``options`` may be replaced; new connections then go by the new ones."""
-
-    def __init__(self, options: HttpOptions) -> None:
-        self.options = options
-        self.tasks = Tasks("http filter")
-        self.connections: set[Kept] = set()
-        self.draining = False
-        self.burst_log = BurstLog(log)
-        self.loop = asyncio.get_running_loop()
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    def keep(self, connection: Kept) -> None:
-        """Look after a connection's deadlines until it has ended."""
-        self.connections.add(connection)
-        if self._sweeper is None:
-            self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
-
-    def drain(self) -> None:
-        """Let requests under way end, then close their connections; idle ones at once."""
-        self.draining = True
-        for connection in list(self.connections):
-            connection.drain()
-
-    async def close(self) -> None:
-        """Cut everything."""
-        for connection in list(self.connections):
-            connection.cut()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        await self.tasks.close()
-
-    def _sweep(self) -> None:
-        self._sweeper = None
-        now = self.loop.time()
-        for connection in [each for each in self.connections if each.deadline <= now]:
-            connection.expire()
-        if self.connections:
-            self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
 
 
 class HttpConnection:

@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 
 from proxy.authz import Decision, Request
 from proxy.errors import ProxyError
-from proxy.http.connection import HttpConnection, HttpSide
+from proxy.http.connection import HttpConnection
 from proxy.http.options import HttpStats
 from proxy.http.parser import Message
 from proxy.http.replies import denial
+from proxy.http.side import HttpSide
 from proxy.http.upstream import Upstream
 from proxy.stream import Channel
 from raftstate.model.identity import Identity

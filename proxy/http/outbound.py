@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.errors import ConnectFailed, StreamRefused
-from proxy.http.connection import NEVER, HttpConnection, HttpSide
+from proxy.http.connection import HttpConnection
 from proxy.http.options import HttpOptions, HttpStats
 from proxy.http.parser import Message
+from proxy.http.side import NEVER, HttpSide
 from proxy.http.upstream import Owner, Upstream
 from proxy.stream import Channel
 

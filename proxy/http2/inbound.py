@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 
 from h2.errors import ErrorCodes
@@ -28,12 +27,12 @@ from h2.events import (
 from h2.exceptions import H2Error
 
 from proxy.errors import ProxyError
-from proxy.http.connection import NEVER, HttpSide
 from proxy.http.errors import BadRequest
-from proxy.http.head import Field
 from proxy.http.inbound import Decide, Dial
 from proxy.http.options import HttpStats
 from proxy.http.replies import denial
+from proxy.http.side import NEVER, HttpSide
+from proxy.http2.exchange import Exchange, Part, pump
 from proxy.http2.half import Half
 from proxy.http2.head import RequestHead, local_answer, passed_on, read_request
 from proxy.stream import Channel
@@ -63,43 +62,6 @@ class InboundHttp2(HttpSide):
     ) -> Http2Connection:
         """As :meth:`proxy.http.InboundHttp.serve`."""
         return Http2Connection(self, downstream, peer, dial, decide, stats, identity, on_done)
-
-
-class Exchange:
-    """One request and its response. ``to_app`` and ``to_client`` hold what could not be sent on yet."""
-
-    __slots__ = (
-        "app", "app_id", "client_id", "deadline", "head", "headers", "request_ended", "started", "status", "to_app",
-        "to_client",
-    )  # fmt: skip
-
-    def __init__(self, client_id: int, head: RequestHead, headers: list[Field], started: float) -> None:
-        self.client_id = client_id
-        self.head = head
-        self.headers = headers
-        self.started = started
-        self.deadline = NEVER
-        self.app: Half | None = None
-        self.app_id = 0
-        self.status = 0
-        """Of the response, once it has begun."""
-        self.request_ended = False
-        """All of the request was sent to the app."""
-        self.to_app: deque[Part] = deque()
-        self.to_client: deque[Part] = deque()
-
-
-class Part:
-    """A piece of a message on its way: data, or trailers, the last one with ``end``."""
-
-    __slots__ = ("data", "end", "flow", "trailers")
-
-    def __init__(self, data: bytes, flow: int, *, end: bool, trailers: list[Field] | None = None) -> None:
-        self.data = data
-        self.flow = flow
-        """What it costs of the sender's window."""
-        self.end = end
-        self.trailers = trailers
 
 
 class Http2Connection:
@@ -195,7 +157,7 @@ class Http2Connection:
                     return
             self._flush()
         except H2Error as error:
-            log.warning("an HTTP/2 connection of %s is cut: %r", self._source.service, error)
+            self._side.burst_log.warning(f"an HTTP/2 connection of {self._source.service} is cut: {error!r}")
             self.cut(error)
         except Exception as error:  # a fault here must end this connection, not the session that carries others
             log.exception("an HTTP/2 connection of %s is cut", self._source.service)
@@ -250,7 +212,7 @@ class Http2Connection:
             self._count(exchange, 0, "cut")
             self._forget_app(exchange, ErrorCodes.CANCEL)
         if self._resets > _RESETS_MAX and self._resets * 2 > self._opened:
-            log.warning("%s resets streams faster than it uses them; its connection is cut", self._source.service)
+            self._side.burst_log.warning(f"{self._source.service} resets streams faster than it uses them; cut off")
             self._client.go_away(ErrorCodes.ENHANCE_YOUR_CALM)
             self.cut()
 
@@ -367,14 +329,14 @@ class Http2Connection:
     def _pump_to_app(self, exchange: Exchange) -> None:
         if exchange.app is not None and not exchange.app.closed:
             source = (self._client, exchange.client_id)
-            if _pump(exchange.to_app, source, (exchange.app, exchange.app_id)):
+            if pump(exchange.to_app, source, (exchange.app, exchange.app_id)):
                 exchange.request_ended = True
 
     def _pump_to_client(self, exchange: Exchange) -> None:
         if exchange.app is None:
             return
         source = (exchange.app, exchange.app_id)
-        if exchange.to_client and _pump(exchange.to_client, source, (self._client, exchange.client_id)):
+        if exchange.to_client and pump(exchange.to_client, source, (self._client, exchange.client_id)):
             self._count(exchange, exchange.status, "app")
             self._exchanges.pop(exchange.client_id, None)
             if not exchange.request_ended:
@@ -561,32 +523,3 @@ class Http2Connection:
         self._side.connections.discard(self)
         if self._on_done is not None:
             self._on_done()
-
-
-def _pump(parts: deque[Part], source: tuple[Half, int], target: tuple[Half, int]) -> bool:
-    """Send on what the target's windows and channel take; return whether the message's end was sent."""
-    half, stream_id = target
-    sender, sender_id = source
-    while parts:
-        part = parts[0]
-        if part.trailers is not None:
-            parts.popleft()
-            return half.send_headers(stream_id, part.trailers, end=True)
-        size = len(part.data)
-        if size:
-            room = half.room(stream_id)
-            if half.full or room == 0:
-                return False
-            if 0 < room < size:
-                half.send_data(stream_id, part.data[:room], end=False)
-                part.data = part.data[room:]
-                part.flow -= room
-                sender.acknowledge(sender_id, room)
-                continue
-        parts.popleft()
-        if size or part.end:
-            half.send_data(stream_id, part.data, end=part.end)
-        sender.acknowledge(sender_id, part.flow)
-        if part.end:
-            return True
-    return False
