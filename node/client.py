@@ -17,6 +17,7 @@ from node import protocol
 from node.backend import APPLY_TIMEOUT_S, QUERY_TIMEOUT_S, Applied, QueryResult, ReadMode, ViewEvent
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
+from node.followed import FollowedQueries
 from node.protocol import (
     ApplyReply,
     ApplyRequest,
@@ -54,6 +55,7 @@ class RpcBackend:
         self._faults = faults
         self._rng = rng or random.Random()
         self._seen_index = 0
+        self.followed = FollowedQueries(self._ask_stale)
 
     async def _repeat(
         self, attempt: Callable[[ClientConnection, float], Awaitable[bytes]], timeout_s: float, *, write: bool
@@ -108,20 +110,58 @@ class RpcBackend:
         min_index: int = 0,
         wait_s: float = 0.0,
     ) -> QueryResult:
-        """See Backend.query. A blocking query that loses its server goes on at the next for what is left of it."""
+        """See Backend.query. A blocking query is parked here, on a followed query that all its readers share."""
+        params = params or {}
         loop = asyncio.get_running_loop()
-        wait_s = min(wait_s, WAIT_S_MAX) if min_index > 0 else 0.0
+        deadline = loop.time() + min(wait_s, WAIT_S_MAX)
+        while True:
+            result = await self._read(name, params, mode)
+            self._seen_index = max(self._seen_index, result.index)
+            left_s = deadline - loop.time()
+            if min_index <= 0 or result.index != min_index or left_s <= 0:
+                return result
+            followed = self.followed.get(name, params, follow=True)
+            if followed is None:
+                return (await self._ask_server(name, params, mode, min_index, left_s))[0]
+            await followed.newer_than(min_index, left_s)
+
+    async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:
+        if mode == "stale" and (followed := self.followed.get(name, params)) is not None:
+            known = followed.result
+            if known is not None and (followed.applied_index >= self._seen_index or not self.link.server):
+                return QueryResult(known.index, self.link.known_leader, self.link.last_contact_ms(), known.raw, mode)
+            result, applied = await self._ask_server(name, params, mode, 0, 0.0)
+            followed.take(result, applied)
+            return result
+        return (await self._ask_server(name, params, mode, 0, 0.0))[0]
+
+    async def _ask_stale(
+        self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float
+    ) -> tuple[QueryResult, int]:
+        """For what is followed: it goes on for as long as it takes to find a server again."""
+        while True:
+            try:
+                return await self._ask_server(name, params, "stale", min_index, wait_s)
+            except BadRequest:
+                raise
+            except NodeError as error:
+                log.debug("rpc: following %s: %s", name, error)
+                await asyncio.sleep(RETRY_S_MAX * self._rng.uniform(0.5, 1.0))
+
+    async def _ask_server(
+        self, name: str, params: Mapping[str, Any], mode: ReadMode, min_index: int, wait_s: float
+    ) -> tuple[QueryResult, int]:
+        """Ask; a blocking query that loses its server goes on at the next for what is left of its wait."""
+        loop = asyncio.get_running_loop()
         ends = loop.time() + wait_s
 
         async def attempt(connection: ClientConnection, left_s: float) -> bytes:
             wait_left_s = max(0.0, ends - loop.time())
-            request = QueryRequest(name, dict(params or {}), mode, min_index, wait_left_s, self._seen_index)
+            request = QueryRequest(name, dict(params), mode, min_index, wait_left_s, self._seen_index)
             return await connection.call(protocol.QUERY, encode(request), left_s)
 
-        answer = await self._repeat(attempt, wait_s + QUERY_TIMEOUT_S, write=False)
-        result = as_result(decode(answer, QueryReply), mode)
-        self._seen_index = max(self._seen_index, result.index)
-        return result
+        reply = decode(await self._repeat(attempt, wait_s + QUERY_TIMEOUT_S, write=False), QueryReply)
+        return as_result(reply, mode, name), reply.applied_index
 
     async def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:
         """See Backend.subscribe. Another server's whole view becomes what differs from the rows held."""
@@ -147,6 +187,10 @@ class RpcBackend:
             failures += 1
             pause_s = min(RETRY_S_MAX, RETRY_S_MIN * 2 ** min(failures, 5))
             await asyncio.sleep(pause_s * self._rng.uniform(0.2, 1.0))
+
+    async def close(self) -> None:
+        """Follow nothing any more."""
+        await self.followed.close()
 
     async def sign_leaf(self, csr_pem: str, *, service: str, instance: str = "") -> str:
         """See Backend.sign_leaf."""

@@ -38,4 +38,5 @@ class ClientNode:
 
     async def stop(self) -> None:
         """Leave the servers."""
+        await self.backend.close()
         await self.link.stop()

@@ -33,6 +33,7 @@ from node.protocol import (
     encode,
 )
 from node.store_reads import WAIT_S_MAX, StoreReads
+from node.views import VALUE_TYPES
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
 
@@ -141,7 +142,7 @@ class ServerBackend:
             except RaftError:
                 pass  # leadership is in question: take the way that waits for it
         body = await self.query_leader(QueryRequest(name, dict(params), mode, forwarded=True), forwarded=False)
-        result = as_result(decode(body, QueryReply), mode)
+        result = as_result(decode(body, QueryReply), mode, name)
         self._seen_index = max(self._seen_index, result.index)
         return result
 
@@ -254,7 +255,7 @@ def as_applied(reply: ApplyReply) -> Applied:
     return Applied(reply.index, reply.value, RefusalInfo(*reply.refusal) if reply.refusal else None)
 
 
-def as_result(reply: QueryReply, mode: ReadMode) -> QueryResult:
-    """Return the answer that a reply carries; values come as builtins."""
-    value = msgspec.msgpack.decode(reply.value)
+def as_result(reply: QueryReply, mode: ReadMode, name: str) -> QueryResult:
+    """Return the answer that a reply carries; rows come as model types where they are of one."""
+    value = msgspec.msgpack.decode(reply.value, type=VALUE_TYPES.get(name, object))
     return QueryResult(reply.index, reply.known_leader, reply.last_contact_ms, value, mode)

@@ -55,11 +55,18 @@ class ServerLink:
         self._tasks = Tasks("server link")
         self._avoid = ""
         self.known_leader = False
+        self._contact_ms = 0
+        self._heard_at = asyncio.get_running_loop().time()
 
     @property
     def server(self) -> str:
         """Name of the server that this agent talks to; empty while it looks for one."""
         return self._connection.peer.node if self._connection is not None else ""
+
+    def last_contact_ms(self) -> int:
+        """Age of what the server knew at its last answer, and since."""
+        since_ms = int((asyncio.get_running_loop().time() - self._heard_at) * 1000)
+        return self._contact_ms + (since_ms if self._connection is None else 0)
 
     def start(self) -> None:
         """Begin to look for a server."""
@@ -116,6 +123,7 @@ class ServerLink:
                 await self._lost.wait()
             beating.cancel()
             self._connection = None
+            self.known_leader = False
             self._up.clear()
             self._avoid = self._avoid or connection.peer.node
             log.info("rpc: lost server %s; looking for another", connection.peer.node)
@@ -186,7 +194,8 @@ class ServerLink:
                 return
             if reply.servers:
                 self.servers = dict(reply.servers)
-            self.known_leader = reply.known_leader
+            self.known_leader, self._contact_ms = reply.known_leader, reply.last_contact_ms
+            self._heard_at = asyncio.get_running_loop().time()
             leaderless = 0 if reply.known_leader else leaderless + 1
             if leaderless >= NO_LEADER_BEATS_MAX and await self._better_than(connection):
                 self.replace(connection, "it knows no leader, and another server does")

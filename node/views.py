@@ -12,6 +12,9 @@ from typing import Any
 import msgspec
 
 from node.backend import ViewEvent
+from raftstate.model.catalog import Check, InstanceHealth, Node
+from raftstate.model.connect import CARoots, Revocation
+from raftstate.model.intention import Intention
 
 Rows = dict[str, Any]
 SEPARATOR = "\x00"
@@ -64,6 +67,20 @@ ROW_KEYS: dict[str, Callable[[Any], str]] = {
     "session.node": _of(_ID),
     "config.list": _of(("kind", "Kind"), ("name", "Name")),
 }
+
+
+VALUE_TYPES: dict[str, Any] = {
+    "catalog.nodes": list[Node],
+    "health.service": list[InstanceHealth],
+    "health.connect": list[InstanceHealth],
+    "health.node": list[Check],
+    "health.checks": list[Check],
+    "health.state": list[Check],
+    "intentions.list": list[Intention],
+    "connect.roots": CARoots,
+    "connect.revocations": list[Revocation],
+}
+"""What an answer that came over RPC is decoded as; others stay builtins."""
 
 
 def rows_of(name: str, value: Any) -> Rows:

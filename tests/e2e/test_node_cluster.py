@@ -19,7 +19,7 @@ from node.backend import READ_MODES, Backend, ViewEvent
 from node.errors import BadRequest, NodeError, Refused
 from node.pki import TlsFiles
 from node.views import Rows, merge
-from raftstate.model.catalog import CRITICAL, PASSING, SERF_HEALTH, Check, Node, ServiceInstance
+from raftstate.model.catalog import CRITICAL, PASSING, SERF_HEALTH, Check, InstanceHealth, Node, ServiceInstance
 from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
 from raftstate.model.kv import Session
@@ -406,3 +406,55 @@ async def test_an_agent_keeps_a_server_when_none_knows_a_leader(tmp_path: Path) 
             assert stale.value["Value"] == b"1"
             assert not stale.known_leader
         assert client.link.server == kept
+
+
+async def test_parked_readers_of_an_agent_share_one_place_on_the_server(tmp_path: Path) -> None:
+    async with cluster(tmp_path, servers=1, clients=1) as running:
+        server = await running.leader()
+        client = running.clients["client-1"].backend
+        index = await register(client, "web", "n1")
+        parked = [
+            asyncio.ensure_future(
+                client.query("health.service", {"service": "web"}, min_index=index, wait_s=30, mode=mode)
+            )
+            for mode in READ_MODES
+            for _ in range(100)
+        ]
+        await eventually(lambda: len(client.followed) == 1)
+        (connection,) = server.listener.connections
+        await eventually(lambda: len(connection) == 1)
+        assert not any(query.done() for query in parked)
+        second = await register(client, "web", "n2")
+        for result in await asyncio.gather(*parked):
+            assert (result.index, len(result.decode(tuple[InstanceHealth, ...]))) == (second, 2)
+
+
+async def test_stale_reads_of_an_agent_are_answered_locally_and_never_go_back(tmp_path: Path) -> None:
+    async with cluster(tmp_path, servers=1, clients=1) as running:
+        await running.leader()
+        client = running.clients["client-1"].backend
+        await register(client, "web", "n0")
+
+        async def stale() -> int:
+            result = await client.query("health.service", {"service": "web"}, mode="stale")
+            return len(result.value)
+
+        assert [await stale() for _ in range(3)] == [1, 1, 1]
+        assert len(client.followed) == 1
+        for number in range(1, 6):
+            await register(client, "web", f"n{number}")
+            assert await stale() == number + 1, "what this agent wrote, it reads"
+        await running.stop_server("server-1")
+        await eventually(lambda: running.clients["client-1"].link.server == "")
+        result = await client.query("health.service", {"service": "web"}, mode="stale")
+        assert (len(result.value), result.known_leader) == (6, False)
+
+
+async def test_following_ends_with_a_bad_query(tmp_path: Path) -> None:
+    async with cluster(tmp_path, servers=1, clients=1) as running:
+        await running.leader()
+        client = running.clients["client-1"].backend
+        for _ in range(3):
+            with pytest.raises(BadRequest):
+                await client.query("nope", mode="stale")
+        await eventually(lambda: len(client.followed) == 0)
