@@ -299,22 +299,22 @@ class MuxCore:
 
     def send_data(self, stream_id: int, data: Data, size: int) -> None:
         out = self.out
-        if not out:
-            self._wake()
         out.append(frames.header(frames.DATA, stream_id, size))
         out.append(data)
         self.out_bytes += size + frames.HEADER_BYTES
+        if len(out) == 2:
+            self._wake()
 
     def send_control(self, encoded: bytes) -> None:
-        if not self.out:
-            self._wake()
         self.out.append(encoded)
         self.out_bytes += len(encoded)
+        if len(self.out) == 1:
+            self._wake()
 
     def enqueue(self, stream: MuxStream) -> None:
-        if not self._waiting and not self.blocked:
-            self._wake()
         self._waiting[stream] = None
+        if len(self._waiting) == 1 and not self.blocked:
+            self._wake()
 
     def forget(self, stream: MuxStream) -> None:
         if self.streams.pop(stream.id, None) is None:

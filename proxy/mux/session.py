@@ -23,6 +23,8 @@ KEEPALIVE_S = 15.0
 """A session that was silent this long is pinged; silent twice as long, it is lost."""
 JOIN_BYTES = 64 * 1024
 """Output up to this size is joined into one write; longer output is not copied."""
+FEW_STREAMS = 2
+"""With so few live streams frames are sent at once: there is nothing to gather, and the turn is latency."""
 WRITE_HIGH_BYTES = 512 * 1024
 
 
@@ -119,12 +121,23 @@ class MuxSession(asyncio.Protocol):
     # Output
 
     def _schedule(self) -> None:
-        if not self._flush_due:
-            self._flush_due = True
+        if self._flush_due:
+            return
+        self._flush_due = True
+        if len(self.core.streams) <= FEW_STREAMS:
+            self._flush()
+        else:
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flush_due = False
+        # Stays due while it runs: what is written meanwhile is sent by the loop below.
+        self._flush_due = True
+        try:
+            self._send()
+        finally:
+            self._flush_due = False
+
+    def _send(self) -> None:
         transport, core = self._transport, self.core
         if transport is None or self.closed:
             return
