@@ -19,8 +19,17 @@ class SimClient:
     """One operation at a time, for ever."""
 
     def __init__(
-        self, name: str, world: World, referee: Referee, servers: dict[str, SimServer], pace_s: float
+        self,
+        name: str,
+        world: World,
+        referee: Referee,
+        servers: dict[str, SimServer],
+        *,
+        pace_s: float,
+        wander: float,
     ) -> None:
+        self._wander = wander
+        """Chance to ask any server rather than the one that was named the leader."""
         self._name, self._world, self._referee, self._servers, self._pace_s = name, world, referee, servers, pace_s
         self._count = 0
         self._attempt = 0
@@ -46,7 +55,7 @@ class SimClient:
 
     def _pick(self) -> SimServer:
         hinted = self._servers.get(self._hint or "")
-        if hinted is not None and self._world.rng.random() < 0.9:
+        if hinted is not None and self._world.rng.random() >= self._wander:
             return hinted
         return self._servers[self._world.rng.choice(list(self._servers))]
 

@@ -104,18 +104,20 @@ class Referee:
             found = core.entries(at, 1)
             if (not found or found[0][0] != MEMBERS + encode_members(core.members)) and not core.install:
                 raise Violation(f"{server} goes by a membership at index {at} that its log does not hold")
-        if not core.first_index <= core.applied <= core.commit <= core.last_index and not core.install:
+        ordered = core.first_index <= core.applied <= core.commit <= core.last_index
+        if not ordered and not core.install:
             raise Violation(
-                f"{server}: first {core.first_index} applied {core.applied} commit {core.commit} last {core.last_index}"
+                f"{server}: first {core.first_index}, applied {core.applied}, commit {core.commit}, "
+                f"last {core.last_index}"
             )
 
     def _check_complete(self, server: str, core: RaftCore) -> None:
         for index, term in self.terms_applied.items():
             mine = core.term_at(index)
-            if mine != term and index > core.first_index:
+            if term < core.term and mine != term and index > core.first_index:
                 raise Violation(
-                    f"leader completeness: {server} leads term {core.term} with term {mine} at applied index {index}, "
-                    f"which has term {term}"
+                    f"leader completeness: {server} leads term {core.term} with term {mine} "
+                    f"at applied index {index}, which has term {term}"
                 )
 
     def message_sent(self, source: str, target: str, message: Message, journal: Any) -> None:

@@ -29,7 +29,8 @@ def _play_quietly(seed: int) -> Outcome:
 def report(outcome: Outcome, lines: int = 60) -> str:
     """What to print of a seed that failed."""
     tail = "\n".join(outcome.tail[-lines:])
-    return f"{tail}\nseed {outcome.seed}: {outcome.violation}\nagain: python -m tests.simulation.run --start {outcome.seed} --seeds 1"
+    again = f"python -m tests.simulation.run --start {outcome.seed} --seeds 1"
+    return f"{tail}\nseed {outcome.seed}: {outcome.violation}\nagain: {again}"
 
 
 def main() -> int:
@@ -56,7 +57,8 @@ def main() -> int:
                 break
     took_s = time.monotonic() - began
     print(
-        f"{len(seeds)} seeds in {took_s:.1f} s: {failed} failed; {finished} operations, {elections} terms led, {events} events"
+        f"{len(seeds)} seeds in {took_s:.1f} s: {failed} failed; "
+        f"{finished} operations, {elections} terms led, {events} events"
     )
     return 1 if failed else 0
 

@@ -40,8 +40,13 @@ class Scenario:
         rng = world.rng
         self.referee = Referee(world)
         self.network = Network(world, self._deliver)
+        # Some runs have much of what few have: contested elections, or a leader that only some have lost.
+        profile = rng.choice(("mixed", "mixed", "mixed", "elections", "links"))
         self.network.mood = self._calm = NetworkMood(ordered=rng.random() < 0.3)
-        size = rng.choice((1, 3, 3, 3, 3, 5))
+        if profile == "elections":
+            self._calm = NetworkMood(duplicate=0.5, late=0.05, delay_s=rng.choice((0.005, 0.02)))
+        self.network.mood = self._calm
+        size = {"mixed": rng.choice((1, 3, 3, 3, 5)), "elections": rng.choice((3, 5, 5)), "links": 3}[profile]
         names = [f"s{number}" for number in range(1, size + 1)]
         self.spare = [f"s{size + 1}"] if size > 1 else []
         """A server that may be added while things go wrong."""
@@ -50,7 +55,7 @@ class Scenario:
             config=RaftConfig(
                 heartbeat_s=0.08,
                 election_timeout_min_s=0.3,
-                election_timeout_max_s=rng.choice((0.33, 0.6, 0.6)),
+                election_timeout_max_s=0.32 if profile == "elections" else 0.6,
                 append_entries_max=rng.choice((1, 3, 64)),
                 inflight_messages_max=rng.choice((1, 4, 64)),
                 snapshot_chunks_inflight=rng.choice((1, 3)),
@@ -72,8 +77,17 @@ class Scenario:
             self.servers[name] = SimServer(name, world, self.referee, self.network, tuning, Members(), bugs)
         for name in names:
             self.servers[name].start()
+        many = profile == "links"
         self.clients = [
-            SimClient(f"c{number}", world, self.referee, self.servers, pace_s=0.06) for number in range(1, 4)
+            SimClient(
+                f"c{number}",
+                world,
+                self.referee,
+                self.servers,
+                pace_s=0.02 if many else 0.06,
+                wander=0.5 if many else 0.1,
+            )
+            for number in range(1, 7 if many else 4)
         ]
         # Which kinds of faults a run has is drawn, so that some runs have much of one kind.
         kinds = [
@@ -91,6 +105,10 @@ class Scenario:
             self._change_members,
             self._disk_trouble,
         ]
+        if profile == "elections":
+            kinds = [self._crash, self._isolate_leader, self._isolate_leader, self._partition, self._pause]
+        elif profile == "links":
+            kinds = [self._cut_leader_link, self._transfer, self._transfer, self._pause, self._clocks]
         self.kinds = [kind for kind in kinds if rng.random() < 0.6] or kinds
         self.pace_s = rng.choice((0.2, 0.5, 1.0))
         world.after(0.5, self._trouble)
@@ -163,10 +181,21 @@ class Scenario:
         self.network.partition([one], [other], one_way=False)
         self.world.after(self.world.rng.random() * 2, self._heal)
 
+    def _cut_leader_link(self) -> None:
+        leader = self._leader()
+        if leader is not None:
+            other = self.world.rng.choice([name for name in self.servers if name != leader.name])
+            self.world.note("net", f"cut {leader.name} - {other}")
+            self.network.partition([leader.name], [other], one_way=False)
+            self.world.after(0.6 + self.world.rng.random(), self._heal)
+            if self.world.rng.random() < 0.6:
+                # About when the one that hears nothing campaigns: does the leader still trust its lease?
+                self.world.after(0.28 + self.world.rng.random() * 0.3, self._isolate_leader)
+
     def _isolate_soon(self) -> None:
         """Cut the leader off in the middle of what it has just begun."""
-        if self.world.rng.random() < 0.6:
-            self.world.after(self.world.rng.random() * 0.015, self._isolate_leader)
+        if self.world.rng.random() < 0.8:
+            self.world.after(self.world.rng.random() * 0.008, self._isolate_leader)
 
     def _heal(self) -> None:
         self.network.heal()

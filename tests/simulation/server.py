@@ -1,4 +1,4 @@
-"""One simulated server: the real core, driver, journal, snapshot store and snapshot maker; simulated disk and time."""
+"""One simulated server: the real core, driver, journal, snapshot store and maker; simulated disk and time."""
 
 from __future__ import annotations
 
