@@ -9,7 +9,7 @@ from aiohttp import web
 
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
-from node.http.reading import answer, filtered, nearest, read, with_meta
+from node.http.reading import answer, answer_rendered, filtered, nearest, read, with_meta
 from node.http.respond import json_response
 from node.http.shapes import catalog_service_shape, node_shape, service_shape
 from node.http.writing import body_as, write
@@ -50,10 +50,14 @@ async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
 
 async def _instances(ctx: Context, request: web.Request, query: str, params: dict[str, Any]) -> web.Response:
     reading = await read(ctx, request, query, params)
-    found = [catalog_service_shape(row) for row in reading.decode(list[CatalogService])]
-    found = with_meta(found, reading.options, lambda row: row["NodeMeta"])
-    found = filtered(found, reading.options)
-    return answer(request, reading, nearest(ctx, found, reading.options, lambda row: str(row["Node"])))
+
+    def shapes() -> list[Any]:
+        found = [catalog_service_shape(row) for row in reading.decode(list[CatalogService])]
+        found = with_meta(found, reading.options, lambda row: row["NodeMeta"])
+        found = filtered(found, reading.options)
+        return nearest(ctx, found, reading.options, lambda row: str(row["Node"]))
+
+    return answer_rendered(ctx, request, reading, shapes)
 
 
 @routes.add("GET", "/v1/catalog/service/{service:.*}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
 from node.agent.agent import LocalAgent
 from node.backend import Backend
+from raftstate.model.wire import to_json
 
 VERSION = "1.20.0"
 """The version of Consul's API that this one follows; clients read it from ``/v1/agent/self``."""
@@ -30,6 +32,30 @@ class HttpOptions:
     """Ends the process, when an operator asks the node to leave."""
 
 
+class Rendered:
+    """Bodies of answers that were asked for again while nothing changed, least recently used first to go."""
+
+    def __init__(self, entries_max: int = 512, bytes_max: int = 1 << 20) -> None:
+        self._entries_max, self._bytes_max = entries_max, bytes_max
+        self._held: dict[str, tuple[Any, bytes]] = {}
+
+    def body(self, key: str, raw: Any, make: Callable[[], Any]) -> bytes:
+        """Return the JSON of ``make()``, or the one held for this key if it was made from an equal ``raw``.
+
+        Rows are replaced, never changed, so that comparing them ends at their identity.
+        """
+        held = self._held.pop(key, None)
+        if held is not None and (held[0] is raw or held[0] == raw):
+            self._held[key] = held
+            return held[1]
+        made = to_json(make())
+        if len(made) <= self._bytes_max:
+            self._held[key] = (raw, made)
+            if len(self._held) > self._entries_max:
+                del self._held[next(iter(self._held))]
+        return made
+
+
 @dataclass
 class Context:
     """The state behind the API of one node."""
@@ -38,6 +64,7 @@ class Context:
     agent: LocalAgent
     options: HttpOptions
     rng: random.Random = field(default_factory=random.Random)
+    rendered: Rendered = field(default_factory=Rendered)
 
 
 Handler = Callable[[Context, web.Request], Awaitable[web.StreamResponse]]

@@ -9,7 +9,7 @@ from aiohttp import web
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import parse_bool
-from node.http.reading import Reading, answer, filtered, nearest, read, with_meta
+from node.http.reading import Reading, answer, answer_rendered, filtered, nearest, read, with_meta
 from node.http.shapes import check_shape, health_shape
 from raftstate.model.catalog import PASSING, STATUSES, Check, InstanceHealth
 
@@ -32,14 +32,18 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
         raise BadRequest("Missing service name")
     passing = _passing(request)
     reading = await read(ctx, request, query, params)
-    rows = reading.decode(list[InstanceHealth])
-    if passing:
-        rows = [row for row in rows if row.status() == PASSING]
-    if reading.options.cached:
-        rows.sort(key=lambda row: (row.service.id, row.service.node))
-    rows = with_meta(rows, reading.options, lambda row: row.node.meta)
-    rows = nearest(ctx, rows, reading.options, lambda row: row.node.node)
-    return answer(request, reading, filtered([health_shape(row) for row in rows], reading.options))
+
+    def shapes() -> list[Any]:
+        rows = reading.decode(list[InstanceHealth])
+        if passing:
+            rows = [row for row in rows if row.status() == PASSING]
+        if reading.options.cached:
+            rows.sort(key=lambda row: (row.service.id, row.service.node))
+        rows = with_meta(rows, reading.options, lambda row: row.node.meta)
+        rows = nearest(ctx, rows, reading.options, lambda row: row.node.node)
+        return filtered([health_shape(row) for row in rows], reading.options)
+
+    return answer_rendered(ctx, request, reading, shapes)
 
 
 @routes.add("GET", "/v1/health/service/{service:.*}")

@@ -116,3 +116,8 @@ def with_meta(rows: list[Any], options: ReadOptions, meta_of: Callable[[Any], di
 def answer(request: web.Request, reading: Reading, value: Any, *, status: int = 200) -> web.Response:
     """Answer with a reading's headers."""
     return json_response(request, value, status=status, headers=reading.headers)
+
+
+def answer_rendered(ctx: Context, request: web.Request, reading: Reading, make: Callable[[], Any]) -> web.Response:
+    """Answer with ``make()``'s JSON, made again only when the rows have changed since the same request before."""
+    return json_response(request, ctx.rendered.body(request.path_qs, reading.raw, make), headers=reading.headers)
