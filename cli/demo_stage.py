@@ -37,14 +37,32 @@ class NotHeld(CliError):
     """A step of the story did not hold."""
 
 
+_reserved: list[socket.socket] = []
+"""Names held until this process ends, so that two demos that start at once do not take the same ports."""
+
+
 def free_offset(servers: int, clients: int) -> int:
-    """Return the first port offset at which every port of such a cluster is free."""
+    """Return the first port offset at which every port of such a cluster is free, and nobody else begins to use."""
     for offset in _OFFSETS:
         plan = Plan(servers, clients, offset)
         ports = [(key, port) for node in plan.ports().values() for key, port in node.items()]
-        if all(is_free(HOST, port, udp=key == "dns_port") for key, port in ports):
+        if all(is_free(HOST, port, udp=key == "dns_port") for key, port in ports) and _reserve(offset):
             return offset
     raise CliError("found no range of free ports for a cluster; end other clusters: lictor cluster down")
+
+
+def _reserve(offset: int) -> bool:
+    """Hold a name for the offset: a socket's in Linux' abstract namespace, which ends with the process."""
+    if any(held.getsockname() == f"\0lictor-ports-{offset}".encode() for held in _reserved):
+        return True  # this process had it before, and its ports are free again
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sock.bind(f"\0lictor-ports-{offset}")
+    except OSError:
+        sock.close()
+        return False
+    _reserved.append(sock)
+    return True
 
 
 def free_ports(first: int, count: int) -> list[int]:

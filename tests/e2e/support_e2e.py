@@ -128,7 +128,7 @@ class Mesh(Stage):
 
 @contextmanager
 def mesh(directory: Path) -> Iterator[Mesh]:
-    """Run a cluster; everything is ended by pid when the test is over, however it ends."""
+    """Run a cluster on ports of its own; everything is ended by pid when the test is over, however it ends."""
     stage = Mesh(directory, free_offset(SERVERS, CLIENTS))
     try:
         stage.up()

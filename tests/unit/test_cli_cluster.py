@@ -160,3 +160,20 @@ def test_remove_leaves_what_is_not_ours(tmp_path: Path) -> None:
     write_plan(layout, Plan(1, 0, 20000))
     remove(layout)
     assert not layout.directory.exists()
+
+
+def test_two_processes_never_take_the_same_ports() -> None:
+    program = "from cli.demo_stage import free_offset; print(free_offset(3, 2), flush=True); input()"
+    holders = []
+    try:
+        for _ in range(2):
+            holders.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+            )
+        found = [holder.stdout.readline().strip() for holder in holders if holder.stdout]
+        assert len(set(found)) == 2, found
+    finally:
+        for holder in holders:
+            holder.communicate("\n", timeout=10)
