@@ -15,7 +15,7 @@ from raftstate.state.queries import run_query
 if TYPE_CHECKING:
     from raftstate.state.answer import Answer
     from raftstate.state.changes import WatchKey
-    from raftstate.state.store import Store
+    from raftstate.state.machine import StateMachine
 
 Waiter = asyncio.Future[bool]
 
@@ -127,7 +127,7 @@ def _settle(waiter: Waiter, woken: bool) -> None:
 
 
 async def blocking_query(
-    store: Store,
+    machine: StateMachine,
     watches: Watches,
     name: str,
     params: Mapping[str, Any] | None = None,
@@ -140,11 +140,11 @@ async def blocking_query(
     (the state was replaced, or the client knows another cluster) it answers at once, and the client starts over.
     Raises BadQuery.
     """
-    answer = run_query(store, name, params)
+    answer = run_query(machine.store, name, params)
     if min_index <= 0 or answer.index != min_index:
         return answer
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_s
     while answer.index == min_index and await watches.changed(answer.watch, deadline - loop.time()):
-        answer = run_query(store, name, params)
+        answer = run_query(machine.store, name, params)
     return answer

@@ -94,6 +94,7 @@ class StateMachine:
 
     def __init__(self) -> None:
         self.store = Store()
+        """Take it anew for each query: a restore puts another in its place, and never changes one in use."""
 
     def apply(self, index: int, data: bytes) -> Applied:
         """Apply the command at a log index; indexes grow. Never raises for any ``data``.
@@ -169,10 +170,16 @@ class StateMachine:
 
     def restorer(self) -> Restorer:
         """Begin to read a snapshot in slices; the state changes when it is finished."""
-        return Restorer(self.store)
+        return Restorer(self._install)
+
+    def _install(self, store: Store) -> None:
+        self.store = store
 
     def restore(self, chunks: Iterable[bytes]) -> None:
-        """Replace the state by a snapshot. Raises SnapshotDamaged, and then nothing has changed."""
+        """Replace the state by a snapshot, in any thread while nothing is applied. Wake every watcher after this.
+
+        Raises SnapshotDamaged, and then nothing has changed.
+        """
         restorer = self.restorer()
         for chunk in chunks:
             restorer.feed(chunk)

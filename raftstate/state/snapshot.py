@@ -7,7 +7,7 @@ Format 1, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -80,13 +80,14 @@ class Snapshot:
 
 
 class Restorer:
-    """Reads a snapshot chunk by chunk, a few milliseconds each, and then replaces the state in one step.
+    """Reads a snapshot chunk by chunk into a fresh store. All of it may run in another thread than the queries.
 
-    `feed` and `finish` raise SnapshotDamaged; the state is then as it was.
+    `feed` and `finish` raise SnapshotDamaged.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._target, self._fresh = store, Store()
+    def __init__(self, install: Callable[[Store], None]) -> None:
+        """``install`` is given the store when it is whole."""
+        self._install, self._fresh = install, Store()
         self._tables = {table.name: table for table in self._fresh.tables()}
         self._header: _Header | None = None
         self._count = 0
@@ -128,7 +129,7 @@ class Restorer:
         self._fresh.journal.clear()
 
     def finish(self) -> None:
-        """Replace the state by what was read. Wake every watcher after this."""
+        """Hand over what was read. Wake every watcher after this."""
         if self._header is None or not self._ended:
             raise _damaged("it ends early")
         fresh = self._fresh
@@ -138,7 +139,7 @@ class Restorer:
         ordered = sorted(requests.values(), key=lambda request: request.index)
         requests.clear()
         requests.update((request.request_id, request) for request in ordered)
-        self._target.become(fresh)
+        self._install(fresh)
 
 
 def _damaged(what: str) -> SnapshotDamaged:

@@ -51,10 +51,6 @@ class Store:
         """Return every table, in the order of a snapshot."""
         return [value for value in vars(self).values() if isinstance(value, Table)]
 
-    def become(self, other: Store) -> None:
-        """Take over all of another store's content; readers keep their reference to this one."""
-        vars(self).update(vars(other))
-
     def changed_at(self, key: WatchKey) -> int:
         """Return the index at which what ``key`` stands for last changed; 0 when never. Not for ``kv`` families."""
         index = self.changes.rows.get(key)

@@ -236,12 +236,20 @@ def _sorted_checks(store: Store, wanted: Callable[[Check], bool]) -> list[Check]
     )
 
 
+def _of_node(node: str) -> Callable[[Check], bool]:
+    return lambda check: check.node == node and not check.service_id
+
+
+def _of_instance(row: ServiceInstance) -> Callable[[Check], bool]:
+    return lambda check: (check.node, check.service_id) == (row.node, row.id)
+
+
 def _healths(store: Store, rows: Iterable[ServiceInstance], passing: bool) -> list[InstanceHealth]:
     found = []
     for row in rows:
         bearing = [
-            *_sorted_checks(store, lambda check, row=row: check.node == row.node and not check.service_id),
-            *_sorted_checks(store, lambda check, row=row: (check.node, check.service_id) == (row.node, row.id)),
+            *_sorted_checks(store, _of_node(row.node)),
+            *_sorted_checks(store, _of_instance(row)),
         ]
         if not passing or all(check.status == PASSING for check in bearing):
             found.append(InstanceHealth(store.nodes.rows[row.node], row, tuple(bearing)))

@@ -25,7 +25,7 @@ class Live:
 async def parked(watches: Watches, coroutine: Awaitable[object], keys: int = 1) -> asyncio.Task[object]:
     """Start a coroutine and return once it waits."""
     before = len(watches)
-    task: asyncio.Task[object] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    task: asyncio.Task[object] = asyncio.ensure_future(coroutine)
     await asyncio.sleep(0)
     assert len(watches) == before + keys
     return task
@@ -102,8 +102,9 @@ async def test_a_replaced_state_ends_every_wait() -> None:
 async def test_blocking_query_answers_at_a_change_of_its_own() -> None:
     live = Live()
     live.do(c.KVSet("a/x", b"1"))
-    store = live.log.machine.store
-    task = await parked(live.watches, blocking_query(store, live.watches, "kv.list", {"prefix": "a/"}, 1, 60))
+    task = await parked(
+        live.watches, blocking_query(live.log.machine, live.watches, "kv.list", {"prefix": "a/"}, 1, 60)
+    )
     live.do(c.KVSet("b", b"1"))
     live.do(c.KVSet("a/x", b"1"))
     await asyncio.sleep(0)
@@ -117,11 +118,10 @@ async def test_blocking_query_answers_at_a_change_of_its_own() -> None:
 async def test_blocking_query_returns_the_same_index_when_time_runs_out() -> None:
     live = Live()
     live.do(c.KVSet("k"))
-    store = live.log.machine.store
-    answer = await blocking_query(store, live.watches, "kv.get", {"key": "k"}, 1, 0.001)
+    answer = await blocking_query(live.log.machine, live.watches, "kv.get", {"key": "k"}, 1, 0.001)
     assert answer.index == 1
-    assert (await blocking_query(store, live.watches, "kv.get", {"key": "k"})).index == 1
-    assert (await blocking_query(store, live.watches, "kv.get", {"key": "k"}, 99, 60)).index == 1
+    assert (await blocking_query(live.log.machine, live.watches, "kv.get", {"key": "k"})).index == 1
+    assert (await blocking_query(live.log.machine, live.watches, "kv.get", {"key": "k"}, 99, 60)).index == 1
 
 
 async def test_ten_thousand_parked_watchers_cost_nothing_while_nothing_changes() -> None:
