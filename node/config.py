@@ -281,6 +281,8 @@ def _check_node(node: NodeConfig, table: TableReader, acl_enabled: bool) -> None
 
 
 def _check_whole(config: ClusterConfig, problems: list[str]) -> None:
+    if config.acl_enabled and not config.acl_token_file:
+        problems.append("cluster.acl_token_file: is needed with acl_enabled: the file with the management token")
     if not config.nodes:
         problems.append("nodes: there is none; add a section like [nodes.server-1]")
         return

@@ -25,6 +25,7 @@ from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
 from node.logs import set_up_logging
 from node.server_process import ServerNode
+from node.tokens import TokenGuard, load_secret
 from node.version import lictor_version
 from raftstate.errors import RaftError
 
@@ -93,7 +94,10 @@ class NodeProcess:
             lictor_version=lictor_version(),
             on_leave=lambda: self._on_stop("an operator asked this node to leave"),
         )
-        runner = make_runner(create_app(backend, agent, options))
+        app = create_app(backend, agent, options)
+        if config.acl_enabled:
+            app.middlewares.insert(0, TokenGuard(backend, load_secret(config.acl_token_file)).middleware())
+        runner = make_runner(app)
         await runner.setup()
         self._undo.append(runner.cleanup)
         sites: list[BaseSite] = []

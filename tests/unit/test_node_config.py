@@ -93,6 +93,7 @@ def test_all_faults_are_told_at_once_with_their_keys() -> None:
         (SERVER + '[nodes.s2]\nrole = "server"\n', "nodes.s2.rpc_port: 127.0.0.1:8300 is taken by nodes.s1.rpc_port"),
         ('[raft]\nheartbeat = "300ms"\n' + SERVER, "2 x heartbeat < election_timeout_min"),
         ('[liveness]\nnode_ttl = "1500ms"\n' + SERVER, "at least twice the heartbeat"),
+        ("[cluster]\nacl_enabled = true\n" + SERVER, "cluster.acl_token_file: is needed"),
         (
             "[cluster]\nfault_injection = true\n" + SERVER + 'advertise_address = "10.0.0.1"\n',
             "fault_injection: is for local clusters only",
@@ -109,7 +110,9 @@ def test_http_beyond_loopback_needs_tls_and_tokens() -> None:
     assert "needs tokens" in text
     assert "plain HTTP" in problems(SERVER + 'http_address = "some.host"\n')
     safe = (
-        "[cluster]\nacl_enabled = true\n" + SERVER + 'http_address = "10.0.0.1"\nhttp_port = 0\nhttps_port = 8501\n'
+        '[cluster]\nacl_enabled = true\nacl_token_file = "t"\n'
+        + SERVER
+        + 'http_address = "10.0.0.1"\nhttp_port = 0\nhttps_port = 8501\n'
         'https_cert_file = "c.pem"\nhttps_key_file = "k.pem"\n'
     )
     assert parse(safe).node("s1").https_cert_file == "/etc/lictor/c.pem"

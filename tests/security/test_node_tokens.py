@@ -1,0 +1,72 @@
+"""With acl_enabled, nothing of the HTTP API is reached without a token."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from node import pki
+from node.config import parse_config
+from node.errors import PkiError
+from node.main import NodeProcess
+from node.tokens import load_secret
+from raftstate.model.acl import Token
+from raftstate.state.commands import DeleteToken, UpsertToken
+from tests.support.cluster import free_ports
+
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+async def test_no_request_passes_without_a_good_token(tmp_path: Path) -> None:
+    rpc, http = free_ports(2)
+    secret = tmp_path / "token"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    config = parse_config(
+        '[cluster]\nacl_enabled = true\nacl_token_file = "token"\n'
+        f'[nodes.server-1]\nrole = "server"\nrpc_port = {rpc}\nhttp_port = {http}\ndns_port = 0\n',
+        tmp_path / "cluster.toml",
+    )
+    pki.ensure_local_pki(config)
+    node = NodeProcess(config, config.node("server-1"), on_stop=lambda why: None)
+    await node.start()
+    try:
+        assert node.side is not None
+        base = f"http://127.0.0.1:{http}"
+        async with aiohttp.ClientSession() as session:
+
+            async def status(path: str, **headers: str) -> tuple[int, str]:
+                async with session.get(base + path, headers=headers) as response:
+                    return response.status, await response.text()
+
+            for path in ("/v1/catalog/nodes", "/v1/kv/a", "/v1/status/leader", "/v1/openapi.json", "/nowhere", "/"):
+                assert (await status(path))[0] == 403, path
+            assert await status("/v1/catalog/nodes", **{"X-Consul-Token": "wrong"}) == (403, "ACL not found")
+            assert (await status("/v1/catalog/nodes", Authorization=f"Basic {SECRET}"))[0] == 403
+            for headers in ({"X-Consul-Token": SECRET}, {"Authorization": f"Bearer {SECRET}"}):
+                assert (await status("/v1/catalog/nodes", **headers))[0] == 200
+            assert (await status(f"/v1/catalog/nodes?token={SECRET}"))[0] == 200
+            other = hashlib.sha256(b"another secret").hexdigest()
+            await node.side.backend.apply(UpsertToken(Token("00000000-0000-0000-0000-0000000000aa", other)))
+            assert (await status("/v1/catalog/nodes", **{"X-Consul-Token": "another secret"}))[0] == 200
+            await node.side.backend.apply(DeleteToken("00000000-0000-0000-0000-0000000000aa"))
+            assert (await status("/v1/catalog/nodes", **{"X-Consul-Token": "another secret"}))[0] == 403
+    finally:
+        await node.stop()
+
+
+def test_the_secret_must_be_long_and_private(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    with pytest.raises(PkiError, match="uuidgen"):
+        load_secret(str(file))
+    file.write_text("short")
+    file.chmod(0o600)
+    with pytest.raises(PkiError, match="at least 32"):
+        load_secret(str(file))
+    file.write_text(SECRET)
+    file.chmod(0o644)
+    with pytest.raises(PkiError, match="chmod 600"):
+        load_secret(str(file))
