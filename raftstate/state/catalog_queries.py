@@ -34,8 +34,14 @@ def _has_meta(node: Node, wanted: Mapping[str, str] | None) -> bool:
 def services(store: Store, node_meta: Mapping[str, str] | None = None) -> Answer:
     """Service names, each with the tags its instances have."""
     if not node_meta:
-        tags = store.services.tags
-        return answer(store, {name: sorted(tags[name]) for name in sorted(tags)}, ("services",))
+        index, known = store.services.listing
+        found_at = store.changed_at(("services",))
+        if index != found_at:
+            tags = store.services.tags
+            known = {name: sorted(tags[name]) for name in sorted(tags)}
+            # Thousands of names take milliseconds to list, and most changes change none of them.
+            store.services.listing = found_at, known
+        return Answer(max(found_at, 1), known, (("services",),))
     found: dict[str, set[str]] = {}
     for name, node in store.nodes.rows.items():
         if _has_meta(node, node_meta):

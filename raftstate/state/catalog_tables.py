@@ -43,6 +43,8 @@ class Services(Table[InstanceKey, ServiceInstance]):
         """Typical instances only."""
         self.tags: dict[str, dict[str, int]] = {}
         """Per service name: how many instances have each tag."""
+        self.listing: tuple[int, dict[str, list[str]]] = (-1, {})
+        """The last answer to ``catalog.services``, and when that last changed; only that query writes it."""
 
     def key_of(self, row: ServiceInstance) -> InstanceKey:
         return row.node, row.id

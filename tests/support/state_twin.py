@@ -284,9 +284,9 @@ def _flat(store: Store, rows: Iterable[ServiceInstance]) -> list[tuple[Any, ...]
 
 def _node(store: Store, node: str) -> CatalogNode | None:
     row = store.nodes.rows.get(node)
-    return row and CatalogNode(
-        row, {found.id: found for found in _instances(store, lambda found: found.node == node)}
-    )
+    if row is None:
+        return None
+    return CatalogNode(row, {found.id: found for found in _instances(store, lambda found: found.node == node)})
 
 
 def _match(store: Store, by: str, name: str, instance: str) -> list[Intention]:
