@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from node.agent.files import file_name, write_private
 from node.agent.views import View, Views
 from node.backend import Backend
-from node.errors import NodeError, Refused
+from node.errors import Busy, NodeError, Refused
 from node.tasks import Tasks
 from raftstate.model.connect import CARoots, Leaf
 from raftstate.model.identity import SpiffeId
@@ -36,6 +36,8 @@ RENEW_JITTER = 0.05
 ROTATION_SPREAD_S = 2.0
 """After a change of root a node's leaves are renewed over this time."""
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 30.0
+ENTRIES_MAX = 4096
+"""Each costs a key, a signature of the authority and a renewal."""
 IDLE_S = 3 * 24 * 3600.0
 """A leaf that nobody has asked for so long is no longer renewed."""
 
@@ -56,6 +58,8 @@ class LeafEntry:
         self.error: NodeError | None = None
         """Why there is no leaf (yet), or why it could not be renewed."""
         self.holders = 0
+        self.used_at = 0.0
+        """Loop time of the last question for it."""
         self._changed = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
 
@@ -141,16 +145,23 @@ class LeafManager:
         key = (service, instance)
         found = self._entries.get(key)
         if found is None:
+            if len(self._entries) >= ENTRIES_MAX:
+                raise Busy(f"this agent keeps {ENTRIES_MAX} leaf certificates already: ask for fewer services here")
             found = self._entries[key] = LeafEntry(service, instance)
             self._wakes[key] = asyncio.Event()
             self._tasks.spawn(self._keep(found))
+        found.used_at = asyncio.get_running_loop().time()
         return found
 
     def _roots_changed(self) -> None:
         for wake in self._wakes.values():
             wake.set()
 
+    def _idle(self, entry: LeafEntry) -> bool:
+        return not entry.holders and asyncio.get_running_loop().time() - entry.used_at > IDLE_S
+
     async def _keep(self, entry: LeafEntry) -> None:
+        """Obtain the leaf and renew it, until nobody wants it any more."""
         key = (entry.service, entry.instance)
         wake, pause_s = self._wakes[key], RETRY_MIN_S
         saved = await asyncio.to_thread(self._load, key)
@@ -159,6 +170,9 @@ class LeafManager:
             entry.tell()
         while True:
             wake.clear()
+            if self._idle(entry):
+                del self._entries[key], self._wakes[key]
+                return
             if entry.leaf is None or not self._fits(entry.leaf) or self._renew_in_s(entry.leaf) <= 0:
                 try:
                     await self._renew(entry)

@@ -17,7 +17,7 @@ import msgspec
 from node.agent.local import NODE_ITEM, Item, LocalState
 from node.agent.views import View, Views
 from node.backend import Applied, Backend
-from node.errors import NodeError, Refused
+from node.errors import BadRequest, NodeError, Refused
 from node.tasks import Tasks
 from raftstate.model.catalog import PASSING, SERF_HEALTH, Check, Node, ServiceInstance
 from raftstate.state import commands
@@ -141,9 +141,10 @@ class AntiEntropy:
             applied = await self._send(item)
             self._pushed_index = max(self._pushed_index, applied.index)
             applied.unwrap()
-        except Refused as error:
-            failed = error
-            self._note_refusal(item, error)
+        except (Refused, BadRequest) as error:
+            # A bad request is one that no server can take, however often it is sent: as final as a refusal.
+            failed = error if isinstance(error, Refused) else Refused(str(error))
+            self._note_refusal(item, failed)
         except NodeError as error:
             log.info("%s %s is not in the catalog yet: %s; trying again", *item, error)
             self._dirty[item] = None

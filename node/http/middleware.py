@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import msgspec
@@ -107,6 +108,7 @@ def _name(host: str) -> str:
     return host.partition(":")[0] if host.count(":") <= 1 else host
 
 
+@lru_cache(maxsize=256)
 def _trusted(host: str, allowed: frozenset[str]) -> bool:
     """Whether a Host may be asked: an address cannot be rebound, a name can."""
     return _known(host, allowed) or _address(host) is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 
-import msgspec
 from aiohttp import web
 
 from node.durations import parse_duration_s
@@ -12,8 +11,7 @@ from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.reading import answer, read
 from node.http.respond import json_response
-from node.http.writing import read_body, write
-from node.loose_json import BadJson, convert
+from node.http.writing import body_as, write
 from raftstate.model.kv import BEHAVIOR_DELETE, BEHAVIOR_RELEASE, DEFAULT_LOCK_DELAY_NS, ServiceCheck, Session
 from raftstate.model.wire import Wire
 from raftstate.state import commands
@@ -63,11 +61,7 @@ def _require_ttl(ttl: str) -> None:
 @routes.add("PUT", "/v1/session/create")
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a session; with an empty body on this node, by its liveness."""
-    data = await read_body(request, ctx.options.body_bytes_max)
-    try:
-        body = convert(msgspec.json.decode(data) if data.strip() else {}, SessionBody)
-    except (BadJson, msgspec.DecodeError) as error:
-        raise BadRequest(f"Request decode failed: {error}") from error
+    body = await body_as(ctx, request, SessionBody)
     if body.behavior not in (BEHAVIOR_RELEASE, BEHAVIOR_DELETE):
         raise BadRequest(f"Invalid Behavior {body.behavior[:40]!r}: use release or delete")
     _require_ttl(body.ttl)

@@ -19,12 +19,14 @@ from cryptography.x509.oid import NameOID
 
 from node.agent.agent import LocalAgent
 from node.agent.options import AgentOptions
+from node.errors import BadRequest
 from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
 from node.local_backend import LocalBackend
 from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
 from raftstate.state import commands
+from raftstate.state.commands import MalformedCommand
 
 TRUST_DOMAIN = "11111111-2222-3333-4444-555555555555.consul"
 
@@ -94,7 +96,11 @@ class SigningBackend(LocalBackend):
         if self.away is not None:
             raise self.away
         self.applied.append(command)
-        return await super().apply(command, **kwargs)
+        try:
+            return await super().apply(command, **kwargs)
+        except (OverflowError, MalformedCommand) as error:
+            # As the backends of servers and agents do.
+            raise BadRequest(f"the command cannot be encoded: {error}") from error
 
     async def sign_leaf(self, csr_pem: str, *, service: str, instance: str = "") -> str:
         if self.away is not None:
