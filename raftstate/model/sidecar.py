@@ -1,6 +1,6 @@
 """The one stream of configuration from an agent to a sidecar.
 
-The agent serves it as newline-delimited JSON at ``GET /v1/agent/connect/proxy/<sidecar-id>/stream``. Each line
+The agent serves it as newline-delimited JSON at ``POST /v1/agent/connect/proxy/<sidecar-id>/stream``. Each line
 is one :class:`SidecarUpdate`; a section that is not ``None`` replaces the sidecar's copy whole. The first line
 carries every section; an update with no section is a heartbeat. When the stream ends, the sidecar keeps what
 it has and dials again: nothing opens that was closed, nothing closes that was open.
