@@ -28,8 +28,8 @@ _PINNED = "0.3.17"
 if VERSION != _PINNED:
     raise ImportError(f"the raft adapter overrides private parts of pysyncobj {_PINNED}, found {VERSION}: install it")
 
-REGULAR, NO_OP, MEMBERS = b"\x00", b"\x01", b"\x02"
-"""First byte of a command in the log; the values are pysyncobj's."""
+REGULAR, NO_OP, MEMBERS, RESTORE = b"\x00", b"\x01", b"\x02", b"\x04"
+"""First byte of a command in the log; the values are pysyncobj's, but for RESTORE (`raft_backup.py`)."""
 FOLLOWER, CANDIDATE, LEADER = 0, 1, 2
 ROLES = ("follower", "candidate", "leader")
 

@@ -210,6 +210,7 @@ class Installing(Replication):
         self._memberships = [(install.index, install.members), *later]
         self._set_commit(max(self.commit, install.index))
         self._set_applied(install.index)
+        self.backup.forget()
         if self.leader is not None:
             self._held.append((self.leader, SnapshotReply(self.term, install.index, 0, True, 0)))
 

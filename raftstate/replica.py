@@ -10,81 +10,29 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
+from raftstate import backup
 from raftstate.errors import NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
+from raftstate.raft_backup import RestoreInLog
 from raftstate.raft_driven import ROLES
-from raftstate.raft_driver import Driver, Group, SyncDone, Syncing
-from raftstate.raft_install import Install
-from raftstate.raft_ports import Log, Snapshots
+from raftstate.raft_driver import Driver, Group, SyncDone
+from raftstate.raft_install import Install, members_dict
+from raftstate.raft_ports import Snapshots
 from raftstate.raft_snapshotter import SnapshotMaker
+from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp, boot_clock
+from raftstate.snapshot_format import SnapshotHeader
+
+__all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica", "boot_clock"]
 
 log = logging.getLogger(__name__)
 
-ReadMode = Literal["stale", "default", "consistent"]
 SNAPSHOT_SLICE_S = 0.005
 """How long a snapshot may hold the loop before others get their turn."""
-
-
-class Machine(Protocol):
-    """The pure state machine (`raftstate.state.machine.StateMachine`). `apply` returns an Applied."""
-
-    def apply(self, index: int, data: bytes) -> Any: ...
-    def snapshot(self) -> Any: ...
-    def restore(self, chunks: Iterable[bytes]) -> None: ...
-
-
-class JournalLike(Log, Syncing, Protocol):
-    def close(self) -> None: ...
-
-
-class Peers(Protocol):
-    """What the replica asks of the peer transport."""
-
-    def send(self, peer: str, data: bytes) -> None:
-        """Send one message, without blocking; drop it if there is no connection or its buffer is full."""
-
-    def set_peers(self, addresses: dict[str, str]) -> None:
-        """The other members now, id -> host:port: connect to these, drop the rest."""
-
-
-@dataclass(frozen=True)
-class ReadStamp:
-    """What a read may say of itself: it sees all up to `index`."""
-
-    index: int
-    known_leader: bool
-    last_contact_ms: int
-
-
-@dataclass(frozen=True)
-class RaftStatus:
-    """One server's view. `role` is follower, candidate or leader; `lag` maps followers to entries not yet held."""
-
-    id: str
-    role: str
-    term: int
-    leader: str | None
-    commit_index: int
-    applied_index: int
-    first_index: int
-    last_index: int
-    durable_index: int
-    snapshot_index: int
-    last_contact_ms: int
-    members: tuple[Member, ...]
-    lag: dict[str, int]
-    failure: str | None
-
-
-def boot_clock() -> float:
-    """Seconds on a clock that never jumps and also counts while the machine is suspended: a lease must run out."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Replica:
@@ -152,6 +100,7 @@ class Replica:
             rng=self._rng,
             config=self._config,
         )
+        self._core.backup = RestoreInLog(self._replace_state)
         self._driver = Driver(
             self._core,
             self._journal,
@@ -491,6 +440,9 @@ class Replica:
 
     def _snapshot_due(self, core: RaftCore) -> bool:
         new = core.applied - self._snapshot_index
+        term = core.term_at(core.applied)
+        if term is None or core.backup.under_way(term):
+            return False
         return new > 0 and (
             new >= self._snapshot_entries
             or self._bytes_since_snapshot >= self._snapshot_bytes
@@ -524,5 +476,39 @@ class Replica:
         finally:
             self._restoring = False
         core.installed()
+        if self.watches is not None:
+            self.watches.notify_all()
         self._snapshot_index = install.index
         self._poke()
+
+    # -- backups ---------------------------------------------------------------------------------------------------
+
+    async def save_snapshot(self) -> AsyncIterator[bytes]:
+        """Yield a backup of the state as applied here, in the snapshot file's form, while work goes on.
+
+        Await a read barrier first for the newest state.
+        """
+        core = self._running_core()
+        header = SnapshotHeader(
+            core.applied, core.term_at(core.applied) or 0, members_dict(core.members), time.time()
+        )
+        async for piece in backup.save(self.machine, header):
+            yield piece
+
+    async def restore_snapshot(self, pieces: AsyncIterator[bytes], timeout_s: float = 60.0) -> None:
+        """Replace the state on every server by a backup; the membership stays as it is. Only on the leader.
+
+        The backup is checked whole before anything changes. Raises SnapshotDamaged, NotLeader, UnknownOutcome.
+        """
+        core = self._running_core()
+
+        async def propose(step: bytes | None) -> Any:
+            return await self._propose(lambda core, done: core.propose_restore(step, done), timeout_s)
+
+        await backup.restore(pieces, propose, lambda: core.last_index)
+
+    def _replace_state(self, chunks: Iterable[bytes]) -> None:
+        self.machine.restore(chunks)
+        self._bytes_since_snapshot = self._snapshot_bytes  # the log is no short way to this state: a snapshot is due
+        if self.watches is not None:
+            self.watches.notify_all()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, TooBusy, UnknownOutcome
+from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
 from raftstate.raft import RaftConfig
 from raftstate.replica import Replica
 from tests.support.raft_cluster import FAST, ReplicaCluster
@@ -197,3 +198,35 @@ async def test_a_failed_sync_stops_the_server(tmp_path: Path, monkeypatch: pytes
             await cluster.replicas[leader.id].apply(command("r2", "k", "v"))
         for replica in cluster.replicas.values():
             replica._journal.close()
+
+
+async def test_a_backup_replaces_the_state_on_every_server(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path / "old", 3) as cluster:
+        leader = await cluster.leader()
+        for number in range(50):
+            await leader.apply(command(f"r{number}", f"k{number}", "old" * 100))
+        kept = dict(registers(leader))
+        backup = [piece async for piece in leader.save_snapshot()]
+
+    async def pieces(data: list[bytes]) -> AsyncIterator[bytes]:
+        for piece in data:
+            yield piece
+
+    async with ReplicaCluster(tmp_path / "new", 3) as cluster:
+        leader = await cluster.leader()
+        await leader.apply(command("x", "k", "new"))
+        with pytest.raises(SnapshotDamaged):
+            await leader.restore_snapshot(pieces(backup[:-1]))
+        assert registers(leader) == {"k": "new"}
+        await leader.restore_snapshot(pieces(backup))
+        applied = await leader.apply(command("y", "k", "after"))
+        assert applied.index > 50
+        for replica in cluster.replicas.values():
+            await replica.wait_applied(applied.index)
+            assert registers(replica) == {**kept, "k": "after"}
+        for name in cluster.names:
+            await cluster.crash(name)
+        for name in cluster.names:
+            await cluster.start(name)
+        leader = await cluster.leader()
+        assert registers(leader) == {**kept, "k": "after"}
