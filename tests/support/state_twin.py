@@ -220,7 +220,9 @@ def may_wake_unchanged(name: str, params: dict[str, Any], command: c.Command) ->
 
     A command of several steps may touch what it puts back itself.
     """
-    if isinstance(command, c.Txn) or (isinstance(command, c.CatalogRegister) and name == "health.checks"):
+    if isinstance(command, c.Txn):
+        return True
+    if isinstance(command, c.CatalogRegister) and name in ("health.checks", "health.state"):
         return True
     filtered = ("node_meta", "tags", "passing")
     return name in MAY_WAKE_UNCHANGED or any(params.get(parameter) for parameter in filtered)
