@@ -268,7 +268,7 @@ def idle_cost(target: Target, count: int) -> list[float]:
     held = []
     for _ in range(count):
         held.append(socket.create_connection(("127.0.0.1", target.port)))
-    time.sleep(1.5)
+    time.sleep(2 + count / 150)  # handshakes take their time
     after = target.rss_kib()
     for sock in held:
         sock.close()
