@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import pairwise
 
 from hypothesis import given, settings
@@ -268,3 +268,57 @@ def test_thousands_of_denials_in_one_piece() -> None:
     app, client = asyncio.run(run([GOOD[5] * 5000], by_path))
     assert client.sent.count(b"HTTP/1.1 403 ") == 5000
     assert app.connections == []
+
+
+async def pressed(work: Callable[[Recorder, FakeApp], Awaitable[None]]) -> None:
+    app, client = FakeApp(), Recorder()
+    http = InboundHttp(OPTIONS)
+    http.serve(client, peer=Identity(service="web"), dial=app.dial, decide=by_path, stats=HttpCounters())
+    try:
+        await work(client, app)
+    finally:
+        await http.close()
+
+
+async def turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def test_a_client_that_takes_no_answers_gets_no_more_requests_served() -> None:
+    async def work(client: Recorder, app: FakeApp) -> None:
+        client.peer.write(GOOD[0])
+        await turns()
+        client.peer.pause_reading()
+        client.peer.write((GOOD[0] + GOOD[5]) * 500)
+        await turns()
+        assert client.paused
+        assert len(app.seen) <= 2
+        served = len(client.sent)
+        client.peer.resume_reading()
+        await turns()
+        assert len(client.sent) > served
+        for _ in range(100):
+            await turns()
+        assert len(app.seen) == 501
+
+    asyncio.run(pressed(work))
+
+
+def test_an_app_that_takes_no_more_is_sent_no_more() -> None:
+    async def work(client: Recorder, app: FakeApp) -> None:
+        client.peer.write(b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+        await turns()
+        (connection,) = app.connections
+        connection.peer.pause_reading()
+        client.peer.write(bytes(500_000))
+        await turns()
+        assert client.paused
+        assert len(connection.sent) <= 16 * 1024 + 100
+        connection.peer.resume_reading()
+        client.peer.write(bytes(500_000))
+        await turns()
+        assert not client.paused
+        assert [len(body) for _, body in app.seen] == [1_000_000]
+
+    asyncio.run(pressed(work))

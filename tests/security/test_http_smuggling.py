@@ -107,6 +107,7 @@ REFUSED = {
     "target with nul": b"GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
     "target without slash": b"GET evil HTTP/1.1\r\nHost: a\r\n\r\n",
     "target with fragment": b"GET /#/../evil HTTP/1.1\r\nHost: a\r\n\r\n",
+    "absolute target with fragment": b"GET http://a/x#/../evil HTTP/1.1\r\nHost: a\r\n\r\n",
     "method in lower case": b"get / HTTP/1.1\r\nHost: a\r\n\r\n",
     "method with junk": b"G\x00ET / HTTP/1.1\r\nHost: a\r\n\r\n",
     "CONNECT": b"CONNECT evil:80 HTTP/1.1\r\nHost: evil:80\r\n\r\n" + EVIL,

@@ -414,6 +414,17 @@ async def test_an_app_that_closes_between_requests_is_dialled_again() -> None:
         assert len(r.app.seen) == 5
 
 
+async def test_an_app_that_says_it_closes_gets_no_other_request() -> None:
+    async def closing(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+
+    post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx"
+    async with rig(App(answer=closing)) as r:
+        data = await r.exchange(post * 3)
+        assert [status for status, _, _ in replies(data)] == [200] * 3
+        assert r.app.connections == 3
+
+
 async def test_only_a_repeatable_request_is_sent_again_when_a_kept_connection_breaks() -> None:
     async def die_on_second(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(app.seen) == 2:
