@@ -116,6 +116,16 @@ class FrameConnection(asyncio.Protocol):
         finally:
             self._pings.pop(number, None)
 
+    def pause_reading(self) -> None:
+        """Take nothing more in for now; the peer's sending stops by TCP."""
+        if self._transport is not None and not self.closed:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take in again."""
+        if self._transport is not None and not self.closed:
+            self._transport.resume_reading()
+
     def abort(self, error: BaseException | None = None) -> None:
         """Close at once, whatever is unsent."""
         if self._transport is not None:

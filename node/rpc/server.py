@@ -26,9 +26,38 @@ from node.tasks import Tasks
 
 log = logging.getLogger("lictor.rpc")
 
-UPLOAD_PIECES_MAX = 4096
-"""Pieces of one upload that may wait to be read; a client that sends more than this ahead is refused."""
+UPLOAD_PIECES_HIGH, UPLOAD_PIECES_LOW = 64, 16
+"""Pieces of one upload that may wait: above the first its connection is read no more, until below the second."""
 FAILURE_TEXT_MAX = 4096
+
+
+class Upload:
+    """The pieces of a body that comes in pieces; `hold` and `go_on` stop and start the reading of the connection."""
+
+    def __init__(self, hold: Callable[[], None], go_on: Callable[[], None]) -> None:
+        self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._hold, self._go_on = hold, go_on
+        self._held = False
+
+    def put(self, piece: bytes | None) -> None:
+        """Take in the next piece; None ends the upload."""
+        self._pieces.put_nowait(piece)
+        if not self._held and self._pieces.qsize() > UPLOAD_PIECES_HIGH:
+            self._held = True
+            self._hold()
+
+    async def read(self) -> AsyncIterator[bytes]:
+        """Yield the pieces."""
+        while (piece := await self._pieces.get()) is not None:
+            if self._held and self._pieces.qsize() < UPLOAD_PIECES_LOW:
+                self.release()
+            yield piece
+
+    def release(self) -> None:
+        """Let the connection be read again."""
+        if self._held:
+            self._held = False
+            self._go_on()
 
 
 @dataclass
@@ -39,18 +68,17 @@ class Call:
     body: bytes
     deadline: float
     """Loop time; infinity for a stream."""
-    pieces: asyncio.Queue[bytes | None] | None = None
+    pieces: Upload | None = None
 
     def left_s(self) -> float:
         """Seconds until the caller gives up."""
         return max(0.0, self.deadline - asyncio.get_running_loop().time())
 
-    async def upload(self) -> AsyncIterator[bytes]:
-        """Yield the pieces of an upload."""
+    def upload(self) -> AsyncIterator[bytes]:
+        """The pieces of an upload. Raises BadRequest if the call is none."""
         if self.pieces is None:
             raise BadRequest("this call must be an upload")
-        while (piece := await self.pieces.get()) is not None:
-            yield piece
+        return self.pieces.read()
 
 
 Unary = Callable[[Call], Awaitable[bytes]]
@@ -89,7 +117,7 @@ class ServerConnection(FrameConnection):
         super().__init__(peer, bytes_max=REQUEST_BYTES_MAX, blocked=blocked)
         self._methods, self._tasks, self._inflight_max, self._on_end = methods, tasks, inflight_max, on_end
         self._calls: dict[int, asyncio.Task[Any]] = {}
-        self._uploads: dict[int, asyncio.Queue[bytes | None]] = {}
+        self._uploads: dict[int, Upload] = {}
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -116,7 +144,7 @@ class ServerConnection(FrameConnection):
         deadline = now + request.timeout_ms / 1000 if request.timeout_ms else float("inf")
         call = Call(self.peer, request.body, deadline)
         if request.upload:
-            call.pieces = self._uploads[request.call] = asyncio.Queue(UPLOAD_PIECES_MAX)
+            call.pieces = self._uploads[request.call] = Upload(self.pause_reading, self.resume_reading)
         if (unary := self._methods.unary.get(request.method)) is not None:
             work = self._answer(request.call, unary, call)
         elif (streaming := self._methods.streaming.get(request.method)) is not None:
@@ -128,13 +156,9 @@ class ServerConnection(FrameConnection):
         self._calls[request.call] = self._tasks.spawn(self._guard(request.call, work))
 
     def _piece(self, frame: Item | End) -> None:
-        pieces = self._uploads.get(frame.call)
-        if pieces is None:
-            return  # the call ended before its upload did
-        try:
-            pieces.put_nowait(frame.body if isinstance(frame, Item) else None)
-        except asyncio.QueueFull:
-            raise BadFrame("upload runs ahead of its reader") from None
+        upload = self._uploads.get(frame.call)
+        if upload is not None:  # else the call ended before its upload did
+            upload.put(frame.body if isinstance(frame, Item) else None)
 
     async def _guard(self, number: int, work: Awaitable[None]) -> None:
         try:
@@ -151,7 +175,8 @@ class ServerConnection(FrameConnection):
             self._fail(number, NodeError(f"the server failed: {type(error).__name__}; see its log"))
         finally:
             self._calls.pop(number, None)
-            self._uploads.pop(number, None)
+            if (upload := self._uploads.pop(number, None)) is not None:
+                upload.release()
 
     async def _answer(self, number: int, method: Unary, call: Call) -> None:
         if call.deadline == float("inf"):

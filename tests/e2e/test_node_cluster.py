@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -458,3 +459,30 @@ async def test_following_ends_with_a_bad_query(tmp_path: Path) -> None:
             with pytest.raises(BadRequest):
                 await client.query("nope", mode="stale")
         await eventually(lambda: len(client.followed) == 0)
+
+
+async def pieces_of(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), size):
+        yield data[start : start + size]
+
+
+async def test_a_backup_is_saved_and_restored_through_any_node(tmp_path: Path) -> None:
+    async with cluster(tmp_path, clients=1) as running:
+        follower = await running.follower()
+        client = running.clients["client-1"].backend
+        for number in range(20):
+            (await client.apply(KVSet(f"k/{number}", b"x" * 100_000))).unwrap()
+        for saver, restorer in ((client, follower.backend), (follower.backend, client)):
+            saved = b"".join([piece async for piece in saver.snapshot_save()])
+            assert len(saved) > 2_000_000
+            (await client.apply(KVSet("k/0", b"changed"))).unwrap()
+            (await client.apply(KVSet("new", b"1"))).unwrap()
+            await restorer.snapshot_restore(pieces_of(saved))
+            for reader in backends(running):
+                keys = (await reader.query("kv.keys", {"prefix": ""}, mode="consistent")).value
+                assert len(keys) == 20
+                first = await reader.query("kv.get", {"key": "k/0"})
+                assert first.value["Value"] == b"x" * 100_000
+            with pytest.raises(Refused, match="damaged"):
+                await restorer.snapshot_restore(pieces_of(saved[:-100] + bytes(100)))
+        (await client.apply(KVSet("after", b"1"))).unwrap()

@@ -243,3 +243,30 @@ async def test_a_partition_is_silent_and_its_connections_die_when_it_heals(tmp_p
 def test_faults_need_leave() -> None:
     with pytest.raises(Refused, match="fault_injection"):
         FaultFilter(enabled=False).block(["server-1"])
+
+
+@both_loops
+async def test_an_upload_that_outruns_its_reader_is_held_back_not_lost(tmp_path: Path) -> None:
+    served, release, read = Served(), asyncio.Event(), []
+
+    async def slow(call: Call) -> bytes:
+        await release.wait()
+        async for piece in call.upload():
+            read.append(len(piece))
+        return b"done"
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(200):
+            yield b"x" * 65536
+
+    served.methods.add("slow", slow)
+    async with rpc_ends(tmp_path, served.methods) as ends:
+        connection = await ends.dial()
+        upload = asyncio.ensure_future(connection.upload("slow", b"", pieces(), 30))
+        await asyncio.sleep(0.1)
+        assert not upload.done()
+        release.set()
+        assert await upload == b"done"
+        assert sum(read) == 200 * 65536
+        assert await connection.call("echo", b"x", 5) == b"client-1:x"
+        connection.close()
