@@ -1,9 +1,10 @@
-"""Configuration entries: kept as they are, but for kind and name."""
+"""Configuration entries: kept as they are, but for kind and name. ``service-intentions`` has a module of its own."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from raftstate.state import service_intentions
 from raftstate.state.answer import Answer, answer
 from raftstate.state.commands import DeleteConfigEntry, SetConfigEntry
 from raftstate.state.names import require_name
@@ -12,7 +13,14 @@ from raftstate.state.refusal import INVALID, Refused
 from raftstate.state.step import Step
 from raftstate.state.store import Store
 
-KINDS = ("proxy-defaults", "service-defaults", "service-resolver", "service-router", "service-splitter")
+KINDS = (
+    "proxy-defaults",
+    "service-defaults",
+    service_intentions.KIND,
+    "service-resolver",
+    "service-router",
+    "service-splitter",
+)
 _OWN = ("Kind", "Name", "CreateIndex", "ModifyIndex")
 
 
@@ -23,6 +31,8 @@ def put(step: Step, command: SetConfigEntry) -> bool:
     require_name(command.name, "config entry name")
     if command.kind == "proxy-defaults" and command.name != "global":
         raise Refused(INVALID, f"invalid name ({command.name!r}), only 'global' is supported for proxy-defaults")
+    if command.kind == service_intentions.KIND:
+        return service_intentions.put(step, command.name, command.entry, command.cas_index)
     key = (command.kind, command.name)
     old = step.store.config_entries.rows.get(key)
     if command.cas_index is not None and command.cas_index != (old.modify_index if old else 0):
@@ -39,6 +49,8 @@ def put(step: Step, command: SetConfigEntry) -> bool:
 
 def delete(step: Step, command: DeleteConfigEntry) -> bool:
     """Delete an entry; one that is gone is deleted."""
+    if command.kind == service_intentions.KIND:
+        return service_intentions.delete(step, command.name, command.cas_index)
     key = (command.kind, command.name)
     old = step.store.config_entries.rows.get(key)
     if command.cas_index is not None and command.cas_index != (old.modify_index if old else 0):
@@ -58,12 +70,16 @@ def _shown(row: ConfigEntry) -> dict[str, Any]:
 
 def get(store: Store, kind: str, name: str) -> Answer:
     """An entry in Consul's form, or None."""
+    if kind == service_intentions.KIND:
+        return service_intentions.get(store, name)
     row = store.config_entries.rows.get((kind, name))
     return answer(store, None if row is None else _shown(row), ("config", kind, name))
 
 
 def list_kind(store: Store, kind: str = "") -> Answer:
-    """All entries of a kind (of all kinds without one), by kind and name."""
+    """All entries of a kind, by name; without a kind all that are stored (which service-intentions are not)."""
+    if kind == service_intentions.KIND:
+        return service_intentions.list_all(store)
     rows = store.config_entries.by_kind.get(kind, {}) if kind else store.config_entries.rows
     watch = ("config-kind", kind) if kind else ("config-all",)
     return answer(store, [_shown(rows[key]) for key in sorted(rows)], watch)

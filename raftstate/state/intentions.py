@@ -51,7 +51,7 @@ def upsert(step: Step, command: UpsertIntention) -> Any:
         return plain(old)
     stamped = msgspec.structs.replace(stamped, updated_at=step.at)
     if old is not None and intention_key(old) != key:
-        _remove(step, old)
+        remove(step, old)
     intentions.put(key, stamped)
     step.touch("intentions")
     step.touch("intention", stamped.id)
@@ -73,11 +73,12 @@ def delete(step: Step, command: DeleteIntention) -> bool:
         row = rows[0] if rows else None
     if row is None:
         return False
-    _remove(step, row)
+    remove(step, row)
     return True
 
 
-def _remove(step: Step, row: Intention) -> None:
+def remove(step: Step, row: Intention) -> None:
+    """Remove an intention that is stored."""
     intentions, key = step.store.intentions, intention_key(row)
     intentions.remove(key)
     step.touch("intentions")

@@ -157,6 +157,16 @@ commands: st.SearchStrategy[c.Command] = st.one_of(
         _cas,
     ),
     st.builds(c.DeleteConfigEntry, st.sampled_from(KINDS), st.sampled_from(SERVICES), _cas),
+    st.builds(
+        c.SetConfigEntry,
+        st.just("service-intentions"),
+        st.sampled_from(("web", "*")),
+        st.lists(st.sampled_from(("web", "db", "*", "web:web-1")), max_size=3).map(
+            lambda names: {"Sources": [{"Name": name, "Action": "allow"} for name in names]}
+        ),
+        _cas,
+    ),
+    st.builds(c.DeleteConfigEntry, st.just("service-intentions"), st.sampled_from(("web", "db")), _cas),
     st.builds(c.ForgetRequests, st.sampled_from(("2026-01-01T00:00:20Z", "when"))),
 )
 

@@ -6,6 +6,7 @@ import msgspec
 
 from raftstate.model.acl import Token
 from raftstate.model.connect import CARoot
+from raftstate.model.intention import Intention
 from raftstate.model.wire import to_json
 from raftstate.state import commands as c
 from raftstate.state.queries import QUERIES
@@ -131,3 +132,52 @@ def test_tokens_are_found_by_the_hash_of_their_secret() -> None:
     assert log.do(c.DeleteToken("b")) is True
     assert log.do(c.DeleteToken("b")) is False
     assert [row.accessor_id for row in log.ask("acl.tokens").value] == ["a"]
+
+
+def test_a_service_intentions_entry_is_the_intentions_on_its_service() -> None:
+    log = Log()
+    for source, destination, id in (("old", "web", "i1"), ("kept", "web", "i2"), ("x:x-1", "web:web-1", "i3")):
+        log.do(c.UpsertIntention(Intention(source, destination, id=id, action="allow")))
+    put = c.SetConfigEntry(
+        "service-intentions",
+        "web",
+        {
+            "Kind": "service-intentions",
+            "Sources": [
+                {"Name": "kept", "Action": "allow", "Precedence": 9},
+                {
+                    "Name": "*",
+                    "Permissions": [{"Action": "allow", "HTTP": {"PathPrefix": "/v1", "Methods": ["GET"]}}],
+                },
+            ],
+        },
+    )
+    assert log.do(put) is True
+    assert not log.apply(put).touched
+    rows = log.ask("intentions.match", by="destination", name="web", instance="web-1").value
+    assert [(row.source_name, row.id in ("i2", "i3")) for row in rows] == [
+        ("x-1", True),
+        ("kept", True),
+        ("*", False),
+    ]
+    entry = log.ask("config.get", kind="service-intentions", name="web").value
+    assert [(source["Name"], source["Precedence"]) for source in entry["Sources"]] == [("kept", 9), ("*", 8)]
+    assert entry["Sources"][1]["Permissions"][0]["HTTP"]["PathPrefix"] == "/v1"
+    assert log.do(msgspec.structs.replace(put, cas_index=1)) is False
+    assert log.do(msgspec.structs.replace(put, entry=entry, cas_index=entry["ModifyIndex"])) is True
+    assert [row["Name"] for row in log.ask("config.list", kind="service-intentions").value] == ["web"]
+    assert log.do(c.DeleteConfigEntry("service-intentions", "web")) is True
+    assert log.ask("config.get", kind="service-intentions", name="web").value is None
+    assert [row.id for row in log.ask("intentions.list").value] == ["i3"]
+
+
+def test_a_bad_service_intentions_entry_is_refused_whole() -> None:
+    log = Log()
+    for sources in (
+        [{"Name": "a", "Action": "allow"}, {"Name": "b", "Action": "maybe"}],
+        [{"Name": "a", "Action": "allow"}, {"Name": "a", "Action": "deny"}],
+        [{"Action": "allow"}],
+        "a",
+    ):
+        code, text = log.refused(c.SetConfigEntry("service-intentions", "web", {"Sources": sources}))
+        assert code == "invalid", text
