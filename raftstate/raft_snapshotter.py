@@ -32,6 +32,8 @@ class SnapshotMaker:
 
     def __init__(self, core: RaftCore, machine: Snapshotting, store: Snapshots) -> None:
         self.index = core.applied
+        self.bytes = 0
+        """State written so far."""
         term = core.term_at(self.index)
         assert term is not None, "the log keeps what is applied and not in a snapshot yet"
         self._core = core
@@ -46,6 +48,7 @@ class SnapshotMaker:
             self._open.close()
             return False
         self._writer.write(chunk)
+        self.bytes += len(chunk)
         return True
 
     def commit(self) -> None:

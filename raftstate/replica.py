@@ -31,8 +31,8 @@ __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica",
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_SLICE_S = 0.005
-"""How long a snapshot may hold the loop before others get their turn."""
+SNAPSHOT_SLICE_S, SNAPSHOT_REST_S = 0.002, 0.001
+"""How long a snapshot may hold the loop, and how long it then leaves it to others."""
 
 
 class Replica:
@@ -76,7 +76,7 @@ class Replica:
         self._proposals: set[asyncio.Future[Any]] = set()
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._snapshotting = self._restoring = False
-        self._snapshot_index = 0
+        self._snapshot_index = self._snapshot_size = 0
         self._bytes_since_snapshot = 0
         self._known_members = Members()
         self._known_leader: tuple[str | None, int] = (None, 0)
@@ -439,15 +439,13 @@ class Replica:
     # -- snapshots -------------------------------------------------------------------------------------------------
 
     def _snapshot_due(self, core: RaftCore) -> bool:
+        """Whether the log has grown enough; a large state is written again only for a log of some size beside it."""
         new = core.applied - self._snapshot_index
         term = core.term_at(core.applied)
-        if term is None or core.backup.under_way(term):
+        if new <= 0 or term is None or core.backup.under_way(term):
             return False
-        return new > 0 and (
-            new >= self._snapshot_entries
-            or self._bytes_since_snapshot >= self._snapshot_bytes
-            or core.snapshot_wanted
-        )
+        grown = new >= self._snapshot_entries or self._bytes_since_snapshot >= self._snapshot_bytes
+        return core.snapshot_wanted or (grown and self._bytes_since_snapshot >= self._snapshot_size // 4)
 
     async def _make_snapshot(self, core: RaftCore) -> None:
         self._bytes_since_snapshot = 0
@@ -456,7 +454,7 @@ class Replica:
             turn_until = self._clock() + SNAPSHOT_SLICE_S
             while maker.step():
                 if self._clock() >= turn_until:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(SNAPSHOT_REST_S)
                     turn_until = self._clock() + SNAPSHOT_SLICE_S
             await asyncio.to_thread(maker.commit)
         except BaseException:
@@ -465,7 +463,7 @@ class Replica:
         finally:
             self._snapshotting = False
         maker.finish()
-        self._snapshot_index = maker.index
+        self._snapshot_index, self._snapshot_size = maker.index, maker.bytes
         self._poke()
 
     async def _restore(self, core: RaftCore, install: Install) -> None:
@@ -509,6 +507,8 @@ class Replica:
 
     def _replace_state(self, chunks: Iterable[bytes]) -> None:
         self.machine.restore(chunks)
-        self._bytes_since_snapshot = self._snapshot_bytes  # the log is no short way to this state: a snapshot is due
+        self._bytes_since_snapshot = (
+            self._snapshot_bytes + self._snapshot_size
+        )  # the log is no short way to this state: a snapshot is due
         if self.watches is not None:
             self.watches.notify_all()

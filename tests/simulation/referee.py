@@ -143,8 +143,8 @@ class Referee:
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
-    def write_acknowledged(self, request: str, index: int, value: str, floor: int) -> None:
-        """`floor` is this referee's floor when the write was first sent."""
+    def write_acknowledged(self, request: str, index: int, value: str | None, floor: int) -> None:
+        """`floor` is this referee's floor when the write was first sent; `value` may be unknown after a retry."""
         first = self._effective.get(request)
         if first is None:
             raise Violation(f"write {request} was acknowledged at index {index} and applied nowhere")
@@ -156,7 +156,7 @@ class Referee:
             )
         _, key, _ = msgspec.msgpack.decode(self._applied_at[first][1])
         expected = self.value_at(key, first)
-        if value != expected:
+        if value is not None and value != expected:
             raise Violation(f"write {request} left {value!r} behind, the log says {expected!r}")
         self.acknowledged[request] = first
         self.floor = max(self.floor, first)

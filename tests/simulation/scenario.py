@@ -9,9 +9,11 @@ from typing import Any
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
 from tests.simulation.clients import SimClient
 from tests.simulation.network import Network, NetworkMood
+from tests.simulation.real_machine import RealMachine
 from tests.simulation.referee import Referee
 from tests.simulation.server import Bugs, SimServer, Tuning
 from tests.simulation.world import Violation, World
+from tests.support.raft_machine import RegisterMachine
 
 FAULTS_S = 6.0
 """Virtual seconds with faults; then everything heals and must settle."""
@@ -64,6 +66,7 @@ class Scenario:
                 learner_lag_max=3,
                 proposals_max=20,
             ),
+            machine=RealMachine if rng.random() < 0.3 else RegisterMachine,
             snapshot_entries=rng.choice((10, 40, 1000)),
             segment_bytes=rng.choice((1000, 4096)),
             sync_s=rng.choice((0.0005, 0.003)),

@@ -27,7 +27,8 @@ class Bugs:
     """What a planted bug replaces; the defaults are the real thing."""
 
     core: type[RaftCore] = RaftCore
-    machine: Callable[[], RegisterMachine] = RegisterMachine
+    machine: Callable[[], Any] | None = None
+    """None: a small machine or the real one, as the seed has it."""
     disk: type[SimDisk] = SimDisk
 
 
@@ -36,6 +37,7 @@ class Tuning:
     """What a seed draws for all its servers."""
 
     config: RaftConfig = field(default_factory=RaftConfig)
+    machine: Callable[[], Any] = RegisterMachine
     snapshot_entries: int = 40
     segment_bytes: int = 4096
     sync_s: float = 0.001
@@ -96,7 +98,7 @@ class SimServer:
         self.life = 0
         self.paused_until = 0.0
         self.core: RaftCore
-        self.machine: RegisterMachine
+        self.machine: Any
         self._driver: Driver
         self._journal: WatchedJournal
         self._socket: Socket
@@ -171,7 +173,7 @@ class SimServer:
             )
             self._journal.referee, self._journal.server = self._referee, self.name
             self._store = SnapshotStore(socket, "snapshots", clock=lambda: 0.0)
-            self.machine = self._bugs.machine()
+            self.machine = (self._bugs.machine or self._tuning.machine)()
             meta = self._store.latest()
             if meta is not None:
                 self.machine.restore(self._store.open(meta))
