@@ -10,7 +10,9 @@ The adapter reaches private names (`self._SyncObj__raftLog`), so it is written a
 
 from __future__ import annotations
 
+import _socket
 import random
+import socket
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -23,6 +25,9 @@ from pysyncobj.version import VERSION
 from raftstate.errors import JournalDamaged, StateDiverged
 from raftstate.raft_members import Members, encode_members
 from raftstate.raft_ports import Entry, Log, Position
+
+# pysyncobj's import replaces this function, for everyone and on every system, by one that works on Windows only.
+socket.inet_ntop = _socket.inet_ntop
 
 _PINNED = "0.3.17"
 if VERSION != _PINNED:
