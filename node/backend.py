@@ -77,6 +77,8 @@ class QueryResult:
     raw: Any
     """Model values or builtins, as found; prefer the methods below."""
     consistency: ReadMode = "default"
+    applied_index: int = 0
+    """Log index up to which the answering server had applied; grows even where `index` goes back by a restore."""
     _builtins: Any = field(default=msgspec.UNSET, repr=False)
 
     @property

@@ -129,7 +129,14 @@ class RpcBackend:
         if mode == "stale" and (followed := self.followed.get(name, params)) is not None:
             known = followed.result
             if known is not None and (followed.applied_index >= self._seen_index or not self.link.server):
-                return QueryResult(known.index, self.link.known_leader, self.link.last_contact_ms(), known.raw, mode)
+                return QueryResult(
+                    known.index,
+                    self.link.known_leader,
+                    self.link.last_contact_ms(),
+                    known.raw,
+                    mode,
+                    followed.applied_index,
+                )
             result, applied = await self._ask_server(name, params, mode, 0, 0.0)
             followed.take(result, applied)
             return result

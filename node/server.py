@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from node.operator_verbs import OperatorVerbs
     from raftstate.replica import Replica
     from raftstate.state.commands import Command
+    from raftstate.state.machine import StateMachine
 
 SIGN_TIMEOUT_S = 10.0
 SEEN_WAIT_S = 2.0
@@ -62,7 +63,8 @@ class ServerBackend:
 
     def __init__(self, replica: Replica, route: LeaderRoute, *, node: str) -> None:
         self.replica, self.route, self.node = replica, route, node
-        self.reads = StoreReads(replica.machine, replica.watches)  # type: ignore[arg-type]
+        machine = cast("StateMachine", replica.machine)
+        self.reads = StoreReads(machine, replica.watches, lambda: replica.status().applied_index)
         self.authority: Authority | None = None
         self.verbs: OperatorVerbs | None = None
         self.on_session_renewed: Any = lambda session: None
@@ -70,8 +72,8 @@ class ServerBackend:
 
     @property
     def applied_index(self) -> int:
-        """Log index of the last command applied here."""
-        return int(cast(Any, self.replica.machine).store.index)
+        """Log index up to which this server has applied."""
+        return self.replica.status().applied_index
 
     # -- writes ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +154,7 @@ class ServerBackend:
             await self.catch_up(self._seen_index)
         stamp = await self.replica.read_barrier(mode, left_s)
         answer = self.reads.ask(name, params)
-        return QueryResult(answer.index, stamp.known_leader, stamp.last_contact_ms, answer.value, mode)
+        return QueryResult(answer.index, stamp.known_leader, stamp.last_contact_ms, answer.value, mode, stamp.index)
 
     async def catch_up(self, index: int) -> None:
         """Wait until this server has applied `index`. Raises TimedOut."""
@@ -184,7 +186,7 @@ class ServerBackend:
         return encode(
             QueryReply(
                 result.index,
-                self.applied_index,
+                result.applied_index,
                 result.known_leader,
                 result.last_contact_ms,
                 msgspec.Raw(to_msgpack(result.raw)),
@@ -258,4 +260,4 @@ def as_applied(reply: ApplyReply) -> Applied:
 def as_result(reply: QueryReply, mode: ReadMode, name: str) -> QueryResult:
     """Return the answer that a reply carries; rows come as model types where they are of one."""
     value = msgspec.msgpack.decode(reply.value, type=VALUE_TYPES.get(name, object))
-    return QueryResult(reply.index, reply.known_leader, reply.last_contact_ms, value, mode)
+    return QueryResult(reply.index, reply.known_leader, reply.last_contact_ms, value, mode, reply.applied_index)

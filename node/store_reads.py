@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from node.backend import Applied, RefusalInfo, ViewEvent
@@ -31,9 +31,11 @@ def outcome(applied: MachineApplied) -> Applied:
 class StoreReads:
     """Queries and views over one state machine."""
 
-    def __init__(self, machine: StateMachine, watches: Watches) -> None:
+    def __init__(
+        self, machine: StateMachine, watches: Watches, applied_index: Callable[[], int] | None = None
+    ) -> None:
         self._machine, self._watches = machine, watches
-        self.hub = ViewHub(self.ask, self._changed, lambda: machine.store.index)
+        self.hub = ViewHub(self.ask, self._changed, applied_index or (lambda: machine.store.index))
 
     def ask(self, name: str, params: Mapping[str, Any]) -> Answer:
         """Run a query that may be asked from outside. Raises BadRequest."""

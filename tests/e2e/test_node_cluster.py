@@ -473,6 +473,9 @@ async def test_a_backup_is_saved_and_restored_through_any_node(tmp_path: Path) -
         for number in range(20):
             (await client.apply(KVSet(f"k/{number}", b"x" * 100_000))).unwrap()
         for saver, restorer in ((client, follower.backend), (follower.backend, client)):
+            for _ in range(3):  # asked again and again, it is followed
+                await client.query("kv.keys", {"prefix": ""}, mode="stale")
+            assert len(client.followed) == 1
             saved = b"".join([piece async for piece in saver.snapshot_save()])
             assert len(saved) > 2_000_000
             (await client.apply(KVSet("k/0", b"changed"))).unwrap()
@@ -483,6 +486,9 @@ async def test_a_backup_is_saved_and_restored_through_any_node(tmp_path: Path) -
                 assert len(keys) == 20
                 first = await reader.query("kv.get", {"key": "k/0"})
                 assert first.value["Value"] == b"x" * 100_000
+            async with asyncio.timeout(5):
+                while len((await client.query("kv.keys", {"prefix": ""}, mode="stale")).value) != 20:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
             with pytest.raises(Refused, match="damaged"):
                 await restorer.snapshot_restore(pieces_of(saved[:-100] + bytes(100)))
         (await client.apply(KVSet("after", b"1"))).unwrap()
