@@ -22,7 +22,7 @@ from node.agent.definitions import (
     sidecar_of,
 )
 from node.agent.leaf import LeafManager
-from node.agent.local import NODE_ITEM, LocalCheck, LocalState
+from node.agent.local import LocalCheck, LocalState
 from node.agent.options import AgentOptions
 from node.agent.sidecars import SidecarFeed, StreamHolder
 from node.agent.store import AgentStore, SavedCheck, SavedService
@@ -86,7 +86,6 @@ class LocalAgent:
         services, checks = await asyncio.to_thread(self.store.load)
         self.checks.start()
         await self.leaves.start()
-        await self.sync.start()
         if self.options.is_server:
             services.append(SavedService(self._server_service()))
         for saved in services:
@@ -94,9 +93,12 @@ class LocalAgent:
         for one in checks:
             self.checks.add(self.local.put_check(one.check, self._now(), own_file=True))
         for check in tuple(self.local.checks.values()):
-            if check.definition.type() == TYPE_SIDECAR:
+            kind = check.definition.type()
+            check.unjudged = kind not in ("", "alias", TYPE_SIDECAR)
+            if kind == TYPE_SIDECAR:
                 self._give_grace(check.definition.check_id)
-        self.sync.mark(NODE_ITEM)
+        # Last, so that the first comparison sees all there is: what the catalog holds already is not written again.
+        await self.sync.start()
 
     async def stop(self) -> None:
         """End streams and checks; registrations stay, here and in the catalog.

@@ -36,6 +36,7 @@ RENEW_JITTER = 0.05
 ROTATION_SPREAD_S = 2.0
 """After a change of root a node's leaves are renewed over this time."""
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 30.0
+ROOTS_WAIT_S = 5.0
 ENTRIES_MAX = 4096
 """Each costs a key, a signature of the authority and a renewal."""
 IDLE_S = 3 * 24 * 3600.0
@@ -192,7 +193,8 @@ class LeafManager:
                 await asyncio.sleep(self._rng.uniform(0.0, self._rotation_spread_s))
 
     async def _renew(self, entry: LeafEntry) -> None:
-        key, csr = await asyncio.to_thread(make_request, entry.service, entry.instance, self._trust_domain())
+        trust_domain = await self._trust_domain()
+        key, csr = await asyncio.to_thread(make_request, entry.service, entry.instance, trust_domain)
         chain = await self._backend.sign_leaf(csr, service=entry.service, instance=entry.instance)
         before = entry.leaf.modify_index if entry.leaf is not None else 0
         index = max(before + 1, self._roots.index if self._roots is not None else 1)
@@ -202,9 +204,12 @@ class LeafManager:
         entry.leaf, entry.error = leaf, None
         entry.tell()
 
-    def _trust_domain(self) -> str:
+    async def _trust_domain(self) -> str:
+        await self.roots_view.ready(ROOTS_WAIT_S)
         roots = self.roots()
-        return roots.trust_domain if roots is not None and roots.trust_domain else "unknown.consul"
+        if roots is None or not roots.trust_domain:
+            raise NodeError("No cluster leader: the trust domain is not known here yet; retry in a moment")
+        return roots.trust_domain
 
     def _load(self, key: tuple[str, str]) -> Leaf | None:
         path = self._directory / file_name("\0".join(key))

@@ -5,7 +5,7 @@ Changed only on the loop, by the agent. Listeners are told which items changed; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +37,8 @@ class LocalCheck:
     """Loop time since when it is critical without a break."""
     own_file: bool = field(default=False)
     """Whether it was registered on its own rather than with its service."""
+    unjudged: bool = field(default=False)
+    """Loaded from a file and not run since: the catalog's last verdict is as good as any."""
 
 
 class LocalState:
@@ -98,6 +100,7 @@ class LocalState:
         check = self.checks.get(check_id)
         if check is None:
             return False
+        check.unjudged = False
         row = check.row
         if row.status == status and row.output == output:
             return False
@@ -110,6 +113,16 @@ class LocalState:
             self.changed(("check", check_id))
             return True
         return False
+
+    def adopt(self, held: Mapping[str, Check], now: float) -> None:
+        """Take the catalog's verdict for checks that have not run since they were loaded.
+
+        Otherwise a restart of the agent would fail every service until its checks have run, or its app has reported.
+        """
+        for check_id, check in self.checks.items():
+            row = held.get(check_id)
+            if check.unjudged and row is not None and row.service_id == check.row.service_id:
+                self.set_verdict(check_id, row.status, row.output, now)
 
     def set_tags(self, service_id: str, tags: tuple[str, ...]) -> None:
         """Take over tags that somebody set in the catalog (EnableTagOverride)."""

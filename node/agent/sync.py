@@ -59,6 +59,7 @@ class AntiEntropy:
         self._health: View | None = None
         self._stop: list[Callable[[], None]] = []
         self._compare_due = False
+        self._adopted = self._muted = False
         self._late: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -93,6 +94,8 @@ class AntiEntropy:
 
     def mark(self, item: Item) -> None:
         """Push the item's present state, or its absence, as soon as can be."""
+        if self._muted:
+            return
         if item[0] == "check":
             item = self._carrier(item)
         self._refusals.pop(item, None)
@@ -224,6 +227,8 @@ class AntiEntropy:
         catalog, health = self._catalog, self._health
         if catalog is None or health is None or not (catalog.connected and health.connected):
             return
+        if not self._adopted:
+            self._adopt(health)
         fresh = {
             view for view in (catalog, health) if late or view.index >= self._pushed_index
         }  # the others do not show our own writes yet: a comparison would undo or repeat these
@@ -236,6 +241,16 @@ class AntiEntropy:
         for item in found:
             if item not in self._dirty and item not in self._in_flight and item not in self._refusals:
                 self.mark(item)
+
+    def _adopt(self, health: View) -> None:
+        """Before the first comparison; what is adopted is what the catalog holds, so nothing of it is pushed."""
+        self._adopted = True
+        self._muted = True
+        try:
+            held = {row.check_id: row for row in health.typed(Check)}
+            self._local.adopt(held, asyncio.get_running_loop().time())
+        finally:
+            self._muted = False
 
     def _compare_late(self) -> None:
         self._late = None

@@ -171,7 +171,7 @@ async def test_runs_never_overlap() -> None:
     seen: list[str] = []
     definition = CheckDefinition(tcp="x:1", interval=0.001)
     task = asyncio.create_task(
-        run_check(definition, probe, CRITICAL, lambda status, _: seen.append(status), random.Random(0))
+        run_check(definition, probe, lambda: CRITICAL, lambda status, _: seen.append(status), random.Random(0))
     )
     async with asyncio.timeout(10):
         await done.wait()

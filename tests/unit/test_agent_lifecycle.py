@@ -245,6 +245,25 @@ async def test_leaf_survives_a_restart_without_being_signed_again(tmp_path: Path
     await made.close()
 
 
+async def test_restart_fails_no_check(tmp_path: Path) -> None:
+    made = await backend()
+    async with serving(tmp_path, backend=made) as node:
+        await node.put("/v1/agent/service/register", {"Name": "web", "Check": {"TTL": "60s"}})
+        await node.put("/v1/agent/service/register", {"Name": "near", "Check": {"AliasService": "web"}})
+        await node.put("/v1/agent/check/pass/service:web?note=well")
+        await eventually(lambda: node.agent.sync.pending == 0)
+    made.applied.clear()
+    async with serving(tmp_path, backend=made) as node:
+        await eventually(lambda: node.agent.local.checks["service:web"].row.status == "passing")
+        assert node.agent.local.checks["service:web"].row.output == "well"
+        assert node.agent.local.checks["service:near"].row.status == "passing"
+        await node.put("/v1/agent/check/warn/service:web")
+    written = [row.status for command in made.applied for row in getattr(command, "checks", ())]
+    assert "critical" not in written
+    assert "warning" in written
+    await made.close()
+
+
 async def test_damaged_file_is_set_aside(tmp_path: Path) -> None:
     async with serving(tmp_path) as node:
         await register(node)

@@ -69,7 +69,7 @@ class CheckManager:
                 self._verdict(check_id, status, output)
 
             self._runners[check_id] = self._tasks.spawn(
-                run_check(definition, probe, check.row.status, report, self._rng)
+                run_check(definition, probe, lambda: check.row.status, report, self._rng)
             )
 
     def remove(self, check_id: str) -> None:

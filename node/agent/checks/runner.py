@@ -78,12 +78,15 @@ async def run_probe(probe: Probe, definition: CheckDefinition) -> Verdict:
 
 
 async def run_check(
-    definition: CheckDefinition, probe: Probe, status: str, report: Report, rng: random.Random
+    definition: CheckDefinition, probe: Probe, status: Callable[[], str], report: Report, rng: random.Random
 ) -> None:
-    """Probe for ever. One run ends before the next pause begins, so runs never overlap."""
+    """Probe for ever. One run ends before the next pause begins, so runs never overlap.
+
+    ``status`` gives the state that the thresholds start from; it is asked just before the first run.
+    """
     interval_s = max(definition.interval, MIN_INTERVAL_S)
-    thresholds = Thresholds(definition, status)
     await asyncio.sleep(rng.uniform(0.0, min(FIRST_RUN_MAX_S, interval_s)))
+    thresholds = Thresholds(definition, status())
     while True:
         verdict = await run_probe(probe, definition)
         state = thresholds.take(verdict.status)
