@@ -238,8 +238,6 @@ class Desk:
         self._log = LimitedLog(log)
         self._decisions: dict[Identity, Decision] = {}
         self._decisions_version = -1
-        metrics.gauges["lictor_http_requests_total"] = self._request_counts
-        metrics.gauges["lictor_http_request_seconds_bucket"] = self._latencies
 
     # HTTP
 
@@ -267,21 +265,11 @@ class Desk:
         """Return the counters of requests from a service."""
         return self._http_counters.setdefault(identity.service, HttpCounters())
 
-    def _pair_labels(self, source: str) -> Labels:
+    def http_counters(self) -> Iterable[tuple[Labels, HttpCounters]]:
+        """Return the counters there are, each with its pair."""
         me = self._config.self
-        return (("source", source), ("destination", me.service if me else ""))
-
-    def _request_counts(self) -> Iterable[tuple[Labels, float]]:
         for source, counters in self._http_counters.items():
-            pair = self._pair_labels(source)
-            for (method, code, origin), count in counters.requests.items():
-                yield (*pair, ("method", method), ("code", str(code)), ("origin", origin)), count
-
-    def _latencies(self) -> Iterable[tuple[Labels, float]]:
-        for source, counters in self._http_counters.items():
-            pair = self._pair_labels(source)
-            for bound, count in counters.latency_samples():
-                yield (*pair, ("le", bound)), count
+            yield (("direction", "inbound"), ("source", source), ("destination", me.service if me else "")), counters
 
     # Admission
 

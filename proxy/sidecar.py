@@ -13,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from proxy import config as sections
+from proxy import http_metrics
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
+from proxy.http import HttpCounters
 from proxy.inbound import Desk
 from proxy.listeners import PublicListener, bind
 from proxy.memory import calm_collector, keep_freed_memory
-from proxy.metrics import Metrics
+from proxy.metrics import Labels, Metrics
 from proxy.outbound import Upstream
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
@@ -269,6 +271,7 @@ class Sidecar:
     def _watch_gauges(self) -> None:
         public = self._public
         gauges = self.metrics.gauges
+        http_metrics.export(self.metrics, self._http_counters)
         gauges["lictor_sessions"] = lambda: [
             ((("direction", "inbound"),), len(public.sessions) if public else 0),
             ((("direction", "outbound"),), len(self._pool.describe())),
@@ -277,6 +280,15 @@ class Sidecar:
             [((), self.config.material.not_after_s)] if self.config.material else []
         )
         gauges["lictor_ready"] = lambda: [((), 1 if self.ready else 0)]
+
+    def _http_counters(self) -> Iterable[tuple[Labels, HttpCounters]]:
+        yield from self._desk.http_counters()
+        source = self.config.self.service if self.config.self else ""
+        for upstream in self._upstreams.values():
+            destination = upstream.spec.service if upstream.spec else ""
+            pair = (("direction", "outbound"), ("source", source), ("destination", destination or upstream.name))
+            if upstream.http_counters.latency_count:
+                yield pair, upstream.http_counters
 
     @property
     def ready(self) -> bool:

@@ -4,7 +4,8 @@
 *Request*: what of an HTTP request a permission can see. Pure: no I/O, clock or randomness.
 """
 
+from proxy.authz.permission import check_permission
 from proxy.authz.policy import Decision, Policy, compile_policy
 from proxy.authz.request import Request
 
-__all__ = ["Decision", "Policy", "Request", "compile_policy"]
+__all__ = ["Decision", "Policy", "Request", "check_permission", "compile_policy"]

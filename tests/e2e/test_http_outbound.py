@@ -57,6 +57,8 @@ async def test_requests_of_one_connection_are_spread(mesh: Mesh) -> None:
     assert [app.connections for app in apps] == [1, 1, 1], "streams are kept between requests"
     upstream = client.sidecar._upstreams["backend"]
     assert upstream.http_counters.requests == {("GET", 200, "app"): 12}
+    labels = 'direction="outbound",source="web",destination="backend"'
+    assert f"lictor_http_request_seconds_count{{{labels}}} 12" in client.sidecar.metrics.render()
     assert all(instance.active == 0 for instance in upstream.balancer.instances.values())
     assert upstream.http.in_flight == 0
     # Another connection of the app goes on using the streams of the first one.

@@ -55,11 +55,14 @@ async def test_requests_are_decided_one_by_one(mesh: Mesh) -> None:
     ]
     metrics = server.sidecar.metrics.render()
     assert (
-        'lictor_http_requests_total{source="web",destination="backend",method="GET",code="200",origin="app"} 2'
+        'lictor_http_requests_total{direction="inbound",source="web",destination="backend",method="GET",code="200",origin="app"} 2'
         in metrics
     )
     assert 'code="403",origin="denied"' in metrics
-    assert 'lictor_http_request_seconds_bucket{source="web",destination="backend",le="+Inf"} 5' in metrics
+    assert (
+        'lictor_http_request_seconds_bucket{direction="inbound",source="web",destination="backend",le="+Inf"} 5'
+        in metrics
+    )
     await until(lambda: server.sidecar.live_calls() == 0)
 
 
