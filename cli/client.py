@@ -164,6 +164,10 @@ class Api:
                     content = response.read()
                 finally:
                     connection.close()
+            except NoAgent as error:
+                if not sent:
+                    raise
+                problem = OutcomeUnknown(f"{error}; an earlier attempt of this write may have been applied")
             except _Broken as error:
                 sent = sent or method != "GET"
                 problem = self._lost(method, str(error))

@@ -33,10 +33,10 @@ def _verified(path: Path) -> SnapshotSummary:
             for _ in decoder.feed(data):
                 pass
         return decoder.finish()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CliError(f"{path} is damaged ({error}): take another with lictor snapshot save") from None
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror or error}") from None
-    except (EOFError, zlib.error) as error:
-        raise CliError(f"{path} is damaged: {error}") from None
     except RaftError as error:
         raise CliError(str(error)) from None
 

@@ -121,6 +121,23 @@ def test_an_agent_that_lives_but_gets_no_answer_means_no_leader() -> None:
             Api(fake.address, wait_s=0.2).get("/v1/kv/a")
 
 
+def test_a_write_whose_agent_vanished_after_it_was_sent_is_unknown() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "127.0.0.1:{}".format(listener.getsockname()[1])
+
+        def take_one_and_vanish() -> None:
+            connection, _ = listener.accept()
+            listener.close()
+            connection.recv(65536)
+            connection.close()
+
+        thread = threading.Thread(target=take_one_and_vanish)
+        thread.start()
+        with pytest.raises(OutcomeUnknown, match="may have been applied"):
+            Api(address, wait_s=0.4).put("/v1/kv/a", b"x")
+        thread.join()
+
+
 def test_a_busy_agent_is_asked_again() -> None:
     with agent(lambda n, _: (429, b"too busy") if n == 1 else (200, b"1")) as fake:
         assert Api(fake.address).get("/v1/x").json() == 1
