@@ -27,7 +27,7 @@ from node.protocol import (
     decode,
     encode,
 )
-from node.rpc.server import Call, Methods
+from node.rpc.server import Call, Feed, Methods
 from node.server import ServerBackend
 from node.tasks import Tasks
 from raftstate.errors import RaftError
@@ -56,6 +56,7 @@ class ServerRpc:
         ):
             self.methods.add(name, unary)
         self.methods.add_stream(protocol.SUBSCRIBE, self.subscribe)
+        self.methods.add_feed(protocol.SUBSCRIBE, self.feed)
         self.methods.add_stream(protocol.SNAPSHOT_SAVE, self.snapshot_save)
 
     def start(self) -> None:
@@ -88,6 +89,11 @@ class ServerRpc:
             request.name, request.params, mode=mode, min_index=request.min_index, wait_s=request.wait_s
         )
         return self._backend.reply_of(result)
+
+    def feed(self, call: Call, feed: Feed) -> bool:
+        """Follow a query on this server, pushed as it changes."""
+        request = decode(call.body, SubscribeRequest)
+        return self._backend.reads.hub.feed(request.name, request.params, request.from_index, feed)
 
     async def subscribe(self, call: Call) -> AsyncIterator[bytes]:
         """Follow a query on this server."""

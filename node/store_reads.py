@@ -75,4 +75,5 @@ class StoreReads:
         return self.hub.subscribe(name, params, from_index=from_index)
 
     async def _changed(self, name: str, params: Mapping[str, Any], answer: Any) -> None:
-        await self._watches.wait(answer.watch, lambda: self.ask(name, params).index, answer.index, None)
+        if self.ask(name, params).index >= answer.index:  # else the state was replaced before anyone was parked
+            await self._watches.wait(answer.watch, lambda: self.ask(name, params).index, answer.index, None)

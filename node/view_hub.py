@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from node.backend import ViewEvent
 from node.errors import Unreachable
+from node.rpc.server import Feed
 from node.tasks import Tasks
 from node.views import Rows, canonical, difference, rows_of
 
@@ -52,13 +53,56 @@ class _Subscriber:
         self.events.append(event)
         self.ready.set()
 
+    def fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.ready.set()
+
     async def next(self) -> ViewEvent:
         while not self.events:
             if self.failure is not None:
-                raise Unreachable(f"this server cannot follow the query any more ({self.failure!r}): see its log")
+                raise _failed(self.failure)
             self.ready.clear()
             await self.ready.wait()
         return self.events.popleft()
+
+
+class _FedSubscriber:
+    """A subscriber over RPC. It keeps no backlog: when its peer reads again, it gets what came since `index`."""
+
+    __slots__ = ("_feed", "_view", "behind", "index")
+
+    def __init__(self, view: _View, feed: Feed) -> None:
+        self._view, self._feed = view, feed
+        self.index = 0
+        self.behind = False
+        feed.on_writable = self.catch_up
+
+    def put(self, event: ViewEvent, whole: Callable[[], ViewEvent]) -> None:
+        if event.reset:
+            self.index = 0
+        if self.behind or not self._feed.writable:
+            self.behind = True
+            return
+        self._feed.send(event.packed)
+        self.index = event.index
+
+    def catch_up(self) -> None:
+        if self.behind:
+            self.behind = False
+            self.begin(self.index)
+
+    def begin(self, index: int) -> None:
+        events = self._view.since(index) if index else None
+        for event in [self._view.whole()] if events is None else events:
+            self._feed.send(event.packed)
+        self.index = self._view.index
+
+    def fail(self, error: BaseException) -> None:
+        self._feed.fail(_failed(error))
+
+
+def _failed(error: BaseException) -> Unreachable:
+    return Unreachable(f"this server cannot follow the query any more ({error!r}): see its log")
 
 
 class _View:
@@ -73,7 +117,7 @@ class _View:
         self.history: deque[ViewEvent] = deque(maxlen=HISTORY_EVENTS)
         self.known_from = self.index
         """The deltas in `history` lead from this index to `index`."""
-        self.subscribers: set[_Subscriber] = set()
+        self.subscribers: set[_Subscriber | _FedSubscriber] = set()
         self._whole: ViewEvent | None = None
 
     def whole(self) -> ViewEvent:
@@ -99,11 +143,13 @@ class _View:
         self.answer = self._ask(self.name, self.params)
         after = rows_of(self.name, self.answer.value)
         upserts, deletes = difference(self.rows, after)
-        restored = self.answer.index < self.index
+        before = self.index
+        restored = self.answer.index < before
         self.rows, self.index, self._whole = after, self.answer.index, None
         if restored:
+            # Indexes up to `before` were also those of another past: who holds one of them gets the whole view.
             self.history.clear()
-            self.known_from = self.index
+            self.known_from = before + 1
             event = self.whole()
         elif upserts or deletes:
             if len(self.history) == HISTORY_EVENTS:
@@ -142,9 +188,24 @@ class ViewHub:
             while True:
                 yield await subscriber.next()
         finally:
-            view.subscribers.discard(subscriber)
-            if not view.subscribers and self._views.get(key, (None,))[0] is view:
-                self._views.pop(key)[1].cancel()
+            self._leave(key, view, subscriber)
+
+    def feed(self, name: str, params: Mapping[str, Any], from_index: int, feed: Feed) -> bool:
+        """Feed a view to an RPC stream. False when this server first has to catch up with what the peer has seen."""
+        if from_index > self._applied_index():
+            return False
+        key = canonical(name, params)
+        view = self._open(key, name, params)
+        subscriber = _FedSubscriber(view, feed)
+        view.subscribers.add(subscriber)
+        feed.on_close = lambda: self._leave(key, view, subscriber)
+        subscriber.begin(from_index)
+        return True
+
+    def _leave(self, key: str, view: _View, subscriber: _Subscriber | _FedSubscriber) -> None:
+        view.subscribers.discard(subscriber)
+        if not view.subscribers and self._views.get(key, (None,))[0] is view:
+            self._views.pop(key)[1].cancel()
 
     def _open(self, key: str, name: str, params: Mapping[str, Any]) -> _View:
         if (held := self._views.get(key)) is not None:
@@ -161,9 +222,8 @@ class ViewHub:
             return
         if self._views.get(key, (None,))[0] is view:
             del self._views[key]
-        for subscriber in view.subscribers:
-            subscriber.failure = error
-            subscriber.ready.set()
+        for subscriber in tuple(view.subscribers):
+            subscriber.fail(error)
 
     async def _first(self, view: _View, subscriber: _Subscriber, from_index: int) -> list[ViewEvent]:
         if from_index > self._applied_index():

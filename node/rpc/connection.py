@@ -100,6 +100,11 @@ class FrameConnection(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         self._out.append(encode_frame(frame))
 
+    @property
+    def can_write(self) -> bool:
+        """Whether the peer has read enough for more to be sent."""
+        return self._writable.is_set()
+
     async def writable(self) -> None:
         """Wait until the peer has read enough for more to be sent. Streams and uploads call it for each item."""
         await self._writable.wait()

@@ -81,6 +81,39 @@ class Call:
         return self.pieces.read()
 
 
+class Feed:
+    """A stream that its source pushes: it has no task of its own, since there may be tens of thousands.
+
+    Whoever feeds it sets `on_close`, and `on_writable`, called when a peer that had fallen behind reads again.
+    """
+
+    __slots__ = ("_connection", "_number", "on_close", "on_writable")
+
+    def __init__(self, connection: ServerConnection, number: int) -> None:
+        self._connection, self._number = connection, number
+        self.on_close: Callable[[], None] = _nothing
+        self.on_writable: Callable[[], None] = _nothing
+
+    @property
+    def writable(self) -> bool:
+        """False: the peer is behind; send nothing now."""
+        return self._connection.can_write
+
+    def send(self, body: bytes) -> None:
+        """Send one item."""
+        self._connection.send(Item(self._number, body))
+
+    def fail(self, error: NodeError) -> None:
+        """End the stream by an error."""
+        self._connection.end_feed(self._number, error)
+
+
+def _nothing() -> None:
+    pass
+
+
+Feeding = Callable[["Call", Feed], bool]
+"""Begin to feed; False: not at once, stream it instead."""
 Unary = Callable[[Call], Awaitable[bytes]]
 Streaming = Callable[[Call], AsyncIterator[bytes]]
 
@@ -91,10 +124,15 @@ class Methods:
     def __init__(self) -> None:
         self.unary: dict[str, Unary] = {}
         self.streaming: dict[str, Streaming] = {}
+        self.feeding: dict[str, Feeding] = {}
 
     def add(self, name: str, method: Unary) -> None:
         """Serve calls with one answer."""
         self.unary[name] = method
+
+    def add_feed(self, name: str, method: Feeding) -> None:
+        """Serve calls of a streaming method without a task, where `method` can."""
+        self.feeding[name] = method
 
     def add_stream(self, name: str, method: Streaming) -> None:
         """Serve calls answered by a stream."""
@@ -118,9 +156,11 @@ class ServerConnection(FrameConnection):
         self._methods, self._tasks, self._inflight_max, self._on_end = methods, tasks, inflight_max, on_end
         self._calls: dict[int, asyncio.Task[Any]] = {}
         self._uploads: dict[int, Upload] = {}
+        self._feeds: dict[int, Feed] = {}
 
     def __len__(self) -> int:
-        return len(self._calls)
+        """Calls in progress."""
+        return len(self._calls) + len(self._feeds)
 
     def frame_received(self, frame: Frame) -> None:
         """Start, feed or cancel a call."""
@@ -129,15 +169,17 @@ class ServerConnection(FrameConnection):
         elif isinstance(frame, Cancel):
             if (task := self._calls.get(frame.call)) is not None:
                 task.cancel()
+            elif (feed := self._feeds.pop(frame.call, None)) is not None:
+                feed.on_close()
         elif isinstance(frame, (Item, End)):
             self._piece(frame)
         else:
             raise BadFrame(f"a client may not send {type(frame).__name__}")
 
     def _begin(self, request: Request) -> None:
-        if request.call in self._calls:
+        if request.call in self._calls or request.call in self._feeds:
             raise BadFrame(f"call {request.call} is already in progress")
-        if len(self._calls) >= self._inflight_max:
+        if len(self) >= self._inflight_max:
             self._fail(request.call, Busy(f"{self._inflight_max} calls are in progress: try again in a moment"))
             return
         now = asyncio.get_running_loop().time()
@@ -145,6 +187,8 @@ class ServerConnection(FrameConnection):
         call = Call(self.peer, request.body, deadline)
         if request.upload:
             call.pieces = self._uploads[request.call] = Upload(self.pause_reading, self.resume_reading)
+        if (feeding := self._methods.feeding.get(request.method)) is not None and self._feed(feeding, call, request):
+            return
         if (unary := self._methods.unary.get(request.method)) is not None:
             work = self._answer(request.call, unary, call)
         elif (streaming := self._methods.streaming.get(request.method)) is not None:
@@ -154,6 +198,36 @@ class ServerConnection(FrameConnection):
             self._fail(request.call, BadRequest(f"unknown method {request.method!r}: upgrade this server"))
             return
         self._calls[request.call] = self._tasks.spawn(self._guard(request.call, work))
+
+    def _feed(self, feeding: Feeding, call: Call, request: Request) -> bool:
+        feed = self._feeds[request.call] = Feed(self, request.call)
+        try:
+            if feeding(call, feed):
+                return True
+        except NodeError as error:
+            self.end_feed(request.call, error)
+            return True
+        except Exception as error:
+            # As in `_guard`: a fault in one call must not end the others' connection.
+            log.exception("rpc: a stream of %s failed", self.peer.node)
+            self.end_feed(request.call, NodeError(f"the server failed: {type(error).__name__}; see its log"))
+            return True
+        del self._feeds[request.call]
+        return False
+
+    def end_feed(self, number: int, error: NodeError) -> None:
+        """End a fed stream by an error."""
+        if (feed := self._feeds.pop(number, None)) is not None:
+            feed.on_close()
+            self._fail(number, error)
+
+    def resume_writing(self) -> None:
+        """The peer reads again."""
+        super().resume_writing()
+        for feed in tuple(self._feeds.values()):
+            if not self.can_write:
+                break  # one that was let catch up has filled the buffer again; the rest have their turn later
+            feed.on_writable()
 
     def _piece(self, frame: Item | End) -> None:
         upload = self._uploads.get(frame.call)
@@ -204,4 +278,7 @@ class ServerConnection(FrameConnection):
         """Nobody waits for the answers any more."""
         for task in self._calls.values():
             task.cancel()
+        feeds, self._feeds = self._feeds, {}
+        for feed in feeds.values():
+            feed.on_close()
         self._on_end(self)
