@@ -123,7 +123,7 @@ def test_an_agent_that_lives_but_gets_no_answer_means_no_leader() -> None:
 
 def test_a_write_whose_agent_vanished_after_it_was_sent_is_unknown() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = "127.0.0.1:{}".format(listener.getsockname()[1])
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
 
         def take_one_and_vanish() -> None:
             connection, _ = listener.accept()
