@@ -249,7 +249,9 @@ class Desk:
             options = HttpOptions()
         else:
             spiffe = SpiffeId(trust_domain=me.trust_domain, datacenter=me.datacenter, service=me.service)
-            options = HttpOptions(service=me.service, uri=spiffe.uri())
+            timeout_ms = me.config.get("local_request_timeout_ms")
+            timeout_s = timeout_ms / 1000 if isinstance(timeout_ms, int | float) and timeout_ms > 0 else 0.0
+            options = HttpOptions(service=me.service, uri=spiffe.uri(), response_timeout_s=timeout_s)
         if self._http is None:
             self._http = HttpEntry(options)
         self._http.use(options)

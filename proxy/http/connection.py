@@ -324,7 +324,8 @@ class HttpConnection:
             if message.complete and not message.sent:
                 message.sent = True
                 if head.chunked:
-                    fresh.append(b"0\r\n" + trailer_lines(message.trailers) + b"\r\n")
+                    trailers = trailer_lines(message.trailers) if message.keep_trailers else b""
+                    fresh.append(b"0\r\n" + trailers + b"\r\n")
                 self._await_response()
             if message.complete:
                 self._ended = True

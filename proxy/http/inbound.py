@@ -95,7 +95,10 @@ class InboundConnection(HttpConnection):
             else:
                 self._reply(403, denial(self._options.service, self._source), "denied")
             return
-        target = request.forward_target.encode("latin-1") if decision.permissions else head.target
+        target = head.target
+        if decision.permissions:
+            target = request.forward_target.encode("latin-1")
+            message.keep_trailers = False
         self._launch(message, head.wire(target, self._identity))
 
     def _connect(self, message: Message) -> None:

@@ -23,7 +23,7 @@ SLICE_BYTES = 16 * 1024
 class Message:
     """A request as far as it has been parsed, or the reason why it is refused."""
 
-    __slots__ = ("body", "complete", "head", "refusal", "sent", "trailers")
+    __slots__ = ("body", "complete", "head", "keep_trailers", "refusal", "sent", "trailers")
 
     def __init__(self, head: RequestHead | None, refusal: BadRequest | None = None) -> None:
         self.head = head
@@ -32,6 +32,8 @@ class Message:
         self.body: list[bytes] = []
         """Parsed and not yet taken by the caller."""
         self.trailers: list[Field] = []
+        self.keep_trailers = True
+        """False when permissions decided on the headers: what came after the decision is not passed on."""
         self.complete = False
         self.sent = False
         """All of the body was taken by the caller."""

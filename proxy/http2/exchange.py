@@ -14,8 +14,8 @@ class Exchange:
     """One request and its response. ``to_app`` and ``to_client`` hold what could not be sent on yet."""
 
     __slots__ = (
-        "app", "app_id", "client_id", "deadline", "head", "headers", "request_ended", "started", "status", "to_app",
-        "to_client",
+        "app", "app_id", "client_id", "deadline", "head", "headers", "keep_trailers", "request_ended",
+        "started", "status", "to_app", "to_client",
     )  # fmt: skip
 
     def __init__(self, client_id: int, head: RequestHead, headers: list[Field], started: float) -> None:
@@ -28,6 +28,8 @@ class Exchange:
         self.app_id = 0
         self.status = 0
         """Of the response, once it has begun."""
+        self.keep_trailers = True
+        """False when permissions decided on the headers: what came after the decision is not passed on."""
         self.request_ended = False
         """All of the request was sent to the app."""
         self.to_app: deque[Part] = deque()

@@ -177,7 +177,7 @@ class Http2Connection:
         elif isinstance(event, TrailersReceived):
             exchange = self._exchanges.get(event.stream_id)
             if exchange is not None:
-                trailers = passed_on(event.headers, response=False)
+                trailers = passed_on(event.headers, response=False) if exchange.keep_trailers else None
                 exchange.to_app.append(Part(b"", 0, end=True, trailers=trailers))
                 self._pump_to_app(exchange)
         elif isinstance(event, WindowUpdated):
@@ -245,7 +245,10 @@ class Http2Connection:
             else:
                 self._answer(exchange, 403, denial(self._options.service, self._source), "denied")
             return
-        target = request.forward_target.encode("latin-1") if decision.permissions else head.target
+        target = head.target
+        if decision.permissions:
+            target = request.forward_target.encode("latin-1")
+            exchange.keep_trailers = False
         exchange.headers = head.wire(target, self._identity)
         if self._options.response_timeout_s:
             exchange.deadline = now + self._options.response_timeout_s

@@ -225,3 +225,22 @@ async def test_hop_by_hop_fields_cannot_carry_a_header_past_a_permission() -> No
         )
         assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"403", b"200"]
         assert r.app.seen[0].header("x-role") == ["admin"]
+
+
+@pytest.mark.parametrize("decided", [True, False])
+async def test_a_trailer_cannot_carry_a_header_past_a_permission(decided: bool) -> None:
+    """Some apps merge trailers into the headers; what permissions decided on must stay what the app sees."""
+    no_debug = policy_of(
+        Intention(
+            source_name="web",
+            destination_name="db",
+            permissions=(
+                Permission("deny", HTTPMatch(header=(HeaderMatch(name="x-debug", present=True),))),
+                Permission("allow", HTTPMatch()),
+            ),
+        )
+    )
+    async with rig(policy=no_debug if decided else policy_of(default=True)) as r:
+        answer = await r.exchange(CHUNKED + b"1\r\nx\r\n0\r\nX-Debug: 1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert [v for n, v in r.app.seen[0].headers if n.lower() == "trailer:x-debug"] == ([] if decided else ["1"])

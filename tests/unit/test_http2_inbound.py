@@ -21,6 +21,7 @@ from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import Channel, Data
 from raftstate.model.identity import Identity
+from raftstate.model.intention import Permission
 
 ALLOWED = Decision(True, None, "test")
 DENIED = Decision(False, None, "test")
@@ -128,6 +129,19 @@ async def test_a_request_and_its_answer() -> None:
         assert dict(s.client.of(h2.events.TrailersReceived)[0].headers) == {"grpc-status": "0"}
         assert s.client.of(h2.events.StreamEnded)[0].stream_id == stream_id
         assert s.counters.requests == {("POST", 200, "app"): 1}
+
+
+async def test_trailers_of_a_request_pass_unless_permissions_decided_on_it() -> None:
+    decided = Decision(True, None, "test", (Permission("allow"),))
+    for decision, passed in ((ALLOWED, True), (decided, False)):
+        async with setting(lambda _, decision=decision: decision) as s:
+            stream_id = s.request(end=False)
+            s.client.conn.send_data(stream_id, b"x")
+            s.client.conn.send_headers(stream_id, [("x-debug", "1")], end_stream=True)
+            await s.step()
+            (app,) = s.apps
+            assert bool(app.of(h2.events.TrailersReceived)) is passed
+            assert app.of(h2.events.StreamEnded)
 
 
 async def test_denied_for_grpc_and_for_others() -> None:
