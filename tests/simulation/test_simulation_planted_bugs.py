@@ -11,9 +11,9 @@ from tests.simulation.scenario import play
 
 FROM = {
     "counts a vote twice": 37,
-    "counts itself before its sync": 35,
+    "counts itself before its sync": 243,
     "commits beyond the match": 24,
-    "reads before its no-op": 37,
+    "reads before its no-op": 119,
     "keeps a membership taken back": 24,
     "two membership changes at once": 204,
 }
