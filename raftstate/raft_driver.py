@@ -130,8 +130,11 @@ class Driver:
         self._pump()
 
     def _release(self, held: list[tuple[str, Message]]) -> None:
+        term = self._core.term
         for peer, message in held:
-            self._send(peer, message)
+            # An answer that waited while a new term began may name entries that were replaced meanwhile.
+            if message.term == term:
+                self._send(peer, message)
 
     def fail(self, error: BaseException) -> None:
         """Stop for good because of `error`."""

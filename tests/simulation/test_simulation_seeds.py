@@ -17,6 +17,7 @@ SEEDS = int(os.environ.get("LICTOR_SIMULATION_SEEDS", "2000"))
 FOUND: dict[int, str] = {
     334: "a crash armed within a disk write outlived the faults, so the cluster never settled (simulation)",
     4247: "iterators of a dead server reached its disk when the collector ran: seeds did not repeat (simulation)",
+    50527: "an acknowledgement that waited for the disk left after a new leader had its entries replaced",
 }
 """seed -> what it found. Seeds shift when the scenario changes; these stay as samples of that neighbourhood."""
 
