@@ -51,6 +51,7 @@ class _UpstreamState:
     named: View | None = None
     on_port: View | None = None
     endpoints: View | None = None
+    defaults: View | None = None
     resolution: Resolution = field(default_factory=Resolution)
 
 
@@ -84,7 +85,7 @@ class SidecarFeed:
         leaf.holders += 1
         stop_leaf = leaf.listen(self._wake.set)
         try:
-            roots = self._hold("connect.roots")
+            roots, defaults = self._hold("connect.roots"), self._hold_defaults(service)
             match = {"name": service, "instance": self._instance}
             intentions = self._hold("intentions.match", {"by": "destination", **match})
             revocations = self._hold("connect.revocations")
@@ -95,7 +96,7 @@ class SidecarFeed:
             deadline = asyncio.get_running_loop().time() + FIRST_LINE_WAIT_S
             while not self._closed:
                 self._wake.clear()
-                sections = self._sections(roots, intentions, revocations, leaf, sources, upstreams)
+                sections = self._sections(roots, defaults, intentions, revocations, leaf, sources, upstreams)
                 now = asyncio.get_running_loop().time()
                 complete = all(value is not None for value in sections.values())
                 if not self._sent and not complete and now < deadline:
@@ -137,6 +138,9 @@ class SidecarFeed:
         self._held.append((view, view.listen(self._wake.set)))
         return view
 
+    def _hold_defaults(self, service: str) -> View:
+        return self._hold("config.get", {"kind": "service-defaults", "name": service})
+
     def _let_go(self, view: View) -> None:
         for held in self._held:
             if held[0] is view:
@@ -157,6 +161,7 @@ class SidecarFeed:
     def _sections(
         self,
         roots: View,
+        defaults: View,
         intentions: View,
         revocations: View,
         leaf: LeafEntry,
@@ -166,7 +171,7 @@ class SidecarFeed:
         bundle = next(iter(roots.typed(CARoots)), None) if roots.known else None
         found: list[SidecarUpstream | None] = [self._upstream(state, sources) for state in upstreams]
         return {
-            "self": self._self(bundle) if bundle is not None else None,
+            "self": self._self(bundle, defaults) if bundle is not None and defaults.known else None,
             "leaf": leaf.leaf,
             "roots": _bundle(bundle) if bundle is not None and bundle.roots else None,
             "intentions": intentions.memo("by precedence", lambda: _by_precedence(intentions))
@@ -177,7 +182,7 @@ class SidecarFeed:
             "upstreams": None if None in found else tuple(found),
         }
 
-    def _self(self, bundle: CARoots) -> SidecarSelf:
+    def _self(self, bundle: CARoots, defaults: View) -> SidecarSelf:
         row, proxy = self._row, self._proxy
         return SidecarSelf(
             proxy_id=row.id,
@@ -190,7 +195,7 @@ class SidecarFeed:
             public_port=row.port,
             local_address=proxy.local_service_address or "127.0.0.1",
             local_port=proxy.local_service_port,
-            protocol=_protocol(proxy.config) or "tcp",
+            protocol=_protocol(proxy.config) or _default_protocol(defaults) or "tcp",
             zone=row.locality.get("Zone", "") or row.locality.get("zone", "") or self._options.zone,
             config=proxy.config,
         )
@@ -203,18 +208,23 @@ class SidecarFeed:
             return None
         resolution = self._resolve(state, sources)
         if resolution.service != state.resolution.service or resolution.loopback_port or state.endpoints is None:
-            if state.endpoints is not None:
-                self._let_go(state.endpoints)
-            leads_away = resolution.service and not resolution.loopback_port
-            state.endpoints = self._hold("health.connect", {"service": resolution.service}) if leads_away else None
+            for view in (state.endpoints, state.defaults):
+                if view is not None:
+                    self._let_go(view)
+            state.endpoints = state.defaults = None
+            if resolution.service and not resolution.loopback_port:
+                state.endpoints = self._hold("health.connect", {"service": resolution.service})
+                state.defaults = self._hold_defaults(resolution.service)
         state.resolution = resolution
         endpoints: tuple[Endpoint, ...] = ()
         protocol = _protocol(upstream.config)
-        if (view := state.endpoints) is not None:
-            if not view.known:
+        if (view := state.endpoints) is not None and state.defaults is not None:
+            if not (view.known and state.defaults.known):
                 return None
             endpoints = view.memo("endpoints", lambda: _endpoints(view))
-            protocol = protocol or view.memo("protocol", lambda: _protocol_of(view))
+            protocol = (
+                protocol or view.memo("protocol", lambda: _protocol_of(view)) or _default_protocol(state.defaults)
+            )
         return SidecarUpstream(
             name=upstream.upstream_name or upstream.destination_name,
             service=resolution.service,
@@ -279,6 +289,12 @@ def _endpoints(view: View) -> tuple[Endpoint, ...]:
 def _protocol(config: dict[str, Any]) -> str:
     value = config.get("protocol", config.get("Protocol", ""))
     return value if isinstance(value, str) else ""
+
+
+def _default_protocol(view: View) -> str:
+    """Return the protocol that the service's ``service-defaults`` entry says."""
+    entry = next(iter(view.rows.values()), None)
+    return _protocol(entry) if isinstance(entry, dict) else ""
 
 
 def _protocol_of(view: View) -> str:

@@ -109,6 +109,11 @@ async def test_walkthrough_by_requests(tmp_path: Path) -> None:
         endpoint = client.known["Upstreams"][0]["Endpoints"][0]
         assert (endpoint["ServiceID"], endpoint["Port"], endpoint["Healthy"]) == ("echo-server-1", 20000, True)
 
+        assert (server.known["Self"]["Protocol"], client.known["Upstreams"][0]["Protocol"]) == ("tcp", "tcp")
+        await node.put("/v1/config", {"Kind": "service-defaults", "Name": "echo-server", "Protocol": "http"})
+        await server.until(lambda known: known["Self"]["Protocol"] == "http")
+        await client.until(lambda known: known["Upstreams"][0]["Protocol"] == "http")
+
         await node.put("/v1/connect/revocations", {"Kind": "instance", "Value": "echo-client-1"})
         await server.until(lambda known: known["Revocations"])
         assert server.known["Revocations"][0]["Value"] == "echo-client-1"
