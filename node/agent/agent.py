@@ -6,8 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -24,14 +23,14 @@ from node.agent.definitions import (
 from node.agent.leaf import LeafManager
 from node.agent.local import LocalCheck, LocalState
 from node.agent.options import AgentOptions
-from node.agent.sidecars import SidecarFeed, StreamHolder
 from node.agent.store import AgentStore, SavedCheck, SavedService
+from node.agent.streams import SidecarStreams
 from node.agent.sync import AntiEntropy
 from node.agent.views import Views
 from node.backend import Backend
 from node.errors import NodeError, Refused
 from node.tasks import Tasks
-from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING, STATUSES, Node, Weights
+from raftstate.model.catalog import CRITICAL, STATUSES, Node, Weights
 
 log = logging.getLogger("lictor.agent")
 
@@ -44,12 +43,6 @@ class Unknown(NodeError):
     """No such service or check on this agent."""
 
     http_status = 404
-
-
-class StreamHeld(NodeError):
-    """The sidecar has a live stream already; the text names its holder."""
-
-    http_status = 409
 
 
 def _unknown_service(service_id: str) -> Unknown:
@@ -71,14 +64,12 @@ class LocalAgent:
             backend, self.views, self.local, self.node_row, interval_s=options.sync_interval_s, rng=self._rng
         )
         self.checks = CheckManager(self.local, self.views, self._reap, rng=self._rng)
+        self.streams = SidecarStreams(options, self.views, self.leaves, self.local, self._register_sidecar)
         self.started_at = time.time()
         self.node_id = ""
-        self._streams: dict[str, tuple[SidecarFeed, StreamHolder]] = {}
-        self._grace: dict[str, asyncio.TimerHandle] = {}
         self._changes: set[asyncio.Future[None]] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         self._tasks = Tasks("agent")
-        self._stopping = False
 
     async def start(self) -> None:
         """Load what was registered, and begin to check, sync and follow."""
@@ -96,7 +87,7 @@ class LocalAgent:
             kind = check.definition.type()
             check.unjudged = kind not in ("", "alias", TYPE_SIDECAR)
             if kind == TYPE_SIDECAR:
-                self._give_grace(check.definition.check_id)
+                self.streams.give_grace(check.definition.check_id)
         # Last, so that the first comparison sees all there is: what the catalog holds already is not written again.
         await self.sync.start()
 
@@ -105,21 +96,13 @@ class LocalAgent:
 
         The sidecars live on and stream again to the next agent of this node: their checks stay as they are.
         """
-        self.end_streams()
-        for timer in self._grace.values():
-            timer.cancel()
+        self.streams.end_all()
         await asyncio.gather(*self._changes, return_exceptions=True)
         await self.checks.stop()
         await self.sync.stop()
         await self.leaves.stop()
         await self._tasks.close()
         await self.views.close()
-
-    def end_streams(self) -> None:
-        """End the sidecars' streams because the process ends."""
-        self._stopping = True
-        for feed, _ in tuple(self._streams.values()):
-            feed.close()
 
     def node_row(self) -> Node:
         """Return this node's row in the catalog."""
@@ -164,6 +147,10 @@ class LocalAgent:
         except Refused:
             await self._restore(service_id, before)
             raise
+
+    async def _register_sidecar(self, definition: ServiceDefinition) -> None:
+        self._require_valid(definition)
+        await self._to_the_end(self._register_one(definition, True, STREAM_REGISTER_WAIT_S))
 
     async def _register_one(self, definition: ServiceDefinition, replace_checks: bool, wait_s: float | None) -> None:
         service_id = definition.service_id()
@@ -215,8 +202,7 @@ class LocalAgent:
             self.checks.add(self.local.put_check(one, self._now()))
 
     def _remove_service(self, service_id: str) -> None:
-        if (held := self._streams.get(service_id)) is not None:
-            held[0].close()
+        self.streams.end(service_id)
         for check in self.local.checks_of(service_id):
             self._drop_check(check.definition.check_id)
         self.local.drop_service(service_id)
@@ -338,8 +324,7 @@ class LocalAgent:
         return check
 
     def _drop_check(self, check_id: str) -> None:
-        if (timer := self._grace.pop(check_id, None)) is not None:
-            timer.cancel()
+        self.streams.forget(check_id)
         self.checks.remove(check_id)
         self.local.drop_check(check_id)
 
@@ -351,73 +336,6 @@ class LocalAgent:
                 return
 
         self._tasks.spawn(reap())
-
-    # Sidecars
-
-    @property
-    def stream_count(self) -> int:
-        """How many sidecars hold their stream."""
-        return len(self._streams)
-
-    @asynccontextmanager
-    async def sidecar_stream(self, definition: ServiceDefinition, pid: str = "") -> AsyncIterator[SidecarFeed]:
-        """Register a sidecar and hold its configuration stream.
-
-        While the context is held its check is passing; when it ends the check is critical at once. Raises StreamHeld,
-        BadDefinition, Unknown (its service is not registered here), Refused.
-        """
-        sidecar_id = definition.service_id()
-        if (held := self._streams.get(sidecar_id)) is not None:
-            raise StreamHeld(
-                f"sidecar {sidecar_id} has a live stream already (held by {held[1]}); stop that process first"
-            )
-        definition, stream_check = self._sidecar_definition(definition)
-        row = definition.to_row(self.options.node)
-        feed = SidecarFeed(self.options, self.views, self.leaves, row)
-        self._streams[sidecar_id] = (feed, StreamHolder(pid, time.time()))
-        try:
-            await self._register_one(definition, True, STREAM_REGISTER_WAIT_S)
-            if (timer := self._grace.pop(stream_check, None)) is not None:
-                timer.cancel()
-            self.local.set_verdict(stream_check, PASSING, "the sidecar holds its stream", self._now())
-            yield feed
-        finally:
-            if self._streams.get(sidecar_id, (None,))[0] is feed:
-                del self._streams[sidecar_id]
-                if not self._stopping:
-                    self._stream_lost(stream_check, "the sidecar's stream has ended")
-
-    def _sidecar_definition(self, definition: ServiceDefinition) -> tuple[ServiceDefinition, str]:
-        definition = msgspec.structs.replace(definition, kind=KIND_CONNECT_PROXY, check=None, checks=(), connect=None)
-        self._require_valid(definition)
-        sidecar_id, proxy = definition.service_id(), definition.proxy
-        target = proxy.destination_service_id if proxy is not None else ""
-        if target not in self.local.services:
-            raise Unknown(
-                f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not '
-                f"registered with this agent; first: lictor services register -name NAME -id {target or 'ID'}"
-            )
-        stream_check = f"service:{sidecar_id}"
-        checks = (
-            CheckDefinition(check_id=stream_check, name="Sidecar Stream", status=PASSING, sidecar=True),
-            CheckDefinition(
-                check_id=f"{stream_check}:alias", name=f"Connect Sidecar Aliasing {target}", alias_service=target
-            ),
-        )
-        return msgspec.structs.replace(definition, checks=checks), stream_check
-
-    def _stream_lost(self, check_id: str, why: str) -> None:
-        self.local.set_verdict(check_id, CRITICAL, why, self._now())
-
-    def _give_grace(self, check_id: str) -> None:
-        """After a start: the sidecar has most likely outlived us and streams again in a moment."""
-        self.local.set_verdict(check_id, PASSING, "the agent has started; awaiting the sidecar's stream", self._now())
-
-        def over() -> None:
-            self._grace.pop(check_id, None)
-            self._stream_lost(check_id, "the sidecar has not streamed since the agent started")
-
-        self._grace[check_id] = asyncio.get_running_loop().call_later(self.options.sidecar_grace_s, over)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a change whole, even if whoever asked for it hangs up halfway: file and memory must agree."""

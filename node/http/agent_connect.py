@@ -95,7 +95,7 @@ async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     if definition.id and definition.id != sidecar_id:
         raise BadRequest(f"the body's ID {definition.id!r} contradicts the path's {sidecar_id!r}")
     definition = msgspec.structs.replace(definition, id=sidecar_id)
-    async with ctx.agent.sidecar_stream(definition, request.headers.get(PID_HEADER, "")[:20]) as feed:
+    async with ctx.agent.streams.hold(definition, request.headers.get(PID_HEADER, "")[:20]) as feed:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await response.prepare(request)
         await _pump(request, response, feed)

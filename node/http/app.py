@@ -36,7 +36,7 @@ def create_app(
     app[CONTEXT] = Context(backend, agent, options, rng or random.Random())
 
     async def end_streams(_: web.Application) -> None:
-        agent.end_streams()
+        agent.streams.end_all()
 
     app.on_shutdown.append(end_streams)
     for route in all_routes():
