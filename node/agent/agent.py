@@ -161,11 +161,18 @@ class LocalAgent:
                 checks = {check.check_id: check for check in before.checks} | checks
             kept = msgspec.structs.replace(definition, check=None, checks=())
             saved = SavedService(kept, tuple(checks.values()))
-            await self.store.save_service(saved)
             self._apply_service(saved.service, saved.checks)
+            # The disk and the catalog at once; the answer waits for both.
+            saving = asyncio.ensure_future(self.store.save_service(saved))
             refusal = await self.sync.settled(
                 ("service", service_id), self.options.register_wait_s if wait_s is None else wait_s
             )
+            try:
+                await saving
+            except OSError as error:
+                # The file that was there before is there still: it is replaced whole or not at all.
+                self._put_back(service_id, before)
+                raise NodeError(f"the registration cannot be saved: {error}; nothing has changed") from error
             if isinstance(refusal, Refused):
                 await self._restore(service_id, before)
                 raise refusal
@@ -214,13 +221,18 @@ class LocalAgent:
         own = tuple(check.definition for check in self.local.checks_of(service_id) if not check.own_file)
         return SavedService(service.definition, own)
 
-    async def _restore(self, service_id: str, before: SavedService | None) -> None:
+    def _put_back(self, service_id: str, before: SavedService | None) -> None:
         if before is None:
-            await self.store.forget_service(service_id)
             self._remove_service(service_id)
         else:
-            await self.store.save_service(before)
             self._apply_service(before.service, before.checks)
+
+    async def _restore(self, service_id: str, before: SavedService | None) -> None:
+        self._put_back(service_id, before)
+        if before is None:
+            await self.store.forget_service(service_id)
+        else:
+            await self.store.save_service(before)
 
     def _require_valid(self, definition: ServiceDefinition) -> None:
         problem = definition.problem()

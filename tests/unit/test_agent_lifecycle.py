@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from node.errors import NoLeader
 from raftstate.model.catalog import Check, Node, ServiceInstance
 from raftstate.state import commands
@@ -261,6 +263,26 @@ async def test_restart_fails_no_check(tmp_path: Path) -> None:
     written = [row.status for command in made.applied for row in getattr(command, "checks", ())]
     assert "critical" not in written
     assert "warning" in written
+    await made.close()
+
+
+async def test_a_full_disk_is_told_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await backend()
+    async with serving(tmp_path, backend=made) as node:
+        await node.put("/v1/agent/service/register", {"Name": "web", "Port": 1})
+
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("node.agent.store.write_private", full)
+        assert "No space left" in await node.put("/v1/agent/service/register", {"Name": "web", "Port": 2}, status=500)
+        assert "No space left" in await node.put("/v1/agent/service/register", {"Name": "db", "Port": 3}, status=500)
+
+        async def as_before() -> bool:
+            return {row["ID"]: row["Port"] for row in (await services_of(made)).values()} == {"web": 1}
+
+        await until(as_before)
+        assert {key: row["Port"] for key, row in (await node.get("/v1/agent/services")).items()} == {"web": 1}
     await made.close()
 
 
