@@ -25,9 +25,8 @@ FIRST_PORT = 20000
 
 def proxy(port: int) -> dict[str, Any]:
     target = {"DestinationServiceName": "app", "DestinationServiceID": "app-1"}
-    return {
-        "Name": "app-sidecar-proxy", "ID": "app-1-sidecar-proxy", "Kind": "connect-proxy", "Port": port, "Proxy": target,
-    }  # fmt: skip
+    named = {"Name": "app-sidecar-proxy", "ID": "app-1-sidecar-proxy"}
+    return {**named, "Kind": "connect-proxy", "Port": port, "Proxy": target}
 
 
 CLIENT = {
