@@ -37,7 +37,7 @@ def run(args: Args) -> int:
     stage = Stage(directory, free_offset(3, 2))
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     began = time.monotonic()
-    kept = False
+    kept = failed = False
     try:
         story = Story(stage)
         story.play()
@@ -49,13 +49,14 @@ def run(args: Args) -> int:
             kept = True
         return 0
     except CliError as error:
+        failed = True
         print(f"\n{paint('A step did not hold:', 'red')} {error}", flush=True)
         return 1
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
         if not kept:
-            _clear(stage, given)
+            _clear(stage, remove=not given, keep_logs=failed)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -64,12 +65,15 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _clear(stage: Stage, given: str) -> None:
+def _clear(stage: Stage, *, remove: bool, keep_logs: bool) -> None:
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        logs = _copy_logs(stage) if keep_logs else ""
         stage.clear()
-        if not given:
+        if remove:
             shutil.rmtree(stage.directory, ignore_errors=True)
+        if logs:
+            print(f"What the nodes and sidecars said is kept in {logs}", flush=True)
     finally:
         signal.signal(signal.SIGINT, interrupt)
 
@@ -81,6 +85,14 @@ def _time(seconds: float) -> str:
 def _outcomes(lines: list[str]) -> list[bool]:
     """Return for each call whether it was answered."""
     return [not call.failed for call in calls(lines)]
+
+
+def _copy_logs(stage: Stage) -> str:
+    """Copy every log to a directory that stays, for whoever looks into the failure."""
+    kept = Path(tempfile.mkdtemp(prefix="lictor-demo-logs-"))
+    for log in stage.directory.rglob("*.log"):
+        shutil.copy(log, kept / (log.name if log.parent.name == "logs" else f"{log.parent.name}.log"))
+    return str(kept)
 
 
 class Story:
