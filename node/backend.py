@@ -88,6 +88,13 @@ class QueryResult:
             self._builtins = msgspec.to_builtins(self.raw, builtin_types=(bytes,))
         return self._builtins
 
+    def ends_wait(self, min_index: int) -> bool:
+        """Whether a blocking query that knows `min_index` has its answer: something newer, or another past.
+
+        An answer from a server that has not yet applied `min_index` is neither: it is only late.
+        """
+        return self.index > min_index or (self.index < min_index <= self.applied_index)
+
     def json(self) -> bytes:
         """The value as Consul's JSON, straight from the stored rows where it can be."""
         return to_json(self.raw)

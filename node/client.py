@@ -118,7 +118,7 @@ class RpcBackend:
             result = await self._read(name, params, mode)
             self._seen_index = max(self._seen_index, result.index)
             left_s = deadline - loop.time()
-            if min_index <= 0 or result.index != min_index or left_s <= 0:
+            if min_index <= 0 or left_s <= 0 or result.ends_wait(min_index):
                 return result
             followed = self.followed.get(name, params, follow=True)
             if followed is None:

@@ -129,10 +129,8 @@ class ServerBackend:
         while True:
             result = await self._read(name, params, mode)
             left_s = deadline - loop.time()
-            if min_index <= 0 or result.index > min_index or left_s <= 0:
+            if min_index <= 0 or left_s <= 0 or result.ends_wait(min_index):
                 return result
-            if result.index < min_index and (mode != "stale" or self.applied_index >= min_index):
-                return result  # the state was replaced by an older one: the client starts over
             await self.reads.park(name, params, min_index, left_s)
 
     async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:

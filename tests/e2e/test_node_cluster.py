@@ -152,7 +152,8 @@ async def test_the_leaders_end_loses_no_write_and_wakes_no_one_falsely(tmp_path:
         keys = (await running.clients["client-1"].backend.query("kv.keys", {"prefix": "k/"})).value
         assert len(keys) == 40
         await asyncio.sleep(0)
-        assert not any(query.done() for query in parked), "a leader change wakes no one"
+        woken = [query.exception() or query.result() for query in parked if query.done()]
+        assert not woken, "a leader change wakes no one"
         second = await register(running.clients["client-2"].backend, "web", "n2")
         for result in await asyncio.gather(*parked):
             assert result.index == second
@@ -397,10 +398,13 @@ async def test_an_agent_keeps_a_server_when_none_knows_a_leader(tmp_path: Path) 
     async with cluster(tmp_path, clients=1, extra=FAST_LIVENESS) as running:
         await running.leader()
         client = running.clients["client-1"]
-        (await client.backend.apply(KVSet("a", b"1"))).unwrap()
+        written = (await client.backend.apply(KVSet("a", b"1"))).index
         kept = client.link.server
+        replica = running.servers[kept].replica
+        await eventually(lambda: replica.status().applied_index >= written)
         for name in [name for name in running.servers if name != kept]:
             await running.stop_server(name)
+        await eventually(lambda: replica.leader is None)
         await eventually(lambda: not client.link.known_leader)
         for _ in range(3):
             stale = await client.backend.query("kv.get", {"key": "a"}, mode="stale")
