@@ -14,6 +14,7 @@ from node.ca.authority import Authority
 from node.config import SERVER, ClusterConfig, NodeConfig
 from node.errors import PkiError
 from node.faults import FaultFilter
+from node.joining import join_if_unknown
 from node.leader_duties import LeaderDuties
 from node.leader_route import LeaderRoute
 from node.operator_verbs import OperatorVerbs
@@ -67,6 +68,7 @@ class ServerNode:
             pki.client_context(files, node.name, pki.ALPN_RAFT),
             peer_name=self._server_name,
             on_frame=self._deliver,
+            on_connected=self._peer_lost,  # what was sent before there was a link is lost as well
             on_disconnected=self._peer_lost,
             fault_filter=(lambda peer, direction: self.faults.blocks(peer)) if config.fault_injection else None,
         )
@@ -124,11 +126,15 @@ class ServerNode:
         except OSError:
             await asyncio.to_thread(journal.close)
             raise
+        others = [server for server in config.servers() if server.name != node.name]
+        # Until its log names the members, a server that joins answers those that the file names.
+        self.transport.set_peers({server.name: server.rpc_endpoint for server in others})
         await self.transport.start()
         await self.replica.start()
         self.rpc.start()
         self.duties.start()
         self._tasks.spawn(self._own_heartbeat())
+        self._tasks.spawn(join_if_unknown(node, others, self.replica, self.peers, self._rng))
         self._running = True
         log.info("server: %s takes part in raft at %s", node.name, node.rpc_endpoint)
 

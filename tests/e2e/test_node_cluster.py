@@ -34,7 +34,7 @@ from raftstate.state.commands import (
     Revoke,
     SessionCreate,
 )
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import Cluster, cluster, free_ports
 from tests.support.rpc import eventually
 
 FAST_LIVENESS = '[liveness]\nheartbeat = "100ms"\nnode_ttl = "600ms"\n'
@@ -352,9 +352,25 @@ async def test_a_server_leaves_and_another_joins(tmp_path: Path) -> None:
         await client.operator("raft.remove_peer", {"id": gone})
         assert len((await client.operator("raft.configuration"))["Servers"]) == 2
         server = await running.start_server(gone)
-        await client.operator("raft.add_peer", {"id": gone, "address": server.node.rpc_endpoint})
-        assert len((await client.operator("raft.configuration"))["Servers"]) == 3
+        await eventually(lambda: server.replica.leader is not None, 20)
+        servers = (await client.operator("raft.configuration"))["Servers"]
+        assert sorted(one["ID"] for one in servers) == ["server-1", "server-2", "server-3"]
         result = await server.backend.query("kv.get", {"key": "a"})
+        assert result.value["Value"] == b"1"
+
+
+async def test_a_new_server_joins_by_itself_and_votes(tmp_path: Path) -> None:
+    port = free_ports(1)[0]
+    extra = f'[nodes.server-9]\nrole = "server"\njoin = true\nrpc_port = {port}\nhttp_port = 0\ndns_port = 0\n'
+    async with cluster(tmp_path, extra=extra) as running:
+        leader = await running.leader()
+        (await leader.backend.apply(KVSet("a", b"1"))).unwrap()
+
+        def votes() -> bool:
+            return [member.voter for member in leader.replica.members() if member.id == "server-9"] == [True]
+
+        await eventually(votes, 20)
+        result = await running.servers["server-9"].backend.query("kv.get", {"key": "a"}, mode="stale")
         assert result.value["Value"] == b"1"
 
 
