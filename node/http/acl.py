@@ -1,4 +1,4 @@
-"""``/v1/acl``: answered as a Consul agent without access control does."""
+"""``/v1/acl``: tokens are not managed over this API; without them it answers as a Consul agent without ACLs does."""
 
 from __future__ import annotations
 
@@ -12,5 +12,11 @@ routes = Routes("acl")
 
 @routes.add("GET PUT POST DELETE", "/v1/acl/{path:.*}")
 async def disabled(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """Access control is off."""
-    raise HttpError(401, "ACL support disabled")
+    """Not supported; where no tokens are asked for, in the words of a Consul agent without access control."""
+    if not ctx.options.acl_enabled:
+        raise HttpError(401, "ACL support disabled")
+    raise HttpError(
+        501,
+        "/v1/acl is not supported: tokens are asked for here, but this API does not manage them."
+        " The management token is the content of cluster.acl_token_file; see docs/http-api.md",
+    )

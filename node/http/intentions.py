@@ -13,7 +13,7 @@ from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.reading import Reading, answer, filtered, read
 from node.http.respond import json_response
 from node.http.writing import body_as, write
-from proxy.authz import compile_policy
+from proxy.authz import check_permission, compile_policy
 from raftstate.model.identity import Identity
 from raftstate.model.intention import ALLOW, WILDCARD, Intention
 from raftstate.state import commands
@@ -72,6 +72,10 @@ def _prepared(body: Intention, **changes: Any) -> Intention:
     """Return a body's intention without what only the state may say."""
     if body.permissions and body.action:
         raise BadRequest("Action must be omitted if Permissions are specified")
+    for number, permission in enumerate(body.permissions):
+        # A sidecar would take it for a denial; whoever wrote it should hear of it now.
+        if problem := check_permission(permission):
+            raise BadRequest(f"Permissions[{number}]: {problem}")
     return msgspec.structs.replace(
         body,
         source_ns=body.source_ns or "default",

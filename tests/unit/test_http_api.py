@@ -386,3 +386,36 @@ async def test_openapi_describes_every_route(tmp_path: Path) -> None:
         assert all("{" not in path or ":" not in path for path in document["paths"])
         ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
         assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("http", "part"),
+    [
+        ({"PathRegex": "/api/("}, "regular expression"),
+        ({"PathExact": "/a", "PathPrefix": "/b"}, "only one of"),
+        ({"PathPrefix": "/a/../b"}, "can match nothing"),
+        ({"Header": [{"Name": "x", "Regex": "[", "Present": False}]}, "regular expression"),
+        ({"Header": [{"Name": "x"}]}, "exactly one of"),
+    ],
+)
+async def test_a_permission_that_can_not_be_compiled_is_400(tmp_path: Path, http: dict[str, Any], part: str) -> None:
+    async with serving(tmp_path) as node:
+        pair = "/v1/connect/intentions/exact?source=web&destination=api"
+        good = {"Permissions": [{"Action": "allow", "HTTP": {"PathRegex": "/api/.*"}}]}
+        bad = {"Permissions": [*good["Permissions"], {"Action": "allow", "HTTP": http}]}
+        said = await node.put(pair, bad, status=400)
+        assert "Permissions[1]" in said
+        assert part in said
+        assert "Permissions[0]: action" in await node.put(pair, {"Permissions": [{"Action": "may"}]}, status=400)
+        assert await node.get("/v1/connect/intentions") == []
+        await node.put(pair, good)
+        (stored,) = await node.get("/v1/connect/intentions")
+        whole = {"SourceName": "web", "DestinationName": "api", **bad}
+        await node.put(f"/v1/connect/intentions/{stored['ID']}", whole, status=400)
+        assert (await node.get("/v1/connect/intentions"))[0]["Permissions"] == stored["Permissions"]
+
+
+async def test_tokens_are_said_to_be_asked_for(tmp_path: Path) -> None:
+    async with serving(tmp_path, http_options=HttpOptions(acl_enabled=True)) as node:
+        status, said = await text(node, "GET", "/v1/acl/tokens")
+        assert (status, "not supported" in said) == (501, True)
