@@ -59,7 +59,9 @@ class LocalAgent:
         self.store = AgentStore(directory)
         self.local = LocalState(options.node)
         self.views = Views(backend)
-        self.leaves = LeafManager(backend, self.views, directory / "leaves", rng=self._rng)
+        self.leaves = LeafManager(
+            backend, self.views, directory / "leaves", datacenter=options.datacenter, rng=self._rng
+        )
         self.sync = AntiEntropy(
             backend, self.views, self.local, self.node_row, interval_s=options.sync_interval_s, rng=self._rng
         )

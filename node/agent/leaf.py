@@ -105,11 +105,13 @@ class LeafManager:
         views: Views,
         directory: Path,
         *,
+        datacenter: str = "dc1",
         clock: Clock = utc_now,
         rng: random.Random | None = None,
         rotation_spread_s: float = ROTATION_SPREAD_S,
     ) -> None:
         self._backend, self._views, self._directory = backend, views, directory
+        self._datacenter = datacenter
         self._clock, self._rng, self._rotation_spread_s = clock, rng or random.Random(), rotation_spread_s
         self._entries: dict[tuple[str, str], LeafEntry] = {}
         self._wakes: dict[tuple[str, str], asyncio.Event] = {}
@@ -194,13 +196,18 @@ class LeafManager:
 
     async def _renew(self, entry: LeafEntry) -> None:
         trust_domain = await self._trust_domain()
-        key, csr = await asyncio.to_thread(make_request, entry.service, entry.instance, trust_domain)
+        wanted = SpiffeId(trust_domain=trust_domain, service=entry.service, datacenter=self._datacenter)
+        key, csr = await asyncio.to_thread(make_request, wanted, entry.instance)
         chain = await self._backend.sign_leaf(csr, service=entry.service, instance=entry.instance)
         before = entry.leaf.modify_index if entry.leaf is not None else 0
         index = max(before + 1, self._roots.index if self._roots is not None else 1)
         leaf = make_leaf(entry.service, chain, key, index, entry.leaf.create_index if entry.leaf else index)
         path = self._directory / file_name(f"{entry.service}\0{entry.instance}")
-        await asyncio.to_thread(write_private, path, msgspec.json.encode((entry.service, entry.instance, leaf)))
+        try:
+            await asyncio.to_thread(write_private, path, msgspec.json.encode((entry.service, entry.instance, leaf)))
+        except OSError as error:
+            # It is saved for the next start only; a full disk must not let identities expire.
+            log.warning("the leaf of %s %s cannot be saved: %s", entry.service, entry.instance, error)
         entry.leaf, entry.error = leaf, None
         entry.tell()
 
@@ -239,17 +246,16 @@ class LeafManager:
         return (due - self._clock()).total_seconds()
 
 
-def make_request(service: str, instance: str, trust_domain: str) -> tuple[str, str]:
+def make_request(wanted: SpiffeId, instance: str) -> tuple[str, str]:
     """Make a P-256 key and a signing request for it; returns both in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = [x509.NameAttribute(NameOID.COMMON_NAME, service[:64])]
+    name = [x509.NameAttribute(NameOID.COMMON_NAME, wanted.service[:64])]
     if instance:
         name.append(x509.NameAttribute(NameOID.USER_ID, instance))
-    uri = SpiffeId(trust_domain=trust_domain, service=service).uri()
     request = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(x509.Name(name))
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(wanted.uri())]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM

@@ -89,13 +89,21 @@ class SidecarStreams:
                 f'unknown service ID: "{target}": the sidecar {sidecar_id} stands for a service that is not '
                 f"registered with this agent; first: lictor services register -name NAME -id {target}"
             )
+        if (own := self._local.services.get(sidecar_id)) is not None and own.row.kind != KIND_CONNECT_PROXY:
+            raise BadDefinition(f"{sidecar_id} is a service of its own here: give the sidecar another ID")
+        service = self._local.services[target].row.service
+        if proxy.destination_service_name != service:
+            raise BadDefinition(
+                f"{target!r} is an instance of {service!r}, not of {proxy.destination_service_name!r}: "
+                "correct Proxy.DestinationServiceName"
+            )
         check_id = stream_check(sidecar_id)
         alias = CheckDefinition(
             check_id=f"{check_id}:alias", name=f"Connect Sidecar Aliasing {target}", alias_service=target
         )
-        own = CheckDefinition(check_id=check_id, name="Sidecar Stream", status=PASSING, sidecar=True)
+        following = CheckDefinition(check_id=check_id, name="Sidecar Stream", status=PASSING, sidecar=True)
         return msgspec.structs.replace(
-            definition, kind=KIND_CONNECT_PROXY, check=None, checks=(own, alias), connect=None
+            definition, kind=KIND_CONNECT_PROXY, check=None, checks=(following, alias), connect=None
         )
 
     def end(self, sidecar_id: str) -> None:
