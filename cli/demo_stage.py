@@ -5,6 +5,7 @@ Everything the demo starts is remembered by its pid and ended in any case, Ctrl-
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import signal
@@ -62,6 +63,7 @@ def _reserve(offset: int) -> bool:
         sock.close()
         return False
     _reserved.append(sock)
+    atexit.register(sock.close)
     return True
 
 

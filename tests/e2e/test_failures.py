@@ -26,6 +26,8 @@ def echo(lictor: Mesh) -> Iterator[str]:
         assert wait_until(lambda: lictor.call(address).returncode == 0, 5)
         yield address
         lictor.lictor("intentions", "delete", "echo-client", "echo-server", host=0)
+        for host, instance in ((0, "echo-client-1"), (1, "echo-server-1")):
+            lictor.lictor("services", "deregister", "-id", instance, host=host)
 
 
 def _no_call_broke(load: Client, holding: Client) -> None:

@@ -34,7 +34,7 @@ PURE = (
     "node/agent/upstreams.py",
 )
 """Given the same input they give the same output on every node and in every simulation: no I/O, clock or chance."""
-IMPURE = {"asyncio", "time", "random", "os", "socket", "ssl", "threading", "subprocess", "secrets", "uuid"}
+IMPURE = {"asyncio", "time", "random", "os", "socket", "ssl", "threading", "subprocess", "secrets"}
 
 
 def _run(*command: str) -> None:
@@ -93,6 +93,8 @@ def test_pure_modules_import_no_io_clock_or_chance() -> None:
         assert path.exists(), f"{path} is listed as pure and is gone"
         roots = {name.partition(".")[0] for name in _imports(path)}
         assert not roots & IMPURE, f"{path.relative_to(ROOT)} imports {sorted(roots & IMPURE)}; hand it in instead"
+        # An id made from a digest is pure, one made of chance is not.
+        assert not re.search(r"\buuid[14]\(", path.read_text()), f"{path.relative_to(ROOT)} makes a random id"
 
 
 def test_pysyncobj_has_one_door() -> None:

@@ -71,12 +71,16 @@ def spiffe(ca: TestCA, service: str) -> str:
     return f"spiffe://{ca.trust_domain}/ns/default/dc/dc1/svc/{service}"
 
 
-JUST_NOW = datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=1)
+def just_now() -> datetime.datetime:
+    """A minute ago, when it is asked and not when the tests began."""
+    return datetime.datetime.now(datetime.UTC) - datetime.timedelta(minutes=1)
+
+
 BAD_CLIENTS: dict[str, tuple[str, Callable[[TestCA], Leaf | None]]] = {
     "another CA": ("untrusted-certificate", lambda ca: TestCA("evil").leaf("web", "web-1")),
     "expired": (
         "expired-certificate",
-        lambda ca: ca.leaf("web", "web-1", not_after=JUST_NOW),
+        lambda ca: ca.leaf("web", "web-1", not_after=just_now()),
     ),
     "no certificate": ("no-certificate", lambda ca: None),
     "another trust domain": ("trust-domain", lambda ca: ca.leaf("web", "web-1", trust_domain="other.consul")),
