@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,3 +149,11 @@ def test_the_lock_names_versions_only() -> None:
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         assert "://" not in line, f"{line}: the lock must work with any index"
         assert not line.startswith("-"), line
+
+
+def test_the_lock_covers_what_the_project_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    locked = {line.partition("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    names = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in wanted}
+    assert names <= locked, f"{sorted(names - locked)} not locked; see CONTRIBUTING.md"
