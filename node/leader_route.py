@@ -75,12 +75,12 @@ class LeaderRoute:
             if isinstance(failure, Busy):
                 busy += 1
                 if busy >= BUSY_TRIES:
-                    raise failure
+                    raise _final(failure, open_outcome)
             elif isinstance(failure, (UnknownOutcome, TimedOut, Unreachable)):
                 open_outcome = open_outcome or write
             elif isinstance(failure, Stopped):
                 if self._replica.failure is not None:
-                    raise failure
+                    raise _final(failure, open_outcome)
             elif not isinstance(failure, NoLeader):
                 raise failure
             if forwarded:
@@ -107,3 +107,8 @@ class LeaderRoute:
                 await self._changed.wait()
         except TimeoutError:
             pass
+
+
+def _final(failure: NodeError, open_outcome: bool) -> NodeError:
+    """Return what the caller is told at the end: of a write that an earlier attempt may have made, that."""
+    return UnknownOutcome() if open_outcome else failure

@@ -97,8 +97,13 @@ class HeartbeatReply(_Body, frozen=True):
 
 T = TypeVar("T")
 
-SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot"})
-"""Commands that no agent may write: with a root of its own in the bundle, one stolen host could be anyone."""
+SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot", "ForgetRequests", "UpsertToken", "DeleteToken"})
+"""Commands that no agent may write: with a root of its own in the bundle, one stolen host could be anyone, and with
+a token of its own anyone could use the API."""
+QUERIES_SERVERS_ONLY = frozenset({"internal.ca_signing_material", "acl.tokens"})
+"""Queries that no agent may ask: the authority's key, sealed as it is, is nobody else's business."""
+VERBS_SERVERS_ONLY = frozenset({"raft.add_peer"})
+"""Verbs that no agent may ask for: a server comes in by asking for itself, with a server's certificate."""
 
 
 def command_name(raw: bytes | bytearray | memoryview | msgspec.Raw) -> str:

@@ -16,7 +16,9 @@ from node.errors import BadRequest, NodeError, Refused
 from node.leader_duties import LeaderDuties
 from node.operator_verbs import OperatorVerbs
 from node.protocol import (
+    QUERIES_SERVERS_ONLY,
     SERVERS_ONLY,
+    VERBS_SERVERS_ONLY,
     ApplyRequest,
     HeartbeatReply,
     OperatorRequest,
@@ -70,13 +72,13 @@ class ServerRpc:
     async def apply(self, call: Call) -> bytes:
         """Write."""
         request = decode(call.body, ApplyRequest)
-        if call.peer.role != SERVER and (name := command_name(request.command)) in SERVERS_ONLY:
-            raise Refused(f"{name} is for servers: ask for it by its operator verb", http_status=403)
+        _for_agents_too(call, command_name(request.command), SERVERS_ONLY)
         return await self._backend.apply_raw(request, call.left_s())
 
     async def query(self, call: Call) -> bytes:
         """Read; a forwarded read is answered by the leader only."""
         request = decode(call.body, QueryRequest)
+        _for_agents_too(call, request.name, QUERIES_SERVERS_ONLY)
         if request.forwarded:
             return await self._backend.query_leader(request, forwarded=True)
         mode = protocol.read_mode(request.mode)
@@ -93,11 +95,13 @@ class ServerRpc:
     def feed(self, call: Call, feed: Feed) -> bool:
         """Follow a query on this server, pushed as it changes."""
         request = decode(call.body, SubscribeRequest)
+        _for_agents_too(call, request.name, QUERIES_SERVERS_ONLY)
         return self._backend.reads.hub.feed(request.name, request.params, request.from_index, feed)
 
     async def subscribe(self, call: Call) -> AsyncIterator[bytes]:
         """Follow a query on this server."""
         request = decode(call.body, SubscribeRequest)
+        _for_agents_too(call, request.name, QUERIES_SERVERS_ONLY)
         events = self._backend.reads.subscribe(request.name, request.params, from_index=request.from_index)
         async with aclosing(cast(Any, events)):
             async for event in events:
@@ -114,6 +118,7 @@ class ServerRpc:
     async def operator(self, call: Call) -> bytes:
         """Run an operator's verb."""
         request = decode(call.body, OperatorRequest)
+        _for_agents_too(call, request.verb, VERBS_SERVERS_ONLY)
         if request.verb == "faults.block":
             raise BadRequest("faults are set on each node by its own API, not over RPC")
         return await self._verbs.run(request)
@@ -163,3 +168,11 @@ class ServerRpc:
                 await connection.call(protocol.HEARTBEATS, encode(beats), 1.0)
             except (NodeError, RaftError):
                 pass  # the next beats come soon, and a new leader gives everyone a full deadline
+
+
+def _for_agents_too(call: Call, asked: str, servers_only: frozenset[str]) -> None:
+    """Raises Refused when an agent asks for what only servers may."""
+    if call.peer.role != SERVER and asked in servers_only:
+        raise Refused(
+            f"{asked} is for servers: {call.peer.node} has a {call.peer.role}'s certificate", http_status=403
+        )

@@ -21,7 +21,7 @@ from node.ca.sealing import seal, unseal
 from node.ca.signing import Signer, cross_sign, key_pem, make_root, new_key, rfc3339, sign_leaf
 from node.durations import format_duration, parse_duration_s
 from node.errors import NodeError, NoLeader, Refused
-from raftstate.model.catalog import ServiceInstance
+from raftstate.model.catalog import CatalogNode, ServiceInstance
 from raftstate.model.connect import CAConfig, CARoot, CARoots, Revocation, SigningMaterial
 from raftstate.state.commands import AddCARoot, Command, RetireCARoot, SetCAConfig
 
@@ -164,12 +164,18 @@ class Authority:
             datacenter=self._datacenter,
             registered_service=registered.service if registered is not None else None,
             revocations=revocations,
+            neighbours=() if instance else self._instances(node, service),
         )
         serial = x509.random_serial_number()
         now = self._now()
         leaf = sign_leaf(plan, signer, now=now, ttl_s=self.leaf_ttl_s(), serial=serial)
         log.info("ca: signed a leaf for %s/%s on %s at %s", service, instance or "-", node, rfc3339(now))
         return leaf + "".join(signer.root.intermediate_certs if len(roots.roots) > 1 else ())
+
+    def _instances(self, node: str, service: str) -> list[str]:
+        """Return the ids of a service's instances on a node."""
+        held: CatalogNode | None = self._ask("catalog.node", {"node": node}).value
+        return [row.id for row in held.services.values() if row.service == service] if held is not None else []
 
 
 def _fields(root: CARoot) -> dict[str, Any]:

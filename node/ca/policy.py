@@ -68,15 +68,19 @@ def judge(
     datacenter: str,
     registered_service: str | None,
     revocations: Iterable[Revocation],
+    neighbours: Iterable[str] = (),
 ) -> LeafPlan:
     """Return what to sign, or raise LeafRefused with the rule that was broken.
 
     `registered_service` is the service whose instance `request.instance` is on the asking node; None if none is.
+    `neighbours`: the instances of the service on the asking node, for a leaf of the service as a whole: it names no
+    instance, so that a revoked one could live on under it.
     """
     _check_name("service", request.service)
     if request.instance:
         _check_name("instance", request.instance)
-    _check_revoked(request, revocations)
+    for instance in (request.instance,) if request.instance else ("", *neighbours):
+        _check_revoked(request.service, instance, revocations)
     _check_registered(request, registered_service)
     key = _check_key(csr)
     wanted = SpiffeId(trust_domain=trust_domain, service=request.service, datacenter=datacenter)
@@ -90,13 +94,10 @@ def _check_name(what: str, name: str) -> None:
         raise LeafRefused(f"{what} name {name[:80]!r} cannot stand in a certificate: use printable text, 255 bytes")
 
 
-def _check_revoked(request: LeafRequest, revocations: Iterable[Revocation]) -> None:
+def _check_revoked(service: str, instance: str, revocations: Iterable[Revocation]) -> None:
     for row in revocations:
-        hit = (row.kind == "service" and row.value == request.service) or (
-            row.kind == "instance"
-            and request.instance != ""
-            and row.value == request.instance
-            and row.service in ("", request.service)
+        hit = (row.kind == "service" and row.value == service) or (
+            row.kind == "instance" and instance != "" and row.value == instance and row.service in ("", service)
         )
         if hit:
             raise LeafRefused(

@@ -58,6 +58,7 @@ def decide(
     instance: str = "web-1",
     registered: str | None = "web",
     revocations: tuple[Revocation, ...] = (),
+    neighbours: tuple[str, ...] = (),
 ) -> LeafPlan:
     return judge(
         parse_csr(text),
@@ -66,6 +67,7 @@ def decide(
         datacenter="dc1",
         registered_service=registered,
         revocations=revocations,
+        neighbours=neighbours,
     )
 
 
@@ -262,3 +264,13 @@ def test_sealing_binds_cluster_key_and_root() -> None:
     ):
         with pytest.raises(SealError):
             bad()
+
+
+def test_a_revoked_instance_gets_no_leaf_under_its_services_name() -> None:
+    """A leaf of the service names no instance: no revocation of an instance would ever reach it."""
+    row = Revocation(kind="instance", value="web-1")
+    text = refusal(csr(), instance="", registered=None, revocations=(row,), neighbours=("web-2", "web-1"))
+    assert "instance 'web-1' is revoked" in text
+    narrowed = Revocation(kind="instance", value="web-1", service="db")
+    decide(csr(), instance="", registered=None, revocations=(narrowed,), neighbours=("web-1",))
+    decide(csr(), instance="", registered=None, revocations=(row,), neighbours=("web-2",))

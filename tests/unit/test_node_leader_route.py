@@ -147,6 +147,23 @@ async def test_only_a_write_that_may_have_arrived_has_an_unknown_outcome(
         await Route("s2", error).run(write=write)
 
 
+@pytest.mark.parametrize("first", [Unreachable(), TimedOut(), raft.UnknownOutcome("?")])
+async def test_a_full_queue_does_not_undo_an_attempt_that_may_have_arrived(first: Exception) -> None:
+    route = Route("s1", first, raft.TooBusy("full"))
+    with pytest.raises(UnknownOutcome):
+        await route.run(timeout_s=5)
+    route = Route("s1", first, raft.TooBusy("full"))
+    with pytest.raises(Busy):
+        await route.run(timeout_s=5, write=False)
+
+
+async def test_a_stopped_server_does_not_undo_an_attempt_that_may_have_arrived() -> None:
+    route = Route("s1", raft.UnknownOutcome("?"), raft.Stopped("the disk failed"))
+    cast(Any, route.replica).failure = "the disk failed"
+    with pytest.raises(UnknownOutcome):
+        await route.run(timeout_s=5)
+
+
 async def test_a_leader_that_cannot_be_dialled_got_nothing() -> None:
     route = Route("s2", b"never")
     route.peers.unreachable.add("s2")
