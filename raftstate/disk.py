@@ -6,6 +6,7 @@ disk beneath the journal that forgets and tears whatever was not synced.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Protocol
 
@@ -33,11 +34,15 @@ class Disk(Protocol):
     def make_dir(self, path: str) -> None:
         """Create the directory with its parents, durably; fine if it exists."""
 
-    def create(self, path: str) -> DiskFile:
-        """A new, empty file; an old one of that name is replaced."""
+    def create(self, path: str, room: int = 0) -> DiskFile:
+        """A new, empty file; an old one of that name is replaced.
 
-    def open_append(self, path: str) -> DiskFile:
-        """An existing file, to append to."""
+        `room`: allocate so many bytes ahead at a time, so that most syncs need not change the file's size, which
+        costs a commit of the file system's own journal. Until it is closed, zeros may be read behind the end.
+        """
+
+    def open_append(self, path: str, room: int = 0) -> DiskFile:
+        """An existing file, to append to behind its last byte; `room` as for `create`."""
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         """Up to `size` bytes (None: to the end) from `offset`; short at the end of the file."""
@@ -58,14 +63,33 @@ class Disk(Protocol):
         """Make the names in this directory durable."""
 
 
+_NO_ROOM_AHEAD = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
 class _RealFile:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, end: int = 0, room: int = 0) -> None:
+        self._fd, self._end, self._room = fd, end, room
+        self._allocated = end
 
     def append(self, data: bytes) -> None:
+        if self._room and self._end + len(data) > self._allocated:
+            self._allocate(len(data))
         view = memoryview(data)
         while view:
-            view = view[os.write(self._fd, view) :]
+            written = os.pwrite(self._fd, view, self._end)
+            self._end += written
+            view = view[written:]
+
+    def _allocate(self, size: int) -> None:
+        room = max(self._room, size)
+        try:
+            os.posix_fallocate(self._fd, self._end, room)
+        except OSError as error:
+            if error.errno not in _NO_ROOM_AHEAD:
+                raise
+            self._room = 0  # then it grows with each append; the last bytes of a full disk may still be enough
+        else:
+            self._allocated = self._end + room
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
@@ -73,7 +97,11 @@ class _RealFile:
     def close(self) -> None:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                if self._allocated > self._end:
+                    os.ftruncate(fd, self._end)
+            finally:
+                os.close(fd)
 
 
 class RealDisk:
@@ -90,16 +118,17 @@ class RealDisk:
             return
         self.sync_dir(parent)
 
-    def create(self, path: str) -> DiskFile:
+    def create(self, path: str, room: int = 0) -> DiskFile:
         try:
             os.unlink(path)  # never write into an inode that someone may still be reading
         except FileNotFoundError:
             pass
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return _RealFile(os.open(path, flags, 0o600))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return _RealFile(os.open(path, flags, 0o600), 0, room)
 
-    def open_append(self, path: str) -> DiskFile:
-        return _RealFile(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+    def open_append(self, path: str, room: int = 0) -> DiskFile:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return _RealFile(fd, os.fstat(fd).st_size, room)
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -34,6 +34,8 @@ __all__ = ["Entry", "Journal", "JournalDamaged", "JournalFailed", "Pending"]
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 16 << 20
+ROOM_BYTES = 4 << 20
+"""What the newest segment is longer than its records at most: zeros that wait to be written over."""
 
 
 class Journal:
@@ -266,6 +268,7 @@ class _Writer:
     ) -> None:
         self._disk, self._directory = disk, directory
         self._segment_bytes, self._entropy = segment_bytes, entropy
+        self._room_bytes = min(ROOM_BYTES, segment_bytes)
         self._segments, self._chain = found.segments, found.chain
         self._term, self._voted_for = found.state.term, found.state.voted_for
         self._busy = threading.Lock()
@@ -295,7 +298,7 @@ class _Writer:
             name = segment_name(header.segment)
             if found.certified_bytes < len(found.valid) or self._disk.size(self._path(name)) > len(found.valid):
                 self._rewrite(name, found)
-            self._file = self._disk.open_append(self._path(name))
+            self._file = self._disk.open_append(self._path(name), self._room_bytes)
         self._disk.sync_dir(self._directory)
 
     def _rewrite(self, name: str, found: Recovered) -> None:
@@ -362,7 +365,7 @@ class _Writer:
             self._voted_for,
             commit_index,
         )
-        self._file = self._disk.create(self._path(segment_name(number)))
+        self._file = self._disk.create(self._path(segment_name(number)), self._room_bytes)
         self._bytes = 0
         self._segments.begin(number)
         return self._header.encode()

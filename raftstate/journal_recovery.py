@@ -145,7 +145,7 @@ def _newest_run(disk: Disk, directory: str, numbers: list[int], found: Recovered
         if any(find_certificates(data, 0, numbers[-1], None)):
             raise JournalDamaged(newest, 0, "the header fails its checksum")
         found.leftovers.append(segment_name(numbers[-1]))
-        found.torn_bytes += len(data)
+        found.torn_bytes += len(data.rstrip(b"\0"))
         numbers = numbers[:-1]
     start = len(numbers) - 1
     while start > 0 and numbers[start - 1] == numbers[start] - 1:
@@ -184,7 +184,7 @@ def _replay(disk: Disk, directory: str, run: list[int], found: Recovered) -> Non
             if any(find_certificates(data, end, number, header.nonce)):
                 raise JournalDamaged(path, end, "a record fails its checksum")
             found.header, found.valid = header, data[:end]
-            found.torn_bytes += len(data) - end
+            found.torn_bytes += len(data[end:].rstrip(b"\0"))  # zeros are room that was never written
             return
         next_data, next_header, next_offset = load(following)
         end, _ = _replay_segment(path, data, header, offset, next_header.previous_bytes, found)

@@ -28,12 +28,12 @@ class _LyingFile(_SimFile):
 
 
 class LyingDisk(SimDisk):
-    def create(self, path: str) -> _SimFile:
-        file = super().create(path)
-        return _LyingFile(self, file._inode)
+    def create(self, path: str, room: int = 0) -> _SimFile:
+        file = super().create(path, room)
+        return _LyingFile(self, file._inode, room)
 
-    def open_append(self, path: str) -> _SimFile:
-        return _LyingFile(self, self._inode(path))
+    def open_append(self, path: str, room: int = 0) -> _SimFile:
+        return _LyingFile(self, self._inode(path), room)
 
 
 class AckBeforeQuorum(RaftCore):

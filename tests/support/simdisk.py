@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 SECTOR = 512
+ROOM_MAX = 4096
+"""More room than this is not modelled; it would only cost time."""
 
 _T = TypeVar("_T")
 
@@ -30,8 +32,12 @@ class _Inode:
 
 
 class _SimFile:
-    def __init__(self, disk: SimDisk, inode: _Inode) -> None:
+    def __init__(self, disk: SimDisk, inode: _Inode, room: int = 0) -> None:
         self._disk, self._inode, self._life, self._open = disk, inode, disk.life, True
+        self._end = len(inode.data)
+        self._room = (
+            min(room, ROOM_MAX) if disk.capacity is None else 0
+        )  # room ahead is not taken from the last bytes
 
     def append(self, data: bytes) -> None:
         self._check()
@@ -44,9 +50,14 @@ class _SimFile:
 
     def _write(self, data: bytes) -> None:
         inode = self._inode
-        if data and inode.dirty_from is None:
-            inode.dirty_from = len(inode.data)
-        inode.data += data
+        if not data:
+            return
+        inode.dirty_from = self._end if inode.dirty_from is None else min(inode.dirty_from, self._end)
+        end = self._end + len(data)
+        if self._room and end > len(inode.data):
+            inode.data += bytes(self._end + max(self._room, len(data)) - len(inode.data))
+        inode.data[self._end : end] = data
+        self._end = end
 
     def sync(self) -> None:
         self._check()
@@ -69,6 +80,10 @@ class _SimFile:
             inode.dirty_from = None
 
     def close(self) -> None:
+        if self._open and self._life == self._disk.life and self._end < len(self._inode.data):
+            del self._inode.data[self._end :]
+            dirty_from = self._inode.dirty_from
+            self._inode.dirty_from = self._end if dirty_from is None else min(self._end, dirty_from)
         self._open = False
 
     def _check(self) -> None:
@@ -109,13 +124,13 @@ class SimDisk:
             self._dirs.add(path)
             path = os.path.dirname(path)
 
-    def create(self, path: str) -> _SimFile:
+    def create(self, path: str, room: int = 0) -> _SimFile:
         inode = _Inode()
         self._change_names(path, lambda names: names.update({path: inode}))
-        return _SimFile(self, inode)
+        return _SimFile(self, inode, room)
 
-    def open_append(self, path: str) -> _SimFile:
-        return _SimFile(self, self._inode(path))
+    def open_append(self, path: str, room: int = 0) -> _SimFile:
+        return _SimFile(self, self._inode(path), room)
 
     def read(self, path: str, offset: int = 0, size: int | None = None) -> bytes:
         data = self._inode(path).data

@@ -264,7 +264,7 @@ def test_torn_segment_that_was_being_made_is_set_aside(caplog: pytest.LogCapture
 
 def test_certificate_in_a_payload_certifies_nothing() -> None:
     """Whoever may write a value must not be able to make a torn tail look like damage."""
-    disk = SimDisk()
+    disk = SimDisk(capacity=1 << 20)  # without room ahead, so that the file ends with the journal
     log = filled(disk, 3)
     forged = disk.read("/raft/" + segment_name(1))[-56:]
     log.add(forged * 3, 4, 1)
@@ -274,6 +274,25 @@ def test_certificate_in_a_payload_certifies_nothing() -> None:
     before = disk.size(path)
     disk.cut(path, before - 60)
     assert journal(disk).last_index == 4
+
+
+def test_room_ahead_is_no_torn_write_and_goes_when_closed(tmp_path: Path) -> None:
+    directory = str(tmp_path / "raft")
+    path = tmp_path / "raft" / segment_name(1)
+    log = Journal(RealDisk(), directory)
+    log.add(b"first", 1, 1)
+    sync(log)
+    assert path.stat().st_size > 1 << 20
+    killed = Journal(RealDisk(), directory)  # as after a kill: nobody closed the file
+    assert (killed.torn_bytes, killed.last_index) == (0, 1)
+    killed.add(b"second", 2, 1)
+    sync(killed)
+    killed.close()
+    assert path.stat().st_size < 1 << 10
+    again = Journal(RealDisk(), directory)
+    assert [entry[0] for entry in again[:]] == [b"first", b"second"]
+    again.close()
+    log._writer._file.close()  # type: ignore[union-attr]
 
 
 def test_crash_during_opening_loses_nothing() -> None:
