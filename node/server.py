@@ -64,7 +64,7 @@ class ServerBackend:
     def __init__(self, replica: Replica, route: LeaderRoute, *, node: str) -> None:
         self.replica, self.route, self.node = replica, route, node
         machine = cast("StateMachine", replica.machine)
-        self.reads = StoreReads(machine, replica.watches, lambda: replica.status().applied_index)
+        self.reads = StoreReads(machine, replica.watches, lambda: replica.applied_index)
         self.authority: Authority | None = None
         self.verbs: OperatorVerbs | None = None
         self.on_session_renewed: Any = lambda session: None
@@ -72,8 +72,8 @@ class ServerBackend:
 
     @property
     def applied_index(self) -> int:
-        """Log index up to which this server has applied."""
-        return self.replica.status().applied_index
+        """Index up to which this server has applied, as rows carry it."""
+        return self.replica.applied_index
 
     # -- writes ----------------------------------------------------------------------------------------------------
 

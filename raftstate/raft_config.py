@@ -32,7 +32,8 @@ class RaftConfig:
     inflight_bytes_max: int = 4 * 1024 * 1024
     snapshot_chunks_inflight: int = 4
     apply_batch: int = 128
-    """Entries applied before the loop gets its turn again."""
+    apply_bytes: int = 256 * 1024
+    """Entries, and their bytes, applied before the loop gets its turn; a single larger one is applied alone."""
     trailing_entries: int = 2048
     """Entries kept behind a snapshot, so that a follower a little behind needs no snapshot."""
     learner_lag_max: int = 64

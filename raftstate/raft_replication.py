@@ -6,14 +6,14 @@ Raft paper 5.3 and 5.4.2; flow control as in etcd's raft. Replies carry a term a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from raftstate.errors import CommandTooLarge, NotLeader, RaftError, TooBusy, UnknownOutcome
 from raftstate.messages import AppendEntries, AppendReply, Heartbeat, HeartbeatReply
 from raftstate.raft_backup import RestoreInLog
 from raftstate.raft_config import RaftConfig
-from raftstate.raft_driven import MEMBERS, NO_OP, REGULAR, RESTORE
+from raftstate.raft_driven import MEMBERS, REGULAR, RESTORE
 from raftstate.raft_election import Election
 from raftstate.raft_members import Members, decode_members, encode_members
 from raftstate.raft_ports import Log
@@ -26,7 +26,7 @@ Apply = Callable[[int, bytes], Any]
 """The state machine: (index, data) -> value. Called once per index, in order."""
 
 
-def _no_restore(_chunks: Iterable[bytes]) -> None:
+def _no_restore(*_: object) -> NoReturn:
     raise RaftError("this state machine cannot be replaced by a backup")
 
 
@@ -44,7 +44,7 @@ class Replication(Election):
         base: tuple[int, Members],
     ) -> None:
         self._apply = apply
-        self.backup = RestoreInLog(_no_restore)
+        self.backup = RestoreInLog(_no_restore, _no_restore)
         """Replaced by the driver if its state machine can be replaced."""
         self._progress: dict[str, Progress] = {}
         """Every other member's, while this server leads."""
@@ -84,11 +84,11 @@ class Replication(Election):
             raise TooBusy(f"{self._waiting_count} writes wait for a quorum already: try again after a short wait")
         return self._propose(REGULAR + command, done)
 
-    def propose_restore(self, payload: bytes | None, done: ProposeDone) -> int:
-        """Put a step of a restore in the log (`raft_backup.py`), or a no-op with None. Raises NotLeader."""
+    def propose_restore(self, payload: bytes, done: ProposeDone) -> int:
+        """Put a step of a restore in the log (`raft_backup.py`). Raises NotLeader."""
         self.enter()
         self._refuse_unless_leading()
-        return self._propose(NO_OP if payload is None else RESTORE + payload, done)
+        return self._propose(RESTORE + payload, done)
 
     def _refuse_unless_leading(self) -> None:
         if not self.is_leader:
@@ -396,19 +396,23 @@ class Replication(Election):
     # -- applying --------------------------------------------------------------------------------------------------
 
     def apply_some(self) -> bool:
-        """Apply up to `apply_batch` committed entries; return whether more are left."""
+        """Apply up to `apply_batch` committed entries or `apply_bytes`; return whether more are left."""
         self.enter()
         if self._installing:
             return False
         count = min(self.commit - self.applied, self.config.apply_batch)
         if count <= 0:
             return False
+        size = 0
         for command, index, term in self.entries(self.applied + 1, count):
+            size += len(command)
+            if size > self.config.apply_bytes and size > len(command):
+                break
             value: Any = None
             if command[:1] == REGULAR:
                 value = self._apply(index, command[1:])
             elif command[:1] == RESTORE:
-                value = self.backup.apply(term, command[1:])
+                value = self.backup.apply(index, term, command[1:])
             self._set_applied(index)
             for waiting_term, done in self._take_waiting(index):
                 if waiting_term == term:

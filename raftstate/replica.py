@@ -7,6 +7,7 @@ forwarding decisions: a server that is not the leader raises NotLeader, and `nod
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
@@ -15,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raftstate import backup
-from raftstate.errors import NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
+from raftstate.errors import JournalDamaged, NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
-from raftstate.raft_backup import RestoreInLog
+from raftstate.raft_backup import RestoreInLog, Restoring
 from raftstate.raft_driven import ROLES
 from raftstate.raft_driver import Driver, Group, SyncDone
 from raftstate.raft_install import Install, members_dict
@@ -26,6 +27,8 @@ from raftstate.raft_ports import Snapshots
 from raftstate.raft_snapshotter import SnapshotMaker
 from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp, boot_clock
 from raftstate.snapshot_format import SnapshotHeader
+from raftstate.state.retire import retire
+from raftstate.state.store import Store
 
 __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica", "boot_clock"]
 
@@ -86,10 +89,16 @@ class Replica:
 
     async def start(self) -> None:
         """Restore the newest snapshot and begin to take part. Raises RaftError if the data on disk is damaged."""
-        meta = await asyncio.to_thread(self._snapshots.latest)
+        # Entries before the journal's first are in a snapshot only: an older one would leave a hole in history.
+        base = self._journal[0][1] if len(self._journal) else 0
+        meta = await asyncio.to_thread(self._snapshots.latest, base)
         if meta is not None:
-            await asyncio.to_thread(self.machine.restore, self._snapshots.open(meta))
+            fresh = self.machine.restorer()
+            await asyncio.to_thread(_feed, fresh, self._snapshots.open(meta))
+            fresh.finish()
             self._snapshot_index = meta.index
+        elif base:
+            raise JournalDamaged("the journal", 0, f"it begins at index {base}, and no snapshot reaches that far")
         self._core = RaftCore(
             self.id,
             self._journal,
@@ -100,7 +109,7 @@ class Replica:
             rng=self._rng,
             config=self._config,
         )
-        self._core.backup = RestoreInLog(self._replace_state)
+        self._core.backup = RestoreInLog(self.machine.restorer, self._replaced_by_backup)
         self._driver = Driver(
             self._core,
             self._journal,
@@ -234,15 +243,20 @@ class Replica:
             raise NotLeader(core.leader)
 
     async def wait_applied(self, index: int, timeout_s: float = 5.0) -> None:
-        """Wait until this server has applied `index`, so that a client sees no older state than it has seen before.
+        """Wait until this server has applied `index` (an Applied's), so that a client never sees an older state.
 
         Raises NoQuorum if that takes longer.
         """
-        core = self._running_core()
-        await self._until(lambda: core.applied >= index, timeout_s)
+        self._running_core()
+        await self._until(lambda: self.applied_index >= index, timeout_s)
+
+    @property
+    def applied_index(self) -> int:
+        """The state's index here, as rows and `Applied` carry it; that of the log is in `status()`."""
+        return 0 if self._core is None else self._core.applied + self.machine.offset
 
     def _stamp(self, core: RaftCore) -> ReadStamp:
-        return ReadStamp(core.applied, core.leader is not None, self._contact_ms(core))
+        return ReadStamp(self.applied_index, core.leader is not None, self._contact_ms(core))
 
     def _contact_ms(self, core: RaftCore) -> int:
         if core.is_leader:
@@ -469,13 +483,17 @@ class Replica:
     async def _restore(self, core: RaftCore, install: Install) -> None:
         try:
             await asyncio.to_thread(install.writer.commit)
-            meta = await asyncio.to_thread(self._snapshots.latest)
-            await asyncio.to_thread(self.machine.restore, self._snapshots.open(meta))
+            meta = await asyncio.to_thread(self._snapshots.latest, install.index)
+            fresh = self.machine.restorer()
+            await asyncio.to_thread(_feed, fresh, self._snapshots.open(meta))
         finally:
             self._restoring = False
+        # Stale reads have seen the old state until now. From here on nothing may come in between.
+        replaced = fresh.finish()
         core.installed()
         if self.watches is not None:
             self.watches.notify_all()
+        self._spawn(_let_go(replaced))
         self._snapshot_index = install.index
         self._poke()
 
@@ -498,17 +516,37 @@ class Replica:
 
         The backup is checked whole before anything changes. Raises SnapshotDamaged, NotLeader, UnknownOutcome.
         """
-        core = self._running_core()
+        self._running_core()._refuse_unless_leading()
 
-        async def propose(step: bytes | None) -> Any:
+        async def propose(step: bytes) -> Any:
             return await self._propose(lambda core, done: core.propose_restore(step, done), timeout_s)
 
-        await backup.restore(pieces, propose, lambda: core.last_index)
+        await backup.restore(pieces, propose, self.machine.restorer)
 
-    def _replace_state(self, chunks: Iterable[bytes]) -> None:
-        self.machine.restore(chunks)
-        self._bytes_since_snapshot = (
-            self._snapshot_bytes + self._snapshot_size
-        )  # the log is no short way to this state: a snapshot is due
+    def _replaced_by_backup(self, replaced: Any) -> None:
+        # The log is no short way to this state: a snapshot is due.
+        self._bytes_since_snapshot = self._snapshot_bytes + self._snapshot_size
         if self.watches is not None:
             self.watches.notify_all()
+        self._spawn(_let_go(replaced))
+
+
+def _feed(fresh: Restoring, chunks: Iterable[bytes]) -> None:
+    """Read a snapshot into a new state, in a thread. The collector would walk all of it, again and again."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        for chunk in chunks:
+            fresh.feed(chunk)
+    finally:
+        if collected:
+            gc.enable()
+    fresh.check()
+    gc.freeze()
+
+
+async def _let_go(replaced: Any) -> None:
+    if isinstance(replaced, Store):
+        held = [replaced]
+        del replaced
+        await asyncio.to_thread(lambda: retire(held.pop()))

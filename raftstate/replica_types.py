@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from raftstate.raft import Member
+from raftstate.raft_backup import Restoring
 from raftstate.raft_driver import Syncing
 from raftstate.raft_ports import Log
 
@@ -17,9 +17,13 @@ ReadMode = Literal["stale", "default", "consistent"]
 class Machine(Protocol):
     """The pure state machine (`raftstate.state.machine.StateMachine`). `apply` returns an Applied."""
 
+    @property
+    def offset(self) -> int:
+        """How far the state's indexes are ahead of the log's."""
+
     def apply(self, index: int, data: bytes) -> Any: ...
     def snapshot(self) -> Any: ...
-    def restore(self, chunks: Iterable[bytes]) -> None: ...
+    def restorer(self) -> Restoring: ...
 
 
 class JournalLike(Log, Syncing, Protocol):
@@ -38,7 +42,7 @@ class Peers(Protocol):
 
 @dataclass(frozen=True)
 class ReadStamp:
-    """What a read may say of itself: it sees all up to `index`."""
+    """What a read may say of itself: it sees all up to `index` (the state's, as rows carry it)."""
 
     index: int
     known_leader: bool
@@ -47,7 +51,10 @@ class ReadStamp:
 
 @dataclass(frozen=True)
 class RaftStatus:
-    """One server's view. `role` is follower, candidate or leader; `lag` maps followers to entries not yet held."""
+    """One server's view; its indexes are the log's.
+
+    `role` is follower, candidate or leader; `lag` maps followers to entries not yet held.
+    """
 
     id: str
     role: str

@@ -35,7 +35,7 @@ class Applied(msgspec.Struct, frozen=True):
     """A command's outcome: a value, or a refusal that had no effect."""
 
     index: int
-    """The command's log index; for a retry, the first attempt's."""
+    """The command's index; for a retry, the first attempt's."""
     value: Any
     """Builtins only; see each command."""
     refusal: Refusal | None
@@ -99,9 +99,11 @@ class StateMachine:
     def apply(self, index: int, data: bytes) -> Applied:
         """Apply the command at a log index; indexes grow. Never raises for any ``data``.
 
-        Raises ValueError when the index does not grow: the log would be applied twice.
+        Raises ValueError when the index does not grow: the log would be applied twice. Rows and `Applied` get the
+        log index plus `offset`.
         """
         store = self.store
+        index += store.offset
         if index <= store.index:
             raise ValueError(
                 f"log index {index} is not above {store.index}, which is applied: this must not be repeated"
@@ -168,12 +170,22 @@ class StateMachine:
         """Open a snapshot of the state as it is now. Costs nothing yet; close it when done."""
         return Snapshot(self.store)
 
+    @property
+    def offset(self) -> int:
+        """What is added to log indexes to make the state's; it never falls."""
+        return self.store.offset
+
     def restorer(self) -> Restorer:
         """Begin to read a snapshot in slices; the state changes when it is finished."""
         return Restorer(self._install)
 
-    def _install(self, store: Store) -> None:
-        self.store = store
+    def _install(self, fresh: Store, at: int | None) -> Store:
+        replaced = self.store
+        if at is not None:
+            # A backup, perhaps of a log that was further than ours: its rows keep their indexes.
+            fresh.offset = max(replaced.offset, fresh.index - at)
+        self.store = fresh
+        return replaced
 
     def restore(self, chunks: Iterable[bytes]) -> None:
         """Replace the state by a snapshot, in any thread while nothing is applied. Wake every watcher after this.

@@ -1,6 +1,6 @@
 """Snapshots of the state: written in small chunks while commands go on, read back into fresh tables.
 
-Format 1, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index", "clock_us"}]``, then
+Format 1, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index", "clock_us", "offset"}]``, then
 ``[table, [row, …]]`` with tables in order and rows of at most `CHUNK_BYTES` (or one larger row), then
 ``["end", {"rows": count}]``. A row is in its table's packed form.
 """
@@ -28,6 +28,7 @@ class _Header(msgspec.Struct, frozen=True):
     format: int
     index: int
     clock_us: int
+    offset: int = 0
 
 
 class _End(msgspec.Struct, frozen=True):
@@ -44,11 +45,11 @@ class Snapshot:
 
     def __init__(self, store: Store) -> None:
         self.index = store.index
-        self._clock_us = store.clock_us
+        self._clock_us, self._offset = store.clock_us, store.offset
         self._cursors: list[TableCursor[Any, Any]] = [table.cursor() for table in store.tables()]
 
     def __iter__(self) -> Iterator[bytes]:
-        yield _encoder.encode(("lictor-state", _Header(FORMAT, self.index, self._clock_us)))
+        yield _encoder.encode(("lictor-state", _Header(FORMAT, self.index, self._clock_us, self._offset)))
         count = 0
         for cursor in self._cursors:
             name, pack = cursor.table.name, cursor.table.pack
@@ -85,8 +86,8 @@ class Restorer:
     `feed` and `finish` raise SnapshotDamaged.
     """
 
-    def __init__(self, install: Callable[[Store], None]) -> None:
-        """``install`` is given the store when it is whole."""
+    def __init__(self, install: Callable[[Store, int | None], Store]) -> None:
+        """``install`` is given the store when it is whole, and returns the one that it replaces."""
         self._install, self._fresh = install, Store()
         self._tables = {table.name: table for table in self._fresh.tables()}
         self._header: _Header | None = None
@@ -128,18 +129,28 @@ class Restorer:
             self._count += 1
         self._fresh.journal.clear()
 
-    def finish(self) -> None:
-        """Hand over what was read. Wake every watcher after this."""
+    def check(self) -> None:
+        """Raise SnapshotDamaged unless all was read."""
         if self._header is None or not self._ended:
             raise _damaged("it ends early")
-        fresh = self._fresh
-        fresh.index, fresh.clock_us = self._header.index, self._header.clock_us
+
+    def finish(self, at: int | None = None) -> Store:
+        """Hand over what was read; return what it replaced, for `raftstate.state.retire`. Wake every watcher then.
+
+        ``at`` is the log index at which a backup replaces the state; without it, this log's own state comes back.
+        """
+        self.check()
+        assert self._header is not None
+        fresh, header = self._fresh, self._header
+        fresh.index, fresh.clock_us, fresh.offset = header.index, header.clock_us, header.offset
         # A walk that ran beside writes yields removed rows last; the oldest must stand first to be forgotten first.
         requests = fresh.requests.rows
-        ordered = sorted(requests.values(), key=lambda request: request.index)
-        requests.clear()
-        requests.update((request.request_id, request) for request in ordered)
-        self._install(fresh)
+        found = list(requests.values())
+        ordered = sorted(found, key=lambda request: request.index)
+        if ordered != found:
+            requests.clear()
+            requests.update((request.request_id, request) for request in ordered)
+        return self._install(fresh, at)
 
 
 def _damaged(what: str) -> SnapshotDamaged:

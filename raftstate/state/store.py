@@ -25,7 +25,9 @@ class Store:
 
     def __init__(self) -> None:
         self.index = 0
-        """Log index of the last command applied."""
+        """Index of the last command applied."""
+        self.offset = 0
+        """How far indexes of the state are ahead of the log's, since backups of further logs were restored here."""
         self.clock_us = 0
         """Log time: the latest proposal time seen, microseconds since the epoch. Never goes back."""
         self.journal: Journal = []

@@ -38,6 +38,13 @@ class RealMachine:
     def snapshot(self) -> Any:
         return self.inner.snapshot()
 
+    @property
+    def offset(self) -> int:
+        return self.inner.offset
+
+    def restorer(self) -> Any:
+        return self.inner.restorer()
+
     def restore(self, chunks: Iterable[bytes]) -> None:
         self.inner.restore(chunks)
 

@@ -49,8 +49,11 @@ class WirePeers:
 class ReplicaCluster:
     """`async with ReplicaCluster(tmp_path, 3) as cluster`."""
 
-    def __init__(self, path: Path, size: int, *, config: RaftConfig = FAST, **options: Any) -> None:
+    def __init__(
+        self, path: Path, size: int, *, config: RaftConfig = FAST, machine: Any = RegisterMachine, **options: Any
+    ) -> None:
         self._path, self._config, self._options = path, config, options
+        self._machine = machine
         self.wire = Wire()
         self.names = [f"server-{number}" for number in range(1, size + 1)]
         self.bootstrap = Members.of(Member(name, f"{name}:8300") for name in self.names)
@@ -67,7 +70,7 @@ class ReplicaCluster:
             name,
             journal=journal,
             snapshots=SnapshotStore(disk, str(self._path / name / "snapshots")),
-            machine=RegisterMachine(),
+            machine=self._machine(),
             peers=self.wire.peers(name),
             bootstrap=self.bootstrap if bootstrap is None else bootstrap,
             config=self._config,

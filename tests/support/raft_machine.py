@@ -33,9 +33,11 @@ class RegisterMachine:
     chain: str = ""
     registers: dict[str, str] = field(default_factory=dict)
     requests: dict[str, str] = field(default_factory=dict)
+    offset: int = 0
     """request id -> the value it left behind."""
 
     def apply(self, index: int, data: bytes) -> TestApplied:
+        index += self.offset
         assert index > self.index, f"index {index} after {self.index}"
         self.index = index
         request, key, value = msgspec.msgpack.decode(data, type=tuple[str, str, str | None])
@@ -49,15 +51,40 @@ class RegisterMachine:
         return TestApplied(index, value, touched=((key,),))
 
     def snapshot(self) -> FrozenRegisters:
-        state = (self.index, self.chain, self.registers, self.requests)
+        state = (self.index, self.offset, self.chain, self.registers, self.requests)
         return FrozenRegisters(msgspec.msgpack.encode(state))
 
     def restore(self, chunks: Iterable[bytes]) -> None:
-        state = msgspec.msgpack.decode(b"".join(chunks), type=tuple[int, str, dict[str, str], dict[str, str]])
-        self.index, self.chain, self.registers, self.requests = state
+        fresh = self.restorer()
+        for chunk in chunks:
+            fresh.feed(chunk)
+        fresh.finish()
+
+    def restorer(self) -> RegisterRestorer:
+        return RegisterRestorer(self)
 
     def digest(self) -> str:
         return self.chain
+
+
+class RegisterRestorer:
+    """Collects chunks; what cannot be read is found by `check`."""
+
+    def __init__(self, machine: RegisterMachine) -> None:
+        self._machine, self._data = machine, bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        self._data += chunk
+
+    def check(self) -> Any:
+        form = tuple[int, int, str, dict[str, str], dict[str, str]]
+        return msgspec.msgpack.decode(self._data, type=form)
+
+    def finish(self, at: int | None = None) -> None:
+        machine, before = self._machine, self._machine.offset
+        machine.index, machine.offset, machine.chain, machine.registers, machine.requests = self.check()
+        if at is not None:
+            machine.offset = max(before, machine.index - at)
 
 
 class FrozenRegisters:

@@ -111,8 +111,9 @@ class MemorySnapshots:
     def begin(self, index: int, term: int, members: dict[str, Any]) -> MemoryWriter:
         return MemoryWriter(self, MemoryMeta(index, term, members))
 
-    def latest(self) -> MemoryMeta | None:
-        return max(self.metas, key=lambda meta: meta.index, default=None)
+    def latest(self, min_index: int = 0) -> MemoryMeta | None:
+        found = max(self.metas, key=lambda meta: meta.index, default=None)
+        return found if found is not None and found.index >= min_index else None
 
     def open(self, meta: MemoryMeta) -> Iterator[bytes]:
         return iter(list(meta.chunks))
