@@ -79,7 +79,7 @@ class RpcBackend:
                 last = error
                 busy += 1
                 if busy >= BUSY_TRIES:
-                    raise
+                    break
             failures += 1
             pause_s = min(RETRY_S_MAX, RETRY_S_MIN * 2 ** min(failures, 5)) * self._rng.uniform(0.5, 1.0)
             await asyncio.sleep(max(0.0, min(pause_s, deadline - loop.time())))
