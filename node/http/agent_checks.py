@@ -31,7 +31,7 @@ async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, {row["CheckID"]: row for row in filtered(rows, options)})
 
 
-@routes.add("PUT", "/v1/agent/check/register")
+@routes.add("PUT", "/v1/agent/check/register", body=CheckDefinition)
 async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Register a check on this node or one of its services."""
     definition = plain_check(await body_as(ctx, request, CheckDefinition, aliases=CHECK_ALIASES))
@@ -83,7 +83,7 @@ class Update(Wire, frozen=True):
     output: str = ""
 
 
-@routes.add("PUT", "/v1/agent/check/update/{id:.*}")
+@routes.add("PUT", "/v1/agent/check/update/{id:.*}", body=Update)
 async def update(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Set a TTL check's status and output."""
     body = await body_as(ctx, request, Update)

@@ -55,7 +55,7 @@ class Authorize(Wire, frozen=True):
     client_cert_serial: str = ""
 
 
-@routes.add("POST PUT", "/v1/agent/connect/authorize")
+@routes.add("POST PUT", "/v1/agent/connect/authorize", body=Authorize)
 async def authorize(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Whether a connection is to be admitted; intentions on requests (L7) count as deny, as in Consul."""
     body = await body_as(ctx, request, Authorize)

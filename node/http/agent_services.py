@@ -132,7 +132,7 @@ def _without_own_marks(definition: ServiceDefinition) -> ServiceDefinition:
     )
 
 
-@routes.add("PUT", "/v1/agent/service/register")
+@routes.add("PUT", "/v1/agent/service/register", body=ServiceDefinition)
 async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Register a service with this agent, its checks and its sidecar with it."""
     definition = definition_of(await read_body(request, ctx.options.body_bytes_max))

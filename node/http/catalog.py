@@ -20,13 +20,13 @@ from raftstate.state import commands
 routes = Routes("catalog")
 
 
-@routes.add("GET", "/v1/catalog/datacenters")
+@routes.add("GET", "/v1/catalog/datacenters", answer=list[str])
 async def datacenters(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The datacenters: this one."""
     return json_response(request, [ctx.agent.options.datacenter])
 
 
-@routes.add("GET", "/v1/catalog/nodes")
+@routes.add("GET", "/v1/catalog/nodes", answer=list[dict[str, Any]])
 async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All nodes by name."""
     reading = await read(ctx, request, "catalog.nodes")
@@ -36,7 +36,7 @@ async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, nearest(ctx, found, reading.options, lambda row: str(row["Node"])))
 
 
-@routes.add("GET", "/v1/catalog/services")
+@routes.add("GET", "/v1/catalog/services", answer=dict[str, list[str]])
 async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All service names with their tags."""
     meta = dict(part.partition(":")[::2] for part in request.query.getall("node-meta", []))
@@ -60,7 +60,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
     return answer_rendered(ctx, request, reading, shapes)
 
 
-@routes.add("GET", "/v1/catalog/service/{service:.*}")
+@routes.add("GET", "/v1/catalog/service/{service:.*}", answer=list[dict[str, Any]])
 async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The instances of a service."""
     name = _required(request, "service", "Missing service name")
@@ -68,7 +68,7 @@ async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _instances(ctx, request, "catalog.service", {"service": name} | ({"tags": tags} if tags else {}))
 
 
-@routes.add("GET", "/v1/catalog/connect/{service:.*}")
+@routes.add("GET", "/v1/catalog/connect/{service:.*}", answer=list[dict[str, Any]])
 async def connect(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The proxies and mesh-native instances that answer for a service."""
     name = _required(request, "service", "Missing service name")
@@ -143,7 +143,7 @@ class Registration(Wire, frozen=True):
     skip_node_update: bool = False
 
 
-@routes.add("PUT", "/v1/catalog/register")
+@routes.add("PUT", "/v1/catalog/register", body=Registration, answer=bool)
 async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Register a node, a service and checks, past any agent."""
     body = await body_as(ctx, request, Registration, aliases=None)
@@ -205,7 +205,7 @@ class Deregistration(Wire, frozen=True):
     datacenter: str = ""
 
 
-@routes.add("PUT", "/v1/catalog/deregister")
+@routes.add("PUT", "/v1/catalog/deregister", body=Deregistration, answer=bool)
 async def deregister(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Remove a node, or one service or check of it."""
     body = await body_as(ctx, request, Deregistration)

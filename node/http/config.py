@@ -17,7 +17,7 @@ from raftstate.state import commands
 routes = Routes("config")
 
 
-@routes.add("PUT", "/v1/config")
+@routes.add("PUT", "/v1/config", body=dict[str, Any], answer=bool)
 async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Write an entry; with ``?cas=`` only if it is as old as that."""
     try:

@@ -91,7 +91,7 @@ class ConfigurationBody(Wire, frozen=True):
     force_without_cross_signing: bool = False
 
 
-@routes.add("PUT", "/v1/connect/ca/configuration")
+@routes.add("PUT", "/v1/connect/ca/configuration", body=ConfigurationBody)
 async def set_configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Set the certificate authority's configuration."""
     body = await body_as(ctx, request, ConfigurationBody)
@@ -136,7 +136,7 @@ class RevocationBody(Wire, frozen=True):
     reason: str = ""
 
 
-@routes.add("PUT", "/v1/connect/revocations")
+@routes.add("PUT", "/v1/connect/revocations", body=RevocationBody)
 async def revoke(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Withdraw an identity: an instance's, a service's, or one certificate by serial number."""
     body = await body_as(ctx, request, RevocationBody)

@@ -79,6 +79,10 @@ class Route:
     path: str
     handler: Handler
     summary: str
+    body: Any = None
+    """Type of the JSON body, for the API's description; None: any."""
+    answer: Any = None
+    """Type of the JSON in the answer; None: any."""
 
 
 class Routes:
@@ -88,12 +92,15 @@ class Routes:
         self.family = family
         self.table: list[Route] = []
 
-    def add(self, methods: str, path: str) -> Callable[[Handler], Handler]:
-        """Answer ``methods`` (separated by blanks) at ``path``; the docstring's first line is the summary."""
+    def add(self, methods: str, path: str, *, body: Any = None, answer: Any = None) -> Callable[[Handler], Handler]:
+        """Answer ``methods`` (separated by blanks) at ``path``; the docstring's first line is the summary.
+
+        ``body`` and ``answer`` are types, for the API's description.
+        """
 
         def register(handler: Handler) -> Handler:
             summary = (handler.__doc__ or "").strip().splitlines()[0].rstrip(".") if handler.__doc__ else ""
-            self.table.append(Route(tuple(methods.split()), path, handler, summary))
+            self.table.append(Route(tuple(methods.split()), path, handler, summary, body, answer))
             return handler
 
         return register

@@ -41,7 +41,7 @@ def target(row: InstanceHealth) -> dict[str, Any]:
     return {"targets": [f"[{host}]:{service.port}" if ":" in host else f"{host}:{service.port}"], "labels": labels}
 
 
-@routes.add("GET", "/v1/discovery/prometheus")
+@routes.add("GET", "/v1/discovery/prometheus", answer=list[dict[str, Any]])
 async def prometheus(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Targets for Prometheus' ``http_sd_configs``; ``?service=`` (repeated) and ``?tag=`` narrow them."""
     options = read_options(request.query, request.headers, ctx.rng)

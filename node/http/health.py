@@ -46,7 +46,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
     return answer_rendered(ctx, request, reading, shapes)
 
 
-@routes.add("GET", "/v1/health/service/{service:.*}")
+@routes.add("GET", "/v1/health/service/{service:.*}", answer=list[dict[str, Any]])
 async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A service's instances with their health."""
     params: dict[str, Any] = {"service": request.match_info["service"]}
@@ -55,7 +55,7 @@ async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _instances(ctx, request, "health.service", params)
 
 
-@routes.add("GET", "/v1/health/connect/{service:.*}")
+@routes.add("GET", "/v1/health/connect/{service:.*}", answer=list[dict[str, Any]])
 async def connect(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The health of what answers for a service in the mesh."""
     return await _instances(ctx, request, "health.connect", {"service": request.match_info["service"]})
@@ -76,7 +76,7 @@ def _checks(ctx: Context, request: web.Request, reading: Reading) -> web.Respons
     return answer(request, reading, filtered(rows, reading.options))
 
 
-@routes.add("GET", "/v1/health/node/{node:.*}")
+@routes.add("GET", "/v1/health/node/{node:.*}", answer=list[dict[str, Any]])
 async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All checks of a node."""
     if not request.match_info["node"]:
@@ -84,7 +84,7 @@ async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     return _checks(ctx, request, await read(ctx, request, "health.node", {"node": request.match_info["node"]}))
 
 
-@routes.add("GET", "/v1/health/checks/{service:.*}")
+@routes.add("GET", "/v1/health/checks/{service:.*}", answer=list[dict[str, Any]])
 async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The checks of a service's instances."""
     if not request.match_info["service"]:
@@ -93,7 +93,7 @@ async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     return _checks(ctx, request, reading)
 
 
-@routes.add("GET", "/v1/health/state/{state:.*}")
+@routes.add("GET", "/v1/health/state/{state:.*}", answer=list[dict[str, Any]])
 async def state(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All checks in a state."""
     wanted = request.match_info["state"]

@@ -101,7 +101,7 @@ class IntentionBody(Intention, frozen=True, kw_only=True):
         return Intention(**msgspec.structs.asdict(self))
 
 
-@routes.add("GET", "/v1/connect/intentions")
+@routes.add("GET", "/v1/connect/intentions", answer=list[dict[str, Any]])
 async def list_all(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All intentions by falling precedence."""
     reading = await read(ctx, request, "intentions.list")
@@ -115,7 +115,7 @@ def _rows(reading: Reading) -> list[Intention]:
     return rows
 
 
-@routes.add("POST", "/v1/connect/intentions")
+@routes.add("POST", "/v1/connect/intentions", body=IntentionBody, answer=dict[str, str])
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create an intention; one that exists for the pair is an error."""
     body = (await body_as(ctx, request, IntentionBody)).intention()
@@ -137,7 +137,7 @@ async def get_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     return _one(request, await read(ctx, request, "intentions.exact", params, rows=False))
 
 
-@routes.add("PUT", "/v1/connect/intentions/exact")
+@routes.add("PUT", "/v1/connect/intentions/exact", body=IntentionBody, answer=bool)
 async def put_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create or replace the intention of a source and a destination."""
     source, destination = _pair(request)
@@ -155,7 +155,7 @@ async def put_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, True)
 
 
-@routes.add("DELETE", "/v1/connect/intentions/exact")
+@routes.add("DELETE", "/v1/connect/intentions/exact", answer=bool)
 async def delete_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Delete the intention of a source and a destination; one that is gone is deleted."""
     source, destination = _pair(request)
@@ -163,7 +163,7 @@ async def delete_exact(ctx: Context, request: web.Request) -> web.StreamResponse
     return json_response(request, True)
 
 
-@routes.add("GET", "/v1/connect/intentions/match")
+@routes.add("GET", "/v1/connect/intentions/match", answer=dict[str, list[dict[str, Any]]])
 async def match(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The intentions that may bear on a source or destination, by falling precedence."""
     by = request.query.get("by", "")
@@ -224,7 +224,7 @@ def _one(request: web.Request, reading: Reading) -> web.Response:
     return answer(request, reading, shape(row))
 
 
-@routes.add("PUT", "/v1/connect/intentions/{id}")
+@routes.add("PUT", "/v1/connect/intentions/{id}", body=IntentionBody, answer=dict[str, str])
 async def update(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Change an intention by id."""
     intention_id = _id(request)
@@ -249,7 +249,7 @@ async def update(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, {"ID": stored["ID"]})
 
 
-@routes.add("DELETE", "/v1/connect/intentions/{id}")
+@routes.add("DELETE", "/v1/connect/intentions/{id}", answer=bool)
 async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Delete an intention by id."""
     await write(ctx, request, commands.DeleteIntention(id=_id(request)))

@@ -32,7 +32,7 @@ def _uint(request: web.Request, name: str) -> int | None:
     return int(given)
 
 
-@routes.add("GET", "/v1/kv/{key:.*}")
+@routes.add("GET", "/v1/kv/{key:.*}", answer=list[Any])
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A key; with ``?recurse`` all below a prefix, with ``?keys`` their names."""
     key = _key(request)
@@ -60,7 +60,7 @@ def _missing(reading: Reading) -> web.Response:
     return web.Response(status=404, headers=reading.headers)
 
 
-@routes.add("PUT", "/v1/kv/{key:.*}")
+@routes.add("PUT", "/v1/kv/{key:.*}", body=bytes, answer=bool)
 async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Set a key; ``?cas=``, ``?acquire=`` and ``?release=`` make it conditional, and ``?flags=`` go with it."""
     key = _key(request)
@@ -94,7 +94,7 @@ async def _value(ctx: Context, request: web.Request, key: str) -> bytes:
         raise HttpError(413, text, error.headers) from None
 
 
-@routes.add("DELETE", "/v1/kv/{key:.*}")
+@routes.add("DELETE", "/v1/kv/{key:.*}", answer=bool)
 async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Delete a key; with ``?recurse`` all below a prefix."""
     key, cas = _key(request), _uint(request, "cas")

@@ -6,6 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from node.http.context import Context, Route, Routes
@@ -32,12 +33,16 @@ _BLOCKING = (
 
 def describe(table: list[Route], version: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a route table."""
+    types = {route.body: None for route in table} | {route.answer: None for route in table}
+    kinds = [kind for kind in types if kind not in (None, bytes)]
+    shapes, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas = dict(zip(kinds, shapes, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in table:
         path = _PARAMETER.sub(r"{\1}", route.path)
         names = _PARAMETER.findall(route.path)
         for method in route.methods:
-            paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, names)
+            paths.setdefault(path, {})[method.lower()] = _operation(route, method, path, names, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -46,10 +51,13 @@ def describe(table: list[Route], version: str) -> dict[str, Any]:
             "description": "Errors are plain text. Query answers carry X-Consul-Index, KnownLeader and LastContact.",
         },
         "paths": dict(sorted(paths.items())),
+        "components": {"schemas": dict(sorted(components.items()))},
     }
 
 
-def _operation(route: Route, method: str, path: str, names: list[str]) -> dict[str, Any]:
+def _operation(
+    route: Route, method: str, path: str, names: list[str], schemas: dict[Any, dict[str, Any]]
+) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
     ]
@@ -63,15 +71,24 @@ def _operation(route: Route, method: str, path: str, names: list[str]) -> dict[s
         "operationId": f"{route.handler.__module__.rpartition('.')[2]}.{route.handler.__name__}.{method.lower()}",
         "tags": [route.handler.__module__.rpartition(".")[2]],
         "responses": {
-            "200": {"description": "Done.", "content": {"application/json": {"schema": {}}}},
+            "200": {
+                "description": "Done.",
+                "content": {_media(route.answer): {"schema": schemas.get(route.answer, {})}},
+            },
             "default": {"description": "An error.", "content": {"text/plain": {"schema": {"type": "string"}}}},
         },
     }
     if parameters:
         operation["parameters"] = parameters
     if method in ("PUT", "POST"):
-        operation["requestBody"] = {"required": False, "content": {"application/json": {"schema": {}}}}
+        body = schemas.get(route.body, {})
+        operation["requestBody"] = {"required": bool(body), "content": {_media(route.body): {"schema": body}}}
     return operation
+
+
+def _media(kind: Any) -> str:
+    """Return the media type of a body: bytes are a snapshot or a value, everything else is JSON."""
+    return "application/octet-stream" if kind is bytes else "application/json"
 
 
 @cache

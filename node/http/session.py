@@ -58,7 +58,7 @@ def _require_ttl(ttl: str) -> None:
         raise HttpError(500, f"Invalid Session TTL '{ttl[:40]}', must be between [10s=24h0m0s]")
 
 
-@routes.add("PUT", "/v1/session/create")
+@routes.add("PUT", "/v1/session/create", body=SessionBody, answer=dict[str, str])
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a session; with an empty body on this node, by its liveness."""
     body = await body_as(ctx, request, SessionBody)
@@ -86,14 +86,14 @@ def _id(request: web.Request) -> str:
     return session_id
 
 
-@routes.add("PUT", "/v1/session/destroy/{id:.*}")
+@routes.add("PUT", "/v1/session/destroy/{id:.*}", answer=bool)
 async def destroy(ctx: Context, request: web.Request) -> web.StreamResponse:
     """End a session."""
     await write(ctx, request, commands.SessionDestroy(id=_id(request)))
     return json_response(request, True)
 
 
-@routes.add("PUT", "/v1/session/renew/{id:.*}")
+@routes.add("PUT", "/v1/session/renew/{id:.*}", answer=list[Session])
 async def renew(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Start a session's time again."""
     session_id = _id(request)
@@ -103,21 +103,21 @@ async def renew(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, [session])
 
 
-@routes.add("GET", "/v1/session/info/{id:.*}")
+@routes.add("GET", "/v1/session/info/{id:.*}", answer=list[Session])
 async def info(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A session, in a list; an empty list for an unknown one."""
     reading = await read(ctx, request, "session.info", {"id": _id(request)}, rows=False)
     return answer(request, reading, reading.raw or [])
 
 
-@routes.add("GET", "/v1/session/list")
+@routes.add("GET", "/v1/session/list", answer=list[Session])
 async def list_all(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All sessions."""
     reading = await read(ctx, request, "session.list", rows=False)
     return answer(request, reading, reading.raw)
 
 
-@routes.add("GET", "/v1/session/node/{node:.*}")
+@routes.add("GET", "/v1/session/node/{node:.*}", answer=list[Session])
 async def list_node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The sessions of a node."""
     node = request.match_info["node"]

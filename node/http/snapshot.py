@@ -14,7 +14,7 @@ from node.http.respond import empty
 routes = Routes("snapshot")
 
 
-@routes.add("GET", "/v1/snapshot")
+@routes.add("GET", "/v1/snapshot", answer=bytes)
 async def save(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Save a snapshot (gzip)."""
     chunks = ctx.backend.snapshot_save()
@@ -32,7 +32,7 @@ async def save(ctx: Context, request: web.Request) -> web.StreamResponse:
     return response
 
 
-@routes.add("PUT", "/v1/snapshot")
+@routes.add("PUT", "/v1/snapshot", body=bytes)
 async def restore(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Replace the cluster's state by a saved snapshot."""
     await ctx.backend.snapshot_restore(_unpacked(request))

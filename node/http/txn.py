@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 import msgspec
@@ -82,7 +81,7 @@ class Operation(Wire, frozen=True):
     check: CheckOp | None = None
 
 
-@routes.add("PUT", "/v1/txn")
+@routes.add("PUT", "/v1/txn", body=tuple[Operation, ...])
 async def txn(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Run operations, all or none: 200, or 409 with the errors of those that failed."""
     body = await body_as(ctx, request, tuple[Operation, ...])
@@ -100,7 +99,7 @@ def _command(number: int, operation: Operation, ctx: Context) -> commands.TxnOp:
     if (kv := operation.kv) is not None:
         try:
             value = base64.b64decode(kv.value or "", validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BadRequest(f"operation {number}: Value is not base64: {error}") from error
         if len(value) > ctx.options.kv_value_bytes_max:
             raise HttpError(413, f"Value for key {kv.key[:100]!r} is too large")
