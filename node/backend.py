@@ -14,7 +14,7 @@ Operator verbs (`Backend.operator`), with their parameters and values:
     status.peers {}                      -> ["ip:port", ...]
     autopilot.health {}                  -> Consul's autopilot health object
     ca.rotate {}                         -> the new CARoot
-    faults.block {peers: [node, ...]}    -> {"Blocked": [...]}   this node only; refused unless fault_injection is on
+    faults.block {peers: [node, ...], one_way}   -> {"Blocked": [...]}   this node only; only with fault_injection
     node.servers {}                      -> this node's view of the servers and which one it talks to
 """
 

@@ -211,7 +211,8 @@ class RpcBackend:
         """See Backend.operator. What concerns this node is answered here."""
         params = dict(params or {})
         if verb == "faults.block":
-            return {"Blocked": self._faults.block(params.get("peers", []))}
+            one_way = params.get("one_way") is True
+            return {"Blocked": self._faults.block(params.get("peers", []), one_way=one_way)}
         if verb == "node.servers":
             servers = [{"Node": name, "Address": address} for name, address in self.link.servers.items()]
             return {"Servers": servers, "Connected": self.link.server}

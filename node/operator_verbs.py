@@ -160,7 +160,7 @@ class OperatorVerbs:
         peers = params.get("peers", [])
         if not isinstance(peers, list) or not all(isinstance(peer, str) for peer in peers):
             raise BadRequest("peers must be a list of node names")
-        return {"Blocked": self._faults.block(peers)}
+        return {"Blocked": self._faults.block(peers, one_way=params.get("one_way") is True)}
 
     async def _servers(self, params: dict[str, Any]) -> Any:
         servers = [{"Node": member.id, "Address": member.address} for member in self._replica.members()]

@@ -70,7 +70,7 @@ class ServerNode:
             on_frame=self._deliver,
             on_connected=self._peer_lost,  # what was sent before there was a link is lost as well
             on_disconnected=self._peer_lost,
-            fault_filter=(lambda peer, direction: self.faults.blocks(peer)) if config.fault_injection else None,
+            fault_filter=self.faults.blocks if config.fault_injection else None,
         )
         directory = node.data_dir / "raft"
         disk = RealDisk()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cli.chaos.runner import Options
     from cli.cluster.supervisor import Supervisor
 
-FAULT_KINDS = ("kill", "pause", "partition", "kill-all")
+DEFAULT_FAULTS = "kill,pause,partition,one-way,kill-all,disk-full"
 
 
 def _minutes(text: str) -> float:
@@ -28,13 +28,16 @@ def _minutes(text: str) -> float:
 
 def run(args: Args) -> int:
     """Run faults and clients; print the verdict; write report, history and timeline. Exit code 1: a violation."""
-    from cli.chaos.runner import Options
+    from cli.chaos.harm import SmallDisks, skewed
+    from cli.chaos.runner import FAULT_KINDS, Options
     from cli.cluster.layout import Layout, Plan, write_plan
     from cli.cluster.supervisor import Supervisor
 
-    kinds = tuple(args.text("faults", ",".join(FAULT_KINDS)).split(","))
+    kinds = tuple(args.text("faults", DEFAULT_FAULTS).split(","))
     if unknown := [kind for kind in kinds if kind not in FAULT_KINDS]:
         raise UsageError(f"-faults: {unknown[0]!r} is none of {', '.join(FAULT_KINDS)}")
+    if "skew" in kinds:
+        skewed(1.0)  # says at once what is missing for it
     options = Options(
         seed=args.number("seed", 1),
         duration_s=60 * float(args.text("minutes", "1")),
@@ -49,6 +52,9 @@ def run(args: Args) -> int:
         layout = Layout(scratch / "cluster")
         write_plan(layout, Plan(args.number("servers", 3), 2, args.number("port-offset", 3000)))
         supervisor = Supervisor(layout)
+        disks = SmallDisks(supervisor)
+        if "disk-full" in kinds:
+            disks.make(name for name in supervisor.names if supervisor.config.nodes[name].is_server)
         print(f"Starting {', '.join(supervisor.names)} …", flush=True)
         code = 1
         try:
@@ -62,6 +68,7 @@ def run(args: Args) -> int:
             supervisor.stop(supervisor.names)
             if code and not args.on("discard"):
                 _keep(layout.directory, out / "cluster")
+            disks.unmake()
         return code
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -114,7 +121,7 @@ FAMILIES = {
                     Flag("seed", "what faults come when (default 1)", "N", parse=whole),
                     Flag("minutes", "how long (default 1)", "M", parse=_minutes),
                     Flag("clients", "how many concurrent clients (default 6)", "N", parse=whole),
-                    Flag("faults", f"which kinds (default {','.join(FAULT_KINDS)})", "LIST"),
+                    Flag("faults", f"which kinds (default {DEFAULT_FAULTS}; also skew)", "LIST"),
                     Flag(
                         "servers", "how many servers the cluster made for the run has (default 3)", "N", parse=whole
                     ),

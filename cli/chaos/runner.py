@@ -15,6 +15,9 @@ from cli.chaos.linearizability import Verdict, check, session_violations
 from cli.chaos.workload import Client, Recorder, missing
 
 LEADER_POLL_S = 0.1
+FAULT_KINDS = ("kill", "pause", "partition", "one-way", "kill-all", "disk-full", "skew")
+SKEWS_S = (-120.0, -5.0, 5.0, 120.0)
+"""Node certificates tolerate five minutes."""
 
 
 class ClusterControl(Protocol):
@@ -25,10 +28,12 @@ class ClusterControl(Protocol):
     """HTTP address of every node, servers and clients."""
 
     async def kill(self, node: str) -> None: ...
-    async def start(self, node: str) -> None: ...
+    async def start(self, node: str, skew_s: float = 0.0) -> None: ...
     async def pause(self, node: str) -> None: ...
     async def resume(self, node: str) -> None: ...
-    async def partition(self, nodes: Sequence[str]) -> None: ...
+    async def partition(self, nodes: Sequence[str], *, one_way: bool = False) -> None: ...
+    async def fill_disk(self, node: str) -> None: ...
+    async def free_disk(self, node: str) -> None: ...
     async def heal(self) -> None: ...
     async def leader(self) -> tuple[str, int]:
         """Return (node name, term) of the leader as the reachable nodes tell, or ``("", 0)``."""
@@ -45,7 +50,7 @@ class Options(msgspec.Struct, frozen=True):
     """Bounds of the pause between faults."""
     hold_s: tuple[float, float] = (0.5, 3.5)
     """Bounds of a fault's length."""
-    faults: tuple[str, ...] = ("kill", "pause", "partition", "kill-all")
+    faults: tuple[str, ...] = ("kill", "pause", "partition", "one-way", "kill-all", "disk-full")
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -107,20 +112,33 @@ class Faults:
         return sorted(chosen)
 
     async def _strike(self, kind: str, nodes: list[str]) -> None:
-        if kind == "partition":
-            await self.cluster.partition(nodes)
+        if kind in ("partition", "one-way"):
+            await self.cluster.partition(nodes, one_way=kind == "one-way")
         elif kind == "pause":
             await asyncio.gather(*(self.cluster.pause(node) for node in nodes))
+        elif kind == "disk-full":
+            await asyncio.gather(*(self.cluster.fill_disk(node) for node in nodes))
+        elif kind == "skew":
+            skew_s = self.rng.choice(SKEWS_S)
+            await asyncio.gather(*(self._restart(node, skew_s) for node in nodes))
         else:
             await asyncio.gather(*(self.cluster.kill(node) for node in nodes))
 
     async def _undo(self, kind: str, nodes: list[str]) -> None:
-        if kind == "partition":
+        if kind in ("partition", "one-way"):
             await self.cluster.heal()
         elif kind == "pause":
             await asyncio.gather(*(self.cluster.resume(node) for node in nodes))
+        elif kind == "disk-full":
+            await asyncio.gather(*(self.cluster.free_disk(node) for node in nodes))
+        elif kind == "skew":
+            await asyncio.gather(*(self._restart(node) for node in nodes))
         else:
             await asyncio.gather(*(self.cluster.start(node) for node in nodes))
+
+    async def _restart(self, node: str, skew_s: float = 0.0) -> None:
+        await self.cluster.kill(node)
+        await self.cluster.start(node, skew_s)
 
 
 async def _watch_leader(cluster: ClusterControl, recorder: Recorder, spans: list[LeaderSpan]) -> None:

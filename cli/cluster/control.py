@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from cli.chaos.harm import SmallDisks, skewed
 from cli.cluster.supervisor import Supervisor
 
 
@@ -13,6 +14,7 @@ class LocalControl:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        self._disks = SmallDisks(supervisor)
         self.servers: Sequence[str] = [name for name in supervisor.names if supervisor.config.nodes[name].is_server]
         self.addresses = {name: supervisor.http_addr(name) for name in supervisor.names}
 
@@ -20,9 +22,12 @@ class LocalControl:
         """Kill a node."""
         await asyncio.to_thread(self._supervisor.kill, node)
 
-    async def start(self, node: str) -> None:
-        """Start a node, without waiting until it is ready: the clients' waiting is part of the run."""
-        await asyncio.to_thread(self._supervisor.start, [node])
+    async def start(self, node: str, skew_s: float = 0.0) -> None:
+        """Start a node, without waiting until it is ready: the clients' waiting is part of the run.
+
+        Its wall clock is ``skew_s`` seconds ahead of this machine's.
+        """
+        await asyncio.to_thread(self._supervisor.start, [node], skewed(skew_s) if skew_s else ())
 
     async def pause(self, node: str) -> None:
         """Pause a node."""
@@ -32,9 +37,19 @@ class LocalControl:
         """Resume a node."""
         await asyncio.to_thread(self._supervisor.resume, node)
 
-    async def partition(self, nodes: Sequence[str]) -> None:
-        """Cut nodes off."""
-        await asyncio.to_thread(self._supervisor.partition, nodes)
+    async def partition(self, nodes: Sequence[str], *, one_way: bool = False) -> None:
+        """Cut nodes off; with ``one_way`` they only hear nothing."""
+        await asyncio.to_thread(self._supervisor.partition, nodes, one_way=one_way)
+
+    async def fill_disk(self, node: str) -> None:
+        """Leave a node no room to write."""
+        await asyncio.to_thread(self._disks.fill, node)
+
+    async def free_disk(self, node: str) -> None:
+        """Make room again, and start the node anew: it has stopped, or is about to, if it wrote meanwhile."""
+        await asyncio.to_thread(self._disks.free, node)
+        await asyncio.to_thread(self._supervisor.stop, [node])
+        await asyncio.to_thread(self._supervisor.start, [node])
 
     async def heal(self) -> None:
         """Undo partitions."""

@@ -32,6 +32,13 @@ def _stat(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[19])
 
 
+def _threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
 @dataclass(frozen=True)
 class Process:
     """One process, told apart by pid and start time."""
@@ -59,8 +66,11 @@ class Process:
         if child is not None and child.poll() is not None:
             return DEAD
         stat = _stat(self.pid)
-        if stat is None or stat[1] != self.started or stat[0] in "ZX":
+        if stat is None or stat[1] != self.started:
             return DEAD
+        if stat[0] in "ZX":
+            # The first thread ends before the others, which still hold the files: its ports are not free yet.
+            return RUNNING if child is not None or _threads(self.pid) > 1 else DEAD
         return PAUSED if stat[0] in "Tt" else RUNNING
 
     def send(self, number: signal.Signals) -> bool:
@@ -83,11 +93,17 @@ class Process:
         return True
 
 
-def spawn(arguments: Sequence[str], log: Path, pid_file: Path) -> Process:
-    """Start ``lictor ARGUMENTS`` in the background; its output goes to the end of ``log``."""
+# -P: a directory called "cli" where the user stands must not be taken for ours.
+LICTOR = (sys.executable, "-P", "-m", "cli")
+
+
+def spawn(arguments: Sequence[str], log: Path, pid_file: Path, program: Sequence[str] = LICTOR) -> Process:
+    """Start ``PROGRAM ARGUMENTS`` in the background; its output goes to the end of ``log``.
+
+    A program that only prepares must end in an exec, as ``env`` does: the process that was started is the node.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # -P: a directory called "cli" where the user stands must not be taken for ours.
-    command = [sys.executable, "-P", "-m", "cli", *arguments]
+    command = [*program, *arguments]
     with log.open("ab") as output:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

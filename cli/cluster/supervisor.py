@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.client import Api
 from cli.cluster.layout import Layout, refuse_taken_ports
-from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, spawn
+from cli.cluster.processes import DEAD, LICTOR, PAUSED, RUNNING, Process, spawn
 from cli.errors import CliError, NoAgent, UsageError
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ class NodeStatus:
 
 
 class Supervisor:
-    """The processes of one local cluster."""
+    """The processes of one local cluster. Its nodes run ``program``, which takes lictor's arguments."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, program: Sequence[str] = LICTOR) -> None:
         self.layout = layout
+        self.program = tuple(program)
         self.config: ClusterConfig = layout.load()
 
     @property
@@ -89,8 +90,11 @@ class Supervisor:
 
     # -- starting and ending ------------------------------------------------------------------------------------
 
-    def start(self, names: Iterable[str]) -> list[str]:
-        """Start those of the nodes that do not run; return their names. Raises when a port is taken."""
+    def start(self, names: Iterable[str], prefix: Sequence[str] = ()) -> list[str]:
+        """Start those of the nodes that do not run; return their names. Raises when a port is taken.
+
+        ``prefix`` stands before their command, such as ``env NAME=VALUE``.
+        """
         from node.errors import NodeError
         from node.pki import ensure_local_pki
 
@@ -102,7 +106,7 @@ class Supervisor:
             raise CliError(str(error)) from None
         for name in starting:
             arguments = ["agent", "-config", str(self.layout.config.absolute()), "-node", name]
-            spawn(arguments, self.layout.log(name), self.layout.pid(name))
+            spawn(arguments, self.layout.log(name), self.layout.pid(name), (*prefix, *self.program))
         return starting
 
     def wait_ready(self, names: Sequence[str], say: Say, timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -168,14 +172,17 @@ class Supervisor:
 
     # -- cutting off --------------------------------------------------------------------------------------------
 
-    def partition(self, names: Sequence[str]) -> None:
-        """Cut the nodes off from all others, in both directions; among themselves they still talk."""
+    def partition(self, names: Sequence[str], *, one_way: bool = False) -> None:
+        """Cut the nodes off from all others, in both directions; among themselves they still talk.
+
+        With ``one_way`` they are deaf to the others, who still hear them.
+        """
         inside, outside = set(names), [name for name in self.names if name not in names]
         if not outside:
             raise UsageError("lictor cluster partition: at least one node must stay on the other side")
         for name in self.names:
-            if self.state(name) == RUNNING:
-                self._block(name, outside if name in inside else sorted(inside))
+            if self.state(name) == RUNNING and (name in inside or not one_way):
+                self._block(name, outside if name in inside else sorted(inside), one_way=one_way)
 
     def heal(self) -> None:
         """Undo every partition."""
@@ -183,12 +190,13 @@ class Supervisor:
             if self.state(name) == RUNNING:
                 self._block(name, [])
 
-    def _block(self, name: str, peers: Sequence[str]) -> None:
+    def _block(self, name: str, peers: Sequence[str], *, one_way: bool = False) -> None:
         """Tell one node; a process that has just been started may not listen yet."""
         deadline = time.monotonic() + START_LISTENING_S
         while True:
             try:
-                Api(self.http_addr(name), wait_s=3.0).put("/v1/operator/debug/partition", {"Peers": list(peers)})
+                body = {"Peers": list(peers), "OneWay": one_way}
+                Api(self.http_addr(name), wait_s=3.0).put("/v1/operator/debug/partition", body)
                 return
             except NoAgent:
                 if self.state(name) != RUNNING or time.monotonic() > deadline:

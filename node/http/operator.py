@@ -80,15 +80,18 @@ class Partition(Wire, frozen=True):
     """``PUT /v1/operator/debug/partition``."""
 
     peers: tuple[str, ...] = ()
+    one_way: bool = False
 
 
 @routes.add("PUT", "/v1/operator/debug/partition")
 async def partition(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """Drop every frame to and from the named nodes, on this node; an empty list heals (local clusters only)."""
+    """Drop every frame to and from the named nodes, on this node, with ``OneWay`` only those from them; an empty list
+    heals (local clusters only)."""
     if not ctx.options.fault_injection:
         raise HttpError(403, "fault injection is off: set fault_injection = true in cluster.toml")
     body = await body_as(ctx, request, Partition)
+    params = {"peers": list(body.peers), "one_way": body.one_way}
     try:
-        return json_response(request, await ctx.backend.operator("faults.block", {"peers": list(body.peers)}))
+        return json_response(request, await ctx.backend.operator("faults.block", params))
     except NodeError as error:
         raise HttpError(error.http_status, str(error)) from error
