@@ -44,21 +44,25 @@ class TransferFailed(RaftError):
     """Leadership could not be handed over; this server still leads, or another was elected meanwhile."""
 
 
+_REPLACE = (
+    "on a healthy server run `lictor operator raft remove-peer -id NAME` for this one, then start a server under a "
+    "new name with join = true, which takes the state from its peers. Do not restart this one with an empty directory: "
+    "it has voted under its name and would forget it"
+)
+
+
 class StateDiverged(RaftError):
     """The leader's log contradicts what this server has committed: someone's disk lied or was rolled back."""
 
     def __init__(self, index: int, commit: int) -> None:
         super().__init__(
             f"the leader's log differs at index {index}, which is committed here (up to {commit}); this server stops "
-            "before it serves a diverged state: compare `lictor operator raft state` on all servers, set the odd "
-            "one's data aside with `lictor operator raft recover` and let it rejoin"
+            "before it serves a diverged state: find the odd one with `lictor cluster status` or /v1/agent/self; "
+            f"{_REPLACE}"
         )
 
 
-_RECOVER = (
-    "nothing was changed on disk; run `lictor operator raft recover` on this server to set its data aside and "
-    "rejoin from a healthy peer"
-)
+_RECOVER = f"nothing was changed on disk; {_REPLACE}"
 
 
 class JournalDamaged(RaftError):

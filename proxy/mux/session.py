@@ -112,7 +112,7 @@ class MuxSession(asyncio.Protocol):
         self._error = error
         self.core.go_away(code, str(error))
         if self._transport is not None:
-            if not self.core.blocked:
+            if not self.core.blocked and not self._transport.is_closing():
                 self._transport.write(b"".join(self.core.take_output()))
             self.closed = True
             self.core.lose(error)
@@ -139,7 +139,8 @@ class MuxSession(asyncio.Protocol):
 
     def _send(self) -> None:
         transport, core = self._transport, self.core
-        if transport is None or self.closed:
+        # asyncio TLS transports tell a turn later that the socket is lost, and take no write till then (3.13: raises).
+        if transport is None or self.closed or transport.is_closing():
             return
         while not core.blocked:
             if core.out:

@@ -176,6 +176,7 @@ async def test_sidecar_outlives_the_agent(tmp_path: Path) -> None:
         await register(node)
         stream = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
         await stream.until(lambda known: known.get("Leaf"))
+    stream.response.close()
     assert (await statuses(made))[check] == "passing"
     async with serving(tmp_path, backend=made, sidecar_grace_s=0.3) as node:
         assert node.agent.local.checks[check].row.status == "passing"
