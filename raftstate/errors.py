@@ -46,8 +46,8 @@ class TransferFailed(RaftError):
 
 _REPLACE = (
     "on a healthy server run `lictor operator raft remove-peer -id NAME` for this one, then start a server under a "
-    "new name with join = true, which takes the state from its peers. Do not restart this one with an empty directory: "
-    "it has voted under its name and would forget it"
+    "new name with join = true, which takes the state from its peers. Do not restart this one with an empty "
+    "directory: it has voted under its name and would forget it"
 )
 
 

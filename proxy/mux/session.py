@@ -139,7 +139,7 @@ class MuxSession(asyncio.Protocol):
 
     def _send(self) -> None:
         transport, core = self._transport, self.core
-        # asyncio TLS transports tell a turn later that the socket is lost, and take no write till then (3.13: raises).
+        # asyncio's TLS transport tells a turn later that its socket is lost; a write till then raises from 3.13 on.
         if transport is None or self.closed or transport.is_closing():
             return
         while not core.blocked:
