@@ -116,13 +116,16 @@ async def test_refusals_and_bad_requests_keep_their_kind_over_rpc(tmp_path: Path
                 applied.unwrap()
             with pytest.raises(BadRequest, match="there is no query"):
                 await backend.query("nope")
-            with pytest.raises(BadRequest, match="itself only"):
-                await backend.query("internal.ca_signing_material")
             with pytest.raises(Refused) as large:
                 await backend.apply(KVSet("big", b"x" * 600_000))
             assert large.value.http_status == 413
             with pytest.raises(BadRequest, match="unknown operator verb"):
                 await backend.operator("format.disk")
+        # The authority's keys: a server asks its own store, an agent's certificate is turned away at the door.
+        with pytest.raises(BadRequest, match="itself only"):
+            await follower.backend.query("internal.ca_signing_material")
+        with pytest.raises(Refused, match="is for servers"):
+            await running.clients["client-1"].backend.query("internal.ca_signing_material")
 
 
 async def test_the_leaders_end_loses_no_write_and_wakes_no_one_falsely(tmp_path: Path) -> None:
