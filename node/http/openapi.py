@@ -75,7 +75,10 @@ def _operation(
                 "description": "Done.",
                 "content": {_media(route.answer): {"schema": schemas.get(route.answer, {})}},
             },
-            "default": {"description": "An error.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            "default": {
+                "description": "An error: a text; JSON where Consul answers so (a transaction's conflict).",
+                "content": {"text/plain": {"schema": {"type": "string"}}, "application/json": {"schema": {}}},
+            },
         },
     }
     if parameters:
