@@ -206,16 +206,22 @@ class Call:
 
 
 class AppChannel(SocketChannel):
-    """The connection to our app for one call."""
+    """The connection to our app for one call. It is among ``opened`` for as long as it is open."""
 
-    __slots__ = ("_stats",)
+    __slots__ = ("_opened", "_stats")
 
-    def __init__(self, stats: PairStats, peer: Channel) -> None:
+    def __init__(self, stats: PairStats, peer: Channel, opened: set[AppChannel]) -> None:
         super().__init__()
         self.peer = peer
         self._stats = stats
+        self._opened = opened
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._opened.add(self)
 
     def on_closed(self) -> None:
+        self._opened.discard(self)
         self._stats.bytes_in += self.received
         self._stats.bytes_out += self.sent
 
@@ -225,6 +231,8 @@ class Desk:
 
     def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks) -> None:
         self.calls: set[Call] = set()
+        self.apps: set[AppChannel] = set()
+        """Connections to the app; some outlive their calls, until the app ends its side too."""
         self.dialing: dict[Call, float] = {}
         """Calls whose app is being connected, and until when, the oldest first. One clock watches all of them: a
         timer for each would cost more than the rest of the call's admission."""
@@ -262,6 +270,12 @@ class Desk:
         self.draining = True
         if self._http is not None:
             self._http.drain()
+
+    def close(self) -> None:
+        """Drop the connections to the app that are left."""
+        for app in list(self.apps):
+            app.abort()
+            app.transport.abort()  # one that is closing may wait for an app that reads nothing
 
     def http_stats(self, identity: Identity) -> HttpCounters:
         """Return the counters of requests from a service."""
@@ -360,7 +374,7 @@ class Desk:
         if me is None or not me.local_port:
             raise ConnectionRefusedError("no app is registered")
         _, app = await asyncio.get_running_loop().create_connection(
-            lambda: AppChannel(call.stats, peer), me.local_address or "127.0.0.1", me.local_port
+            lambda: AppChannel(call.stats, peer, self.apps), me.local_address or "127.0.0.1", me.local_port
         )
         return app
 

@@ -201,6 +201,8 @@ class Sidecar:
             await self._admin.close()
         self._drained.set()
         await self._tasks.close()
+        self._desk.close()  # last: a dial that was under way may have come through
+        await asyncio.sleep(0)  # sockets are closed on the loop's next turn
 
     def live_calls(self) -> int:
         """Calls in both directions that have not ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from h2.config import H2Configuration
@@ -39,12 +40,24 @@ class _Connection(H2Connection):
 class Half:
     """The channel's peer. Its three callbacks tell the owner: events, the end, and room in the channel."""
 
-    __slots__ = ("_on_end", "_on_events", "_on_room", "channel", "closed", "conn", "full", "peer")
+    __slots__ = (
+        "_closer",
+        "_linger_s",
+        "_on_end",
+        "_on_events",
+        "_on_room",
+        "channel",
+        "closed",
+        "conn",
+        "full",
+        "peer",
+    )
 
     def __init__(
         self,
         *,
         client: bool,
+        linger_s: float,
         on_events: Callable[[Half, list[Event]], None],
         on_end: Callable[[Half, Exception | None], None],
         on_room: Callable[[Half], None],
@@ -55,6 +68,9 @@ class Half:
         """Nothing more is sent or taken."""
         self.full = False
         """The channel takes no more for now: no data frames are made for it."""
+        self._linger_s = linger_s
+        self._closer: asyncio.TimerHandle | None = None
+        """Runs once we have ended our direction, until the other end ends too."""
         self._on_events = on_events
         self._on_end = on_end
         self._on_room = on_room
@@ -131,11 +147,12 @@ class Half:
             self.channel.write(frame.serialize())
 
     def close(self) -> None:
-        """Send what is left and end our direction."""
+        """Send what is left and end our direction. An end that stays open all the same is cut after a while."""
         if not self.closed:
             self.flush()
             self.closed = True
             self.channel.write_eof()
+            self._closer = asyncio.get_running_loop().call_later(self._linger_s, self.channel.abort)
 
     def cut(self, error: Exception | None = None) -> None:
         """Drop the connection at once."""
@@ -160,15 +177,23 @@ class Half:
 
     def write_eof(self) -> None:
         """The other end has ended; in HTTP/2 that is the end of the connection."""
-        if not self.closed:
-            self.close()
+        ended_by_us = self.closed
+        self.close()
+        self._stop_lingering()
+        if not ended_by_us:
             self._on_end(self, None)
 
     def abort(self, error: Exception | None = None) -> None:
         """The connection was cut."""
+        self._stop_lingering()
         if not self.closed:
             self.closed = True
             self._on_end(self, error)
+
+    def _stop_lingering(self) -> None:
+        if self._closer is not None:
+            self._closer.cancel()
+            self._closer = None
 
     def pause_reading(self) -> None:
         self.full = True

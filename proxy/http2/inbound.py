@@ -103,7 +103,11 @@ class Http2Connection:
         self._done = False
         self.deadline = self._idle_deadline()
         self._client = Half(
-            client=False, on_events=self._client_events, on_end=self._client_ended, on_room=self._client_room
+            client=False,
+            linger_s=side.options.linger_s,
+            on_events=self._client_events,
+            on_end=self._client_ended,
+            on_room=self._client_room,
         )
         self._client.channel = channel
         channel.peer = self._client
@@ -268,7 +272,13 @@ class Http2Connection:
     # To the app
 
     def _new_app(self, channel: Channel | None = None) -> Half:
-        half = Half(client=True, on_events=self._app_events, on_end=self._app_ended, on_room=self._app_room)
+        half = Half(
+            client=True,
+            linger_s=self._options.linger_s,
+            on_events=self._app_events,
+            on_end=self._app_ended,
+            on_room=self._app_room,
+        )
         self._apps.add(half)
         if channel is not None:
             half.channel = channel

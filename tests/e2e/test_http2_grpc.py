@@ -328,3 +328,30 @@ async def test_rapid_resets_are_cut_off() -> None:
                 pass
         assert not server.sidecar._desk.http.http2.connections
         assert len(service.calls) < 2000
+
+
+async def test_a_stopped_sidecar_keeps_no_connection_to_an_app_that_does_not_hang_up() -> None:
+    gone = asyncio.Event()
+
+    async def app(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+        try:
+            while True:  # the sidecar has ended its side; only a reset shows in what we send
+                writer.write(b"\0")
+                await writer.drain()
+                await asyncio.sleep(0.005)
+        except ConnectionError:
+            gone.set()
+            raise
+
+    async with Mesh() as mesh, asyncio.timeout(30):
+        client, server, _ = await mesh.pair(app)
+        await server.push(intentions=(METHODS,))
+        reader, writer = await client.dial()
+        raw_client = Raw(reader, writer)
+        await raw_client.next(h2.events.ResponseReceived, raw_client.request(path="/test.Echo/Other"))
+        await hang_up(writer)
+        await until(lambda: not server.sidecar.live_calls())
+        await server.sidecar.close()
+        await gone.wait()

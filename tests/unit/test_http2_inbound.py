@@ -22,6 +22,7 @@ from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import Channel, Data
 from raftstate.model.identity import Identity
 from raftstate.model.intention import Permission
+from tests.support.sidecars import until
 
 ALLOWED = Decision(True, None, "test")
 DENIED = Decision(False, None, "test")
@@ -374,3 +375,24 @@ frames = st.builds(
 def test_any_frames_end_in_good_order(pieces: list[bytes]) -> None:
     """No frames make the filter raise, hang or keep the connection once the client has gone."""
     asyncio.run(fuzz(pieces))
+
+
+async def test_an_end_that_stays_open_after_ours_is_cut_after_a_while() -> None:
+    async with setting(linger_s=0.02) as s:
+        s.request()
+        await s.step()
+        (app,) = s.apps
+        s.connection.receiver.write_eof()
+        assert s.done
+        assert s.client.ended
+        await until(lambda: app.aborted)
+        assert not s.client.aborted  # it had ended before us
+
+
+async def test_an_end_that_ends_in_time_is_not_cut() -> None:
+    async with setting(linger_s=0.02) as s:
+        s.connection.drain()
+        assert s.client.ended
+        s.connection.receiver.write_eof()
+        await asyncio.sleep(0.06)
+        assert not s.client.aborted
