@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cli.cluster.layout import Layout, Plan, is_free, refuse_taken_ports, write_plan
-from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, _stat
+from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, _children, _stat
 from cli.cluster.supervisor import Supervisor, log_end, remove
 from cli.errors import CliError, UsageError
 from cli.main import main
@@ -46,6 +47,44 @@ def test_states_follow_signals(sleeper: subprocess.Popen[bytes]) -> None:
     assert process.send(signal.SIGKILL)
     assert process.wait_for(DEAD, 2)
     assert not process.send(signal.SIGTERM)
+
+
+HALF_DEAD = """
+import ctypes, platform, socket, sys, threading
+held = socket.create_server(("127.0.0.1", 0))
+print(held.getsockname()[1], flush=True)
+threading.Thread(target=sys.stdin.read).start()
+exit_this_thread = {"x86_64": 60, "aarch64": 93}[platform.machine()]
+ctypes.CDLL(None).syscall(exit_this_thread, 0)
+"""
+"""Its first thread has ended, so the kernel calls it a zombie; another still holds the port. So does every process of
+several threads for a moment after kill -9."""
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_process_is_dead_only_once_its_port_is_free(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen([sys.executable, "-c", HALF_DEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout
+    assert child.stdin
+    try:
+        port = int(child.stdout.readline())
+        process = _of(child)
+        if ours:  # then it is reaped by us, as the supervisor's own children are
+            monkeypatch.setitem(_children, child.pid, child)
+        deadline = time.monotonic() + 10
+        while (stat := _stat(child.pid)) and stat[0] != "Z":
+            assert time.monotonic() < deadline, "the first thread did not end"
+            time.sleep(0.01)
+        assert process.state() == RUNNING
+        assert not is_free("127.0.0.1", port)
+        process.send(signal.SIGKILL)
+        assert process.wait_for(DEAD, 10)
+        assert is_free("127.0.0.1", port)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
 
 
 def test_a_reused_pid_is_not_our_process(sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
