@@ -7,7 +7,7 @@ from collections.abc import Callable
 from proxy.http import Decide, Dial, HttpOptions, HttpStats, InboundConnection, InboundHttp
 from proxy.http2 import Http2Connection, InboundHttp2
 from proxy.http2.half import PREFACE
-from proxy.stream import Channel, Data
+from proxy.stream import Channel, Data, Early
 from raftstate.model.identity import Identity
 
 _TELLING_BYTES = 3
@@ -49,13 +49,14 @@ class HttpEntry:
 class Undecided:
     """A connection of which too little has come to tell: the channel's peer until then."""
 
-    __slots__ = ("_app", "_early", "_entry", "_serve", "channel", "on_done", "peer")
+    __slots__ = ("_app", "_app_early", "_early", "_entry", "_serve", "channel", "on_done", "peer")
 
     def __init__(
         self,
         entry: HttpEntry,
         channel: Channel,
         app: Channel | None,
+        app_early: Early,
         *,
         peer: Identity,
         dial: Dial,
@@ -64,9 +65,11 @@ class Undecided:
         identity: bytes = b"",
         on_done: Callable[[], None],
     ) -> None:
-        """As :meth:`proxy.http.InboundHttp.serve`; ``app`` is a connection to the app that is there already."""
+        """As :meth:`proxy.http.InboundHttp.serve`; ``app`` is a connection to the app that is there already, and
+        ``app_early`` its peer until now."""
         self._entry = entry
         self._app = app
+        self._app_early = app_early
         self._early = b""
         self.channel = channel
         self.on_done = on_done
@@ -93,6 +96,7 @@ class Undecided:
         connection = self._serve(entry.http2 if is_http2 else entry.http1)
         if self._app is not None:
             connection.adopt(self._app)
+            self._app_early.release(self._app.peer)
         if self._early:
             self.channel.peer.write(self._early)
 

@@ -17,10 +17,10 @@ from proxy.http_entry import HttpEntry, Undecided
 from proxy.logs import LimitedLog
 from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
-from proxy.mux.core import NOBODY, MuxStream
+from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
-from proxy.stream import Channel, Data, join
+from proxy.stream import Channel, Data, Early, join
 from proxy.tasks import Tasks
 from raftstate.model.identity import Identity, SpiffeId
 
@@ -84,6 +84,7 @@ class Call:
         self._early.clear()
         if self._early_eof:
             app.write_eof()
+        app.early.release(self.outside)  # the app may have spoken first
 
     async def _serve_http(self) -> None:
         app = await self._dial()
@@ -95,6 +96,7 @@ class Call:
             desk.http,
             self.outside,
             None if app.transport.is_closing() else app,
+            app.early,
             peer=self.identity,
             dial=self._dial_again,
             decide=self._decide_request,
@@ -115,7 +117,7 @@ class Call:
     def _decide_request(self, request: Request) -> Decision:
         return self._desk.decide_request(self.identity, request)
 
-    async def _dial(self) -> SocketChannel | None:
+    async def _dial(self) -> AppChannel | None:
         desk = self._desk
         desk.dialing[self] = asyncio.get_running_loop().time() + APP_CONNECT_TIMEOUT_S
         try:
@@ -208,11 +210,13 @@ class Call:
 class AppChannel(SocketChannel):
     """The connection to our app for one call. It is among ``opened`` for as long as it is open."""
 
-    __slots__ = ("_opened", "_stats")
+    __slots__ = ("_opened", "_stats", "early")
 
-    def __init__(self, stats: PairStats, peer: Channel, opened: set[AppChannel]) -> None:
+    def __init__(self, stats: PairStats, peer: Channel | None, opened: set[AppChannel]) -> None:
         super().__init__()
-        self.peer = peer
+        self.early = Early(self)
+        """Its peer where that is yet to come, for the app may speak before it is there."""
+        self.peer = peer or self.early
         self._stats = stats
         self._opened = opened
 
@@ -363,12 +367,12 @@ class Desk:
         me = self._config.self
         return bool(decision.permissions) or (me is not None and me.protocol == "http")
 
-    async def dial_app(self, call: Call, peer: Channel = NOBODY) -> AppChannel:
+    async def dial_app(self, call: Call, peer: Channel | None = None) -> AppChannel:
         """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""
         async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
             return await self.connect_app(call, peer)
 
-    async def connect_app(self, call: Call, peer: Channel = NOBODY) -> AppChannel:
+    async def connect_app(self, call: Call, peer: Channel | None = None) -> AppChannel:
         """As :meth:`dial_app` without a time limit of its own. Raises OSError."""
         me = self._config.self
         if me is None or not me.local_port:

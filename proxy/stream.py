@@ -88,6 +88,51 @@ def join(a: Channel, b: Channel) -> None:
     b.peer = a
 
 
+class Early:
+    """A channel's peer for as long as its real one is not known: it keeps what arrives, and how it ended."""
+
+    __slots__ = ("_chunks", "_ended", "_error", "_held", "_lost", "peer")
+
+    def __init__(self, channel: Channel) -> None:
+        self.peer: Channel = channel
+        self._chunks: list[Data] = []
+        self._held = 0
+        self._ended = self._lost = False
+        self._error: Exception | None = None
+
+    def write(self, data: Data) -> None:
+        self._chunks.append(data)
+        self._held += len(data)
+        if self._held > READ_LIMIT_BYTES:
+            self.peer.pause_reading()
+
+    def write_eof(self) -> None:
+        self._ended = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self._lost, self._error = True, error
+
+    def pause_reading(self) -> None:
+        """Nothing was sent yet, so this cannot be."""
+
+    def resume_reading(self) -> None:
+        """As above."""
+
+    def release(self, to: Channel) -> None:
+        """``to`` is the channel's peer now: give it what came. It may call for a pause meanwhile, and gets the rest
+        all the same: that is bounded."""
+        paused = self._held > READ_LIMIT_BYTES
+        if paused:
+            self.peer.resume_reading()
+        chunks, self._chunks = self._chunks, []
+        for data in chunks:
+            to.write(data)
+        if self._lost:
+            to.abort(self._error)
+        elif self._ended:
+            to.write_eof()
+
+
 class ChannelStream:
     """:class:`ByteStream` over a channel: it is the channel's peer and keeps what arrives until it is read."""
 

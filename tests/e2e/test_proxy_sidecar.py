@@ -34,6 +34,25 @@ async def test_refused_without_intention_and_allowed_with_one(mesh: Mesh) -> Non
 
 
 @with_mesh
+async def test_an_app_that_speaks_first_is_heard_whole(mesh: Mesh) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 ready\r\n")
+        writer.write_eof()
+        await reader.read()
+
+    client, _, _ = await mesh.pair(greet)
+
+    async def call() -> bytes:
+        reader, writer = await client.dial()
+        said = await reader.read()
+        await hang_up(writer)
+        return said
+
+    for _ in range(10):
+        assert await asyncio.gather(*(call() for _ in range(20))) == [b"220 ready\r\n"] * 20
+
+
+@with_mesh
 async def test_large_transfer_both_ways(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
     reader, writer = await client.dial()

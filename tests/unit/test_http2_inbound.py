@@ -10,6 +10,7 @@ from typing import Any
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 from hyperframe.frame import GoAwayFrame, PingFrame, SettingsFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from proxy.http import HttpCounters, HttpOptions
 from proxy.http2 import Http2Connection, InboundHttp2
 from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
-from proxy.stream import Channel, Data
+from proxy.stream import READ_LIMIT_BYTES, Channel, Data, Early
 from raftstate.model.identity import Identity
 from raftstate.model.intention import Permission
 from tests.support.sidecars import until
@@ -305,7 +306,7 @@ async def test_which_http_it_is_the_first_bytes_tell() -> None:
             return Sink()
 
         Undecided(
-            entry, client, None, peer=WEB, dial=dial, decide=lambda _: DENIED, stats=HttpCounters(),
+            entry, client, None, Early(client), peer=WEB, dial=dial, decide=lambda _: DENIED, stats=HttpCounters(),
             on_done=lambda ended=ended: ended.append(True),
         )  # fmt: skip
         client.peer.write(first)
@@ -318,7 +319,86 @@ async def test_which_http_it_is_the_first_bytes_tell() -> None:
         await entry.close()
 
 
+async def test_what_the_app_says_before_the_client_has_said_anything_is_heard() -> None:
+    app = End(client=False)
+    app.conn.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 1_000_000})
+    early = Early(app)
+    app.peer = early
+    app.push()
+    entry, client = HttpEntry(HttpOptions(service="db")), End(client=True)
+
+    async def dial(peer: Channel) -> Channel:
+        raise AssertionError("there is a connection to the app already")
+
+    Undecided(
+        entry, client, app, early, peer=WEB, dial=dial, decide=lambda _: ALLOWED, stats=HttpCounters(),
+        on_done=lambda: None,
+    )  # fmt: skip
+    client.push()
+    app.push()
+    assert app.of(h2.events.SettingsAcknowledged), "the filter has taken the app's settings"
+    await entry.close()
+
+
+async def test_an_app_that_was_lost_before_the_first_request_is_dialed_again() -> None:
+    for beginning in (PREFACE, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"):
+        lost, client = Sink(), Sink()
+        early = Early(lost)
+        lost.peer = early
+        entry = HttpEntry(HttpOptions(service="db"))
+        dialed: list[Sink] = []
+
+        async def dial(peer: Channel, dialed: list[Sink] = dialed) -> Channel:
+            dialed.append(Sink())
+            return dialed[0]
+
+        Undecided(
+            entry, client, lost, early, peer=WEB, dial=dial, decide=lambda _: ALLOWED, stats=HttpCounters(),
+            on_done=lambda: None,
+        )  # fmt: skip
+        lost.peer.abort(ConnectionResetError())
+        first = beginning
+        if beginning == PREFACE:
+            conn = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+            conn.initiate_connection()
+            conn.send_headers(1, [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/")], True)
+            first = conn.data_to_send()
+        client.peer.write(first)
+        await until(lambda dialed=dialed: bool(dialed and dialed[0].out))
+        await entry.close()
+
+
+def test_early_bytes_are_kept_in_bounds_and_released_in_order() -> None:
+    class Source(Sink):
+        reading = True
+
+        def pause_reading(self) -> None:
+            self.reading = False
+
+        def resume_reading(self) -> None:
+            self.reading = True
+
+    source, to = Source(), Sink()
+    early = Early(source)
+    early.write(b"a" * READ_LIMIT_BYTES)
+    assert source.reading
+    early.write(b"b")
+    assert not source.reading
+    early.write_eof()
+    early.release(to)
+    assert source.reading
+    assert to.out == b"a" * READ_LIMIT_BYTES + b"b"
+    assert to.ended
+    early = Early(source)
+    early.write(b"c")
+    early.abort()
+    early.release(to)
+    assert to.aborted
+
+
 class Sink:
+    ended = aborted = False
+
     def __init__(self) -> None:
         self.peer: Channel = self
         self.out = b""
@@ -326,8 +406,12 @@ class Sink:
     def write(self, data: Data) -> None:
         self.out += bytes(data)
 
-    def write_eof(self) -> None: ...
-    def abort(self, error: Exception | None = None) -> None: ...
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.aborted = True
+
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
