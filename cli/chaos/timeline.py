@@ -11,10 +11,32 @@ from html import escape
 from cli.chaos.history import History
 
 WIDTH, LEFT, RIGHT = 1180, 110, 20
-LANE_H, CHART_H = 22, 130
+LANE_H, CHART_H = 28, 130
+FAULT_Y, FAULT_H = 3, 12
+LEAD_Y, LEAD_H = 17, 8
+"""Within a lane: faults above, the node's terms as leader below, so that neither hides the other."""
 BUCKET_S_MIN = 0.1
-FAULT_COLOURS = {"kill": "#c0392b", "kill-all": "#7b241c", "pause": "#d68910", "partition": "#7d3c98"}
-TERM_COLOURS = ("#2471a3", "#148f77", "#9c640c", "#6c3483", "#515a5a", "#a93226")
+FAULT_COLOURS = {
+    "kill": "#c0392b",
+    "kill-all": "#641e16",
+    "pause": "#e67e22",
+    "partition": "#7d3c98",
+    "one-way": "#d98ad9",
+    "disk-full": "#7e5109",
+    "skew": "#f1c40f",
+}
+FAULT_MEANINGS = {
+    "kill": "killed",
+    "kill-all": "all killed",
+    "pause": "paused",
+    "partition": "cut off both ways",
+    "one-way": "deaf, but heard",
+    "disk-full": "disk full",
+    "skew": "clock wrong",
+}
+UNKNOWN_FAULT = "#566573"
+TERM_COLOURS = ("#1f618d", "#1e8449", "#5dade2", "#58d68d", "#154360", "#117864")
+"""Blue and green; a fault is neither."""
 
 
 class _Canvas:
@@ -45,37 +67,51 @@ class _Canvas:
 
 
 def draw(history: History, nodes: list[str]) -> str:
-    """Return an SVG document: one lane per node with its faults and its terms as leader, below it the operations
-    answered per interval and those whose outcome was never known, and the slowest answer of each interval."""
+    """Return an SVG document: one lane per node with its faults and, below them, its terms as leader; then the
+    operations answered per interval and those of unknown outcome, and the slowest answer of each interval."""
     canvas = _Canvas(history.duration_s)
     top = 46.0
     canvas.text(LEFT, 20, f"Chaos run, seed {history.seed}: {len(history.operations)} operations", size=15)
-    canvas.text(LEFT, 37, "red: killed   orange: paused   violet: cut off   thin bars: leader of a term", size=11)
+    _draw_legend(canvas, history)
     for row, node in enumerate(nodes):
         y = top + row * LANE_H
-        canvas.text(LEFT - 8, y + 14, node, anchor="end")
+        canvas.text(LEFT - 8, y + 18, node, anchor="end")
         canvas.parts.append(
             f'<rect x="{LEFT}" y="{y + 2:.1f}" width="{WIDTH - LEFT - RIGHT}" height="{LANE_H - 4}" fill="#eef1f3"/>'
         )
     for fault in history.faults:
         for node in fault.nodes:
             if node in nodes:
-                y = top + nodes.index(node) * LANE_H + 2
+                y = top + nodes.index(node) * LANE_H + FAULT_Y
                 tip = f"{fault.kind} {node} {fault.begin_s:.2f}-{fault.end_s:.2f} s"
-                colour = FAULT_COLOURS.get(fault.kind, "#566573")
-                canvas.box(fault.begin_s, fault.end_s, y, LANE_H - 4, colour, tip)
+                colour = FAULT_COLOURS.get(fault.kind, UNKNOWN_FAULT)
+                canvas.box(fault.begin_s, fault.end_s, y, FAULT_H, colour, tip)
     ends = [span.since_s for span in history.leaders[1:]] + [history.duration_s]
     for span, end_s in zip(history.leaders, ends, strict=True):
         if span.leader in nodes:
-            y = top + nodes.index(span.leader) * LANE_H + LANE_H - 9
+            y = top + nodes.index(span.leader) * LANE_H + LEAD_Y
             colour = TERM_COLOURS[span.term % len(TERM_COLOURS)]
-            canvas.box(span.since_s, end_s, y, 5, colour, f"{span.leader} leads term {span.term}")
+            canvas.box(span.since_s, end_s, y, LEAD_H, colour, f"{span.leader} leads term {span.term}")
     bottom = _draw_operations(canvas, history, top + len(nodes) * LANE_H + 20)
     _draw_axis(canvas, history.duration_s, top, bottom)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom + 30:.0f}" '
         f'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>{"".join(canvas.parts)}</svg>\n'
     )
+
+
+def _draw_legend(canvas: _Canvas, history: History) -> None:
+    """Name the colours of the faults that came, and of leadership."""
+    met = [kind for kind in FAULT_COLOURS if any(fault.kind == kind for fault in history.faults)]
+    entries = [(FAULT_COLOURS[kind], FAULT_MEANINGS[kind]) for kind in met]
+    entries.append((TERM_COLOURS[0], "leads (a colour per term)"))
+    if any(fault.kind not in FAULT_COLOURS for fault in history.faults):
+        entries.append((UNKNOWN_FAULT, "other fault"))
+    x = float(LEFT)
+    for colour, meaning in entries:
+        canvas.parts.append(f'<rect x="{x:.1f}" y="28" width="10" height="10" fill="{colour}"/>')
+        canvas.text(x + 14, 37, meaning, size=11)
+        x += 30 + 6.2 * len(meaning)
 
 
 def _draw_operations(canvas: _Canvas, history: History, top: float) -> float:
