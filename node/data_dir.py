@@ -38,7 +38,13 @@ class DataDir:
             raise DataDirBusy(
                 f"another process{self._holder()} uses data directory {self.path}: stop it first, or choose another"
             ) from None
-        self.pid_file.write_text(f"{os.getpid()}\n")
+        try:
+            self.pid_file.write_text(f"{os.getpid()}\n")
+        except OSError as error:
+            self.close()
+            raise DataDirBusy(
+                f"data directory {self.path} cannot be written: {error.strerror}; make room, or choose another"
+            ) from None
 
     @property
     def pid_file(self) -> Path:

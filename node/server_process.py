@@ -140,9 +140,11 @@ class ServerNode:
 
     async def hand_over(self, timeout_s: float) -> None:
         """Give leadership to another server, if this one has it; requests go on being answered."""
-        if not self._running or not self.replica.is_leader or len(self.replica.members()) < 2:
+        if not self._running or self.replica.failure is not None or not self.replica.is_leader:
             return
         try:
+            if len(self.replica.members()) < 2:
+                return
             await self.replica.transfer_leadership(timeout_s=timeout_s)
         except RaftError as error:
             log.warning("server: leaving without handing over leadership: %s", error)

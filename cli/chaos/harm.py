@@ -40,8 +40,8 @@ def skewed(skew_s: float) -> tuple[str, ...]:
 class SmallDisks:
     """The servers' data directories as disks that can be filled."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    def __init__(self, supervisor: Supervisor, disk_bytes: int = DISK_BYTES) -> None:
+        self._supervisor, self._disk_bytes = supervisor, disk_bytes
 
     def _directory(self, node: str) -> Path:
         return self._supervisor.config.nodes[node].data_dir
@@ -51,7 +51,15 @@ class SmallDisks:
         for node in nodes:
             directory = self._directory(node)
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "lictor-chaos", str(directory)]
+            command = [
+                "mount",
+                "-t",
+                "tmpfs",
+                "-o",
+                f"size={self._disk_bytes},mode=0700",
+                "lictor-chaos",
+                str(directory),
+            ]
             if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
                 return  # then RLIMIT_FSIZE has to do
 

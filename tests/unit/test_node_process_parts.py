@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -33,6 +34,19 @@ def test_a_data_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(DataDirBusy, match="choose another"):
         DataDir(tmp_path / "file" / "n").open()
+
+
+def test_a_data_directory_on_a_full_disk_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    directory = DataDir(tmp_path / "n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(DataDirBusy, match="make room"):
+            directory.open()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    directory.open()  # the lock was given back
+    directory.close()
 
 
 @pytest.mark.parametrize(
