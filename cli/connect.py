@@ -6,8 +6,8 @@ from typing import Any
 
 from cli.client import API_FLAGS, Api, quote
 from cli.errors import CliError, UsageError
-from cli.flags import Args, Command, Family, Flag, duration, port
-from cli.proxyfile import ProxyService, choose, read_proxy_file
+from cli.flags import Args, Command, Family, Flag, duration, port, whole
+from cli.proxyfile import MAX_WORKERS, ProxyService, choose, read_proxy_file
 from cli.upstreams import merge, parse_upstreams
 
 
@@ -69,6 +69,13 @@ def _service(api: Api, args: Args, name: str, instance: str, entry: ProxyService
     return name, app_port
 
 
+def _workers(args: Args, entry: ProxyService | None) -> int:
+    workers = args.number("workers", entry.workers if entry else 1)
+    if not 1 <= workers <= MAX_WORKERS:
+        raise UsageError(f"lictor connect: -workers must be from 1 to {MAX_WORKERS}, not {workers}")
+    return workers
+
+
 def connect(args: Args) -> int:
     """Run a sidecar until it is told to end, or the child command ends."""
     name, instance, entry = _names(args)
@@ -89,6 +96,7 @@ def connect(args: Args) -> int:
         upstreams=upstreams,
         admin_port=args.number("admin-port", OFF),
         drain_s=args.seconds("drain", 5.0),
+        workers=_workers(args, entry),
         command=tuple(args.rest),
     )
     return run_sidecar(plan, api, verbose=args.on("verbose"))
@@ -147,6 +155,7 @@ FAMILIES = {
                 Flag("admin-port", "serve figures on this loopback port; 0: the first free one from 19000", "PORT",
                      parse=port),
                 Flag("drain", "how long live calls may take to end (default 5s)", "TIME", parse=duration),
+                Flag("workers", "processes that serve, sharing the ports (default 1)", "N", parse=whole),
                 Flag("verbose", "log more", switch=True),
                 *API_FLAGS,
             ),

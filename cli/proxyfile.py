@@ -18,7 +18,8 @@ from cli.flags import suggest
 from cli.upstreams import UpstreamSpec, parse_upstream
 
 PROTOCOLS = ("tcp", "http")
-_SERVICE_KEYS = ("name", "port", "id", "protocol", "public_port", "upstreams")
+_SERVICE_KEYS = ("name", "port", "id", "protocol", "public_port", "upstreams", "workers")
+MAX_WORKERS = 64
 _UPSTREAM_KEYS = ("name", "service", "port", "bind_port")
 
 
@@ -34,6 +35,8 @@ class ProxyService:
     public_port: int = 0
     """0: the first free one from 20000."""
     upstreams: tuple[UpstreamSpec, ...] = ()
+    workers: int = 1
+    """Processes that serve."""
 
 
 class _Reader:
@@ -67,6 +70,12 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 65535:
             self.fail(path, f"must be a port from {least} to 65535, not {json.dumps(value)}")
             return 0
+        return value
+
+    def workers(self, path: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WORKERS:
+            self.fail(path, f"must be a number from 1 to {MAX_WORKERS}, not {json.dumps(value)}")
+            return 1
         return value
 
     def upstream(self, path: str, value: Any) -> UpstreamSpec | None:
@@ -109,6 +118,7 @@ class _Reader:
             if "public_port" in entry
             else 0,
             upstreams=tuple(one for one in found if one is not None),
+            workers=self.workers(f"{path}.workers", entry.get("workers", 1)),
         )
 
 

@@ -19,6 +19,7 @@ from cli.sidecar_stream import UpdateStream
 from cli.upstreams import UpstreamSpec
 from proxy.errors import ProxyError
 from proxy.sidecar import OFF, BoundPorts, Sidecar, SidecarOptions
+from proxy.workers import WorkerGroup
 
 FIRST_OWN_PORT = 22000
 """Listeners of upstreams that may mean the app's own port. They stay out of the way of those that a client's program
@@ -40,6 +41,8 @@ class SidecarPlan:
     upstreams: tuple[UpstreamSpec, ...] = ()
     admin_port: int = OFF
     drain_s: float = 5.0
+    workers: int = 1
+    """Processes that serve."""
     command: tuple[str, ...] = ()
 
     @property
@@ -113,7 +116,8 @@ class Runner:
     def __init__(self, plan: SidecarPlan, api: Api) -> None:
         self.plan = plan
         self.api = api
-        self.sidecar = Sidecar(plan.options())
+        options = plan.options()
+        self.sidecar = Sidecar(options) if plan.workers == 1 else WorkerGroup(options, plan.workers)
         self.ready = asyncio.Event()
         self.stopping = asyncio.Event()
         self.ports = BoundPorts(0)
@@ -219,7 +223,8 @@ class Runner:
     def _introduce(self) -> None:
         leaf = self.sidecar.config.leaf
         plan = self.plan
-        say(f"Sidecar of {plan.service} ({plan.service_id}) is ready, pid {os.getpid()}")
+        workers = f", {plan.workers} workers" if plan.workers > 1 else ""
+        say(f"Sidecar of {plan.service} ({plan.service_id}) is ready, pid {os.getpid()}{workers}")
         say(f"  identity  {leaf.service_uri if leaf else '?'}")
         taken = (
             f"for the app at {_LOOPBACK}:{plan.app_port}" if plan.app_port else "takes no calls: the app has no port"

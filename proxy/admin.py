@@ -7,30 +7,54 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 from aiohttp import web
 
-from proxy.tasks import Tasks
+from proxy.config import Configuration
 from raftstate.model.wire import to_json
-
-if TYPE_CHECKING:
-    from proxy.sidecar import Sidecar
 
 DRAIN_TIMEOUT_S = 30.0
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 REDACTED = "<redacted>"
 
 
+class Subject(Protocol):
+    """What the endpoint is about: a sidecar in this process, or one made of worker processes."""
+
+    config: Configuration
+    draining: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls can be taken and made."""
+        ...
+
+    async def stats(self) -> dict[str, object]:
+        """Return all figures in plain values."""
+        ...
+
+    async def metrics_text(self) -> str:
+        """Return all figures as Prometheus text."""
+        ...
+
+    async def cluster_list(self) -> list[dict[str, object]]:
+        """Return the upstreams with their instances."""
+        ...
+
+    def start_drain(self, timeout_s: float) -> None:
+        """Begin to drain."""
+        ...
+
+
 class AdminServer:
     """Serves one sidecar's admin endpoint on a socket bound before."""
 
-    def __init__(self, sock: socket.socket, sidecar: Sidecar, tasks: Tasks) -> None:
+    def __init__(self, sock: socket.socket, sidecar: Subject) -> None:
         self.port: int = sock.getsockname()[1]
         self._sock = sock
         self._sidecar = sidecar
-        self._tasks = tasks
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
@@ -65,16 +89,14 @@ class AdminServer:
         return web.Response(status=503, text=why + "\n")
 
     async def _stats(self, request: web.Request) -> web.Response:
-        sidecar = self._sidecar
-        stats = {**sidecar.metrics.as_dict(), "live_calls": sidecar.live_calls(), "sessions": sidecar.sessions()}
-        return _json(stats)
+        return _json(await self._sidecar.stats())
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        text = self._sidecar.metrics.render()
+        text = await self._sidecar.metrics_text()
         return web.Response(body=text.encode(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _clusters(self, request: web.Request) -> web.Response:
-        return _json(self._sidecar.clusters())
+        return _json(await self._sidecar.cluster_list())
 
     async def _config_dump(self, request: web.Request) -> web.Response:
         config = self._sidecar.config

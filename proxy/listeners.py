@@ -37,14 +37,14 @@ _ACCEPTS_PER_TURN = 64
 _ACCEPT_PAUSE_S = 0.1
 
 
-def bind(host: str, port: int, first_free_from: int = 0) -> socket.socket:
+def bind(host: str, port: int, first_free_from: int = 0, *, shared: bool = False) -> socket.socket:
     """Bind and listen; with port 0, on the first free one from ``first_free_from``.
 
-    Raises :class:`PortUnavailable`.
+    ``shared``: others of this user may listen on the port too (SO_REUSEPORT). Raises :class:`PortUnavailable`.
     """
     if port or not first_free_from:
         try:
-            return _listen(host, port)
+            return _listen(host, port, shared=shared)
         except OSError as error:
             raise PortUnavailable(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
     for candidate in range(first_free_from, min(first_free_from + 1000, 65536)):
@@ -56,11 +56,32 @@ def bind(host: str, port: int, first_free_from: int = 0) -> socket.socket:
     raise PortUnavailable(f"no free port from {first_free_from} to {candidate} on {host}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind_shared(host: str, port: int, first_free_from: int, count: int) -> list[socket.socket]:
+    """As :func:`bind`, ``count`` sockets on one port, among which the kernel spreads the connections.
+
+    The first is bound alone, so that the port is ours and not shared with a stranger, and only then opened to the
+    others. Raises :class:`PortUnavailable`.
+    """
+    first = bind(host, port, first_free_from)
+    sockets = [first]
+    try:
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for _ in range(count - 1):
+            sockets.append(bind(host, first.getsockname()[1], shared=True))
+    except (OSError, PortUnavailable) as error:
+        for sock in sockets:
+            sock.close()
+        raise PortUnavailable(f"{host}:{first.getsockname()[1]} cannot be shared by workers: {error}") from error
+    return sockets
+
+
+def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
         sock.listen(BACKLOG)  # from now on nobody else can have the port
         sock.setblocking(False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from proxy import config as sections
@@ -52,6 +52,8 @@ class SidecarOptions:
     """(name, host, port) to bind for each upstream; port 0: the first free one from 21000."""
     admin_port: int = OFF
     """On loopback; -1: none, 0: the first free one from 19000."""
+    shared: bool = False
+    """This is one of several worker processes that listen on the same ports."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Sidecar:
         """Bind every listening socket; nothing is accepted yet. Raises :class:`PortUnavailable`."""
         options = self.options
         public = bind(options.public_host, options.public_port, FIRST_PUBLIC_PORT)
-        self._public = PublicListener(public, self.config, self._desk, self.metrics, self._tasks)
+        self.adopt(public, {})
         try:
             for name, host, port in options.upstreams:
                 if name in self._sockets:
@@ -99,7 +101,7 @@ class Sidecar:
                 self._upstreams[name] = self._make_upstream(name)
             if options.admin_port != OFF:
                 admin = bind("127.0.0.1", options.admin_port, FIRST_ADMIN_PORT)
-                self._admin = AdminServer(admin, self, self._tasks)
+                self._admin = AdminServer(admin, self)
         except PortUnavailable:
             await self.close()
             raise
@@ -109,13 +111,20 @@ class Sidecar:
             admin_port=self._admin.port if self._admin else 0,
         )
 
+    def adopt(self, public: socket.socket, upstreams: Mapping[str, socket.socket]) -> None:
+        """Take listening sockets that are there already, in place of :meth:`bind`."""
+        self._public = PublicListener(public, self.config, self._desk, self.metrics, self._tasks)
+        for name, sock in upstreams.items():
+            self._sockets[name] = sock
+            self._upstreams[name] = self._make_upstream(name)
+
     async def run(self, updates: AsyncIterator[SidecarUpdate]) -> None:
         """Serve, following ``updates``, until cancelled or drained. Raises :class:`ProxyError` if not bound."""
         if self._public is None:
             raise ProxyError("bind the sidecar's ports before it runs")
         keep_freed_memory()
         calm_collector()
-        self._watch_gauges()
+        self.watch_gauges()
         if self._admin is not None:
             await self._admin.start()
         self._running = True
@@ -237,7 +246,10 @@ class Sidecar:
     def _add_upstream(self, name: str, spec: SidecarUpstream) -> bool:
         """Bind an upstream that was added after the start; one whose port is taken is left out, and said so."""
         try:
-            self._sockets[name] = bind(spec.bind_address or "127.0.0.1", spec.bind_port, FIRST_UPSTREAM_PORT)
+            if self.options.shared and not spec.bind_port:
+                raise PortUnavailable("it was added without a port; workers cannot agree on one")
+            host = spec.bind_address or "127.0.0.1"
+            self._sockets[name] = bind(host, spec.bind_port, FIRST_UPSTREAM_PORT, shared=self.options.shared)
         except PortUnavailable as error:
             log.warning("upstream %s is not served: %s", name, error)
             return False
@@ -270,7 +282,8 @@ class Sidecar:
 
     # Seen from outside
 
-    def _watch_gauges(self) -> None:
+    def watch_gauges(self) -> None:
+        """Let the metrics include what is read when they are asked for. Idempotent."""
         public = self._public
         gauges = self.metrics.gauges
         http_metrics.export(self.metrics, self._http_counters)
@@ -322,6 +335,18 @@ class Sidecar:
             }
             for upstream in self._upstreams.values()
         ]
+
+    async def stats(self) -> dict[str, object]:
+        """Return all figures in plain values."""
+        return {**self.metrics.as_dict(), "live_calls": self.live_calls(), "sessions": self.sessions()}
+
+    async def metrics_text(self) -> str:
+        """Return all figures as Prometheus text."""
+        return self.metrics.render()
+
+    async def cluster_list(self) -> list[dict[str, object]]:
+        """Return :meth:`clusters`."""
+        return self.clusters()
 
     def sessions(self) -> dict[str, object]:
         """Return the mux sessions in both directions."""

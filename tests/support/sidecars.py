@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import msgspec
 
 from proxy.sidecar import BoundPorts, Sidecar, SidecarOptions
+from proxy.workers import WorkerGroup
 from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import ALLOW, DENY, Intention
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
@@ -96,15 +97,18 @@ def deny(source: str, destination: str) -> Intention:
 class Member:
     """One sidecar of the mesh with the configuration that was last pushed to it."""
 
-    def __init__(self, mesh: Mesh, service: str, instance: str, local_port: int, upstreams: tuple[str, ...]) -> None:
+    def __init__(
+        self, mesh: Mesh, service: str, instance: str, local_port: int, upstreams: tuple[str, ...], workers: int = 0
+    ) -> None:
         self.mesh = mesh
         self.service = service
         self.instance = instance
         self.local_port = local_port
         self.upstream_names = upstreams
-        self.sidecar = Sidecar(
-            SidecarOptions(upstreams=tuple((name, "127.0.0.1", 0) for name in upstreams), admin_port=0)
-        )
+        options = SidecarOptions(upstreams=tuple((name, "127.0.0.1", 0) for name in upstreams), admin_port=0)
+        self.group = WorkerGroup(options, workers) if workers else None
+        self.sidecar = Sidecar(options)
+        """The sidecar of this process; unused where there is a group of workers."""
         self.ports = BoundPorts(0)
         self.version = 0
         self._queue: asyncio.Queue[SidecarUpdate] = asyncio.Queue()
@@ -115,8 +119,9 @@ class Member:
         return Endpoint("node", "127.0.0.1", self.ports.public_port, self.service, self.instance)
 
     async def start(self, leaf: Leaf | None = None) -> None:
-        self.ports = await self.sidecar.bind()
-        self._running = asyncio.get_running_loop().create_task(self.sidecar.run(self._updates()))
+        sidecar = self.group or self.sidecar
+        self.ports = await sidecar.bind()
+        self._running = asyncio.get_running_loop().create_task(sidecar.run(self._updates()))
         await self.push(
             self=SidecarSelf(
                 proxy_id=f"{self.instance}-sidecar-proxy",
@@ -147,7 +152,7 @@ class Member:
         """Send an update and wait until the sidecar has taken it."""
         self.version += 1
         self._queue.put_nowait(SidecarUpdate(version=self.version, **parts))  # type: ignore[arg-type]
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(WAIT_S if self.group is None else 6 * WAIT_S):
             await self._queue.join()
 
     async def allow(self, *sources: str) -> None:
@@ -179,7 +184,7 @@ class Member:
             await hang_up(writer)
 
     async def stop(self) -> None:
-        await self.sidecar.close()
+        await (self.group or self.sidecar).close()
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -213,8 +218,9 @@ class Mesh:
         port: int = 0,
         upstreams: tuple[str, ...] = (),
         leaf: Leaf | None = None,
+        workers: int = 0,
     ) -> Member:
-        member = Member(self, service, instance, port, upstreams)
+        member = Member(self, service, instance, port, upstreams, workers)
         self.members.append(member)
         await member.start(leaf)
         return member

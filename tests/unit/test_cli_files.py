@@ -69,13 +69,14 @@ def test_the_walkthroughs_file() -> None:
 def test_the_longer_form() -> None:
     text = _file(
         {
-            "name": "web", "port": 80, "id": "web-1", "protocol": "http", "public_port": 20005,
+            "name": "web", "port": 80, "id": "web-1", "protocol": "http", "public_port": 20005, "workers": 2,
             "upstreams": [{"name": "db", "service": "postgres", "port": 5432, "bind_port": 21007}, "cache:6379"],
         }
     )  # fmt: skip
     (service,) = parse_proxy_file(text, "p")
     assert service.upstreams == (UpstreamSpec("db", "postgres", 5432, 21007), UpstreamSpec("cache", port=6379))
     assert (service.id, service.protocol, service.public_port) == ("web-1", "http", 20005)
+    assert service.workers == 2
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,7 @@ def test_the_longer_form() -> None:
         (_file({"name": "a", "protocol": "smtp"}), "services[0].protocol: must be one of tcp, http"),
         (_file({"name": "a", "upstreams": [{"name": "b", "bind": 1}]}), "services[0].upstreams[0].bind: unknown key"),
         (_file({"name": "a", "upstreams": {}}), "services[0].upstreams: must be a list"),
+        (_file({"name": "a", "workers": 0}), "services[0].workers: must be a number from 1 to 64, not 0"),
         ('{"services": [], "x": 1}', "x: unknown key"),
         ("[]", "must be an object"),
         ("{", "is not JSON"),

@@ -19,6 +19,7 @@ from cli.errors import CliError, Refused
 from cli.sidecar_run import FIRST_OWN_PORT, Runner, SidecarPlan, environment
 from cli.upstreams import UpstreamSpec, parse_upstreams
 from proxy.sidecar import BoundPorts
+from proxy.workers import WorkerGroup
 from raftstate.model.sidecar import SidecarSelf, SidecarUpdate, SidecarUpstream
 from raftstate.model.wire import to_json
 from tests.support.certs import TRUST_DOMAIN, TestCA
@@ -154,6 +155,24 @@ async def test_a_signal_ends_a_sidecar_without_a_child() -> None:
             await runner.ready.wait()
             os.kill(os.getpid(), signal.SIGTERM)
             assert await running == 0
+    assert agent.deregistered == ["web-1-sidecar-proxy"]
+
+
+async def test_a_sidecar_of_workers_is_ready_when_all_are_and_leaves_none_behind(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    async with scripted() as agent:
+        runner = Runner(SidecarPlan("web", "web-1", 9, workers=2), Api(agent.address))
+        running = asyncio.ensure_future(runner.run())
+        async with asyncio.timeout(60):
+            await runner.ready.wait()
+            assert isinstance(runner.sidecar, WorkerGroup)
+            pids = runner.sidecar.pids
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await running == 0
+    assert len(pids) == 2
+    assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []  # noqa: ASYNC240
+    assert "2 workers" in capfd.readouterr().out
     assert agent.deregistered == ["web-1-sidecar-proxy"]
 
 
