@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import Intention
+from raftstate.model.plan import Plan
 from raftstate.model.wire import Wire
 
 
@@ -64,6 +65,10 @@ class SidecarUpstream(Wire, frozen=True):
     """When non-zero the upstream is the sidecar's own app: relay plainly to local_address at this port."""
     error: str = ""
     config: dict[str, object] = {}
+    plan: Plan | None = None
+    """How calls are routed, split and resolved; None: straight to ``endpoints``, which are empty with a plan."""
+    targets: dict[str, tuple[Endpoint, ...]] = {}
+    """With a plan: the instances of each of its targets, filtered already."""
 
 
 class SidecarUpdate(Wire, frozen=True, omit_defaults=True):
