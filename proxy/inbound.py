@@ -28,6 +28,8 @@ log = logging.getLogger("lictor.proxy.inbound")
 
 APP_CONNECT_TIMEOUT_S = 5.0
 MAX_INBOUND = 50_000
+MAX_DECISIONS = 10_000
+"""Remembered decisions; instances come and go, and a policy may stand for weeks."""
 
 
 class Call:
@@ -40,6 +42,7 @@ class Call:
         "_early_eof",
         "_task",
         "app",
+        "certificate_sha256",
         "decision",
         "gone",
         "http",
@@ -49,11 +52,14 @@ class Call:
         "stats",
     )
 
-    def __init__(self, desk: Desk, outside: Channel, identity: Identity, decision: Decision) -> None:
+    def __init__(
+        self, desk: Desk, outside: Channel, identity: Identity, decision: Decision, certificate_sha256: str
+    ) -> None:
         self._desk = desk
         self.outside = outside
         """The mux stream or foreign connection."""
         self.identity = identity
+        self.certificate_sha256 = certificate_sha256
         self.decision = decision
         self.peer: Channel = outside
         self.app: SocketChannel | None = None
@@ -101,7 +107,7 @@ class Call:
             dial=self._dial_again,
             decide=self._decide_request,
             stats=desk.http_stats(self.identity),
-            identity=client_cert_header(self.identity, desk.http.options.uri),
+            identity=client_cert_header(self.identity, desk.http.options.uri, self.certificate_sha256),
             on_done=self.end,
         )
         early, self._early = self._early, []
@@ -248,7 +254,9 @@ class Desk:
         self._config = config
         self._metrics = metrics
         self._log = LimitedLog(log)
-        self._decisions: dict[Identity, Decision] = {}
+        self._decisions: dict[tuple[str, str], Decision] = {}
+        """By source service and instance, which is all that a decision looks at: not by certificate, which is another
+        every few hours."""
         self._decisions_version = -1
 
     # HTTP
@@ -300,16 +308,16 @@ class Desk:
             code, text = refusal
             stream.refuse(code, text)
             return
-        call = Call(self, stream, identity, self.decide(identity))
+        call = Call(self, stream, identity, self.decide(identity), session.certificate_sha256)
         stream.owner = call
         call.start()
 
-    def admit_connection(self, channel: SocketChannel, identity: Identity) -> Call | None:
+    def admit_connection(self, channel: SocketChannel, identity: Identity, certificate_sha256: str) -> Call | None:
         """Take a foreign peer's connection: close it, or start its call."""
         if self._refusal(identity, "") is not None:
             channel.abort()
             return None
-        call = Call(self, channel, identity, self.decide(identity))
+        call = Call(self, channel, identity, self.decide(identity), certificate_sha256)
         call.start()
         return call
 
@@ -347,12 +355,15 @@ class Desk:
         if self._decisions_version != config.policy_version:
             self._decisions.clear()
             self._decisions_version = config.policy_version
-        decision = self._decisions.get(identity)
+        source = (identity.service, identity.instance)
+        decision = self._decisions.get(source)
         if decision is None:
             if config.policy is None or config.self is None:
                 return NOT_KNOWN
             decision = config.policy.decide(identity, config.self.service, config.self.service_id)
-            self._decisions[identity] = decision
+            if len(self._decisions) >= MAX_DECISIONS:
+                self._decisions.clear()
+            self._decisions[source] = decision
         return decision
 
     def decide_request(self, identity: Identity, request: Request) -> Decision:

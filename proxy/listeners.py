@@ -20,6 +20,7 @@ from proxy.logs import BurstLog
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
+from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
 from proxy.pool import SHUTDOWN_TIMEOUT_S
 from proxy.relay import SocketChannel
@@ -139,7 +140,13 @@ class PublicListener:
     """Takes connections of other sidecars: handshake, checks, then a mux session or a foreign call."""
 
     def __init__(
-        self, sock: socket.socket, config: Configuration, desk: Desk, metrics: Metrics, tasks: Tasks
+        self,
+        sock: socket.socket,
+        config: Configuration,
+        desk: Desk,
+        metrics: Metrics,
+        tasks: Tasks,
+        memory: MemoryBudget | None = None,
     ) -> None:
         self.sessions: dict[MuxSession, PeerProof] = {}
         self.callers: dict[ForeignCaller, PeerProof] = {}
@@ -148,6 +155,7 @@ class PublicListener:
         self._desk = desk
         self._metrics = metrics
         self._tasks = tasks
+        self._memory = memory or MemoryBudget()
         self._log = BurstLog(log)
         self._handshakes = 0
         self._accepting = False
@@ -226,7 +234,7 @@ class PublicListener:
             self._begin_session(transport, caller, proof, address)
         elif not caller.lost:
             self.callers[caller] = proof
-            call = self._desk.admit_connection(caller, proof.identity)
+            call = self._desk.admit_connection(caller, proof.identity, proof.sha256)
             if call is not None:
                 caller.begin(call)
 
@@ -239,6 +247,8 @@ class PublicListener:
             acceptor=self._desk.admit_stream,
             on_lost=lambda session, _: self.sessions.pop(session, None) and None,
             max_streams=MAX_STREAMS,
+            memory=self._memory,
+            certificate_sha256=proof.sha256,
         )
         self.sessions[session] = proof
         transport.set_protocol(session)

@@ -17,6 +17,7 @@ from proxy.identity import Revoked, TrustBundle, check_expected, check_peer
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
+from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
 from proxy.stream import Channel
@@ -108,10 +109,13 @@ class _Peer:
 class SessionPool:
     """All sessions that this sidecar dialed."""
 
-    def __init__(self, metrics: Metrics, tasks: Tasks, *, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(
+        self, metrics: Metrics, tasks: Tasks, *, max_streams: int = MAX_STREAMS, memory: MemoryBudget | None = None
+    ) -> None:
         self._metrics = metrics
         self._tasks = tasks
         self._max_streams = max_streams
+        self._memory = memory or MemoryBudget()
         self._material: TlsMaterial | None = None
         self._trust_domain = ""
         self._revoked = Revoked()
@@ -258,6 +262,7 @@ class SessionPool:
             acceptor=None,
             on_lost=self._lost,
             max_streams=self._max_streams,
+            memory=self._memory,
         )
         self._live[session] = (key, proof)
         transport.set_protocol(session)

@@ -26,6 +26,7 @@ from proxy.inbound import Desk
 from proxy.listeners import PublicListener, bind
 from proxy.memory import calm_collector, keep_freed_memory
 from proxy.metrics import Labels, Metrics
+from proxy.mux.flow import BUFFER_BYTES, MemoryBudget
 from proxy.outbound import Upstream
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
@@ -54,6 +55,8 @@ class SidecarOptions:
     """On loopback; -1: none, 0: the first free one from 19000."""
     shared: bool = False
     """This is one of several worker processes that listen on the same ports."""
+    buffer_bytes: int = BUFFER_BYTES
+    """What is held at most, in sum, for peers and apps that read slowly; each worker process has its own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Sidecar:
         self.metrics = Metrics()
         self.draining = False
         self._tasks = Tasks("sidecar")
-        self._pool = SessionPool(self.metrics, self._tasks)
+        self._memory = MemoryBudget(options.buffer_bytes)
+        self._pool = SessionPool(self.metrics, self._tasks, memory=self._memory)
         self._desk = Desk(self.config, self.metrics, self._tasks)
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
@@ -113,7 +117,7 @@ class Sidecar:
 
     def adopt(self, public: socket.socket, upstreams: Mapping[str, socket.socket]) -> None:
         """Take listening sockets that are there already, in place of :meth:`bind`."""
-        self._public = PublicListener(public, self.config, self._desk, self.metrics, self._tasks)
+        self._public = PublicListener(public, self.config, self._desk, self.metrics, self._tasks, self._memory)
         for name, sock in upstreams.items():
             self._sockets[name] = sock
             self._upstreams[name] = self._make_upstream(name)
@@ -294,6 +298,8 @@ class Sidecar:
         gauges["lictor_certificate_expiry_seconds"] = lambda: (
             [((), self.config.material.not_after_s)] if self.config.material else []
         )
+        gauges["lictor_buffered_bytes"] = lambda: [((), self._memory.held)]
+        gauges["lictor_buffer_overruns_total"] = lambda: [((), self._memory.overruns)]
         gauges["lictor_ready"] = lambda: [((), 1 if self.ready else 0)]
 
     def _http_counters(self) -> Iterable[tuple[Labels, HttpCounters]]:

@@ -9,6 +9,7 @@ on use it. Connections made before go on.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import ssl
 import tempfile
@@ -46,6 +47,11 @@ class PeerProof(NamedTuple):
     """The leaf and the intermediates that the peer sent."""
     alpn: str
     """The application protocol agreed on; empty when none."""
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the leaf in DER: ``Hash`` of ``x-forwarded-client-cert``."""
+        return hashlib.sha256(self.chain_der[0]).hexdigest()
 
 
 def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:

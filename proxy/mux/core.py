@@ -15,7 +15,7 @@ from typing import Protocol
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
-from proxy.mux.flow import GrowthBudget, ReceiveWindow, SendCredit
+from proxy.mux.flow import GrowthBudget, MemoryBudget, ReceiveWindow, SendCredit
 from proxy.stream import Channel, Data
 
 MAX_STREAMS = 4096
@@ -54,7 +54,7 @@ class MuxStream:
     def __init__(self, core: MuxCore, stream_id: int, service: str, peer: Channel, owner: StreamOwner | None) -> None:
         self._core = core
         self._credit = SendCredit()
-        self._window = ReceiveWindow(core.growth)
+        self._window = ReceiveWindow(core.growth, core.memory)
         self.id = stream_id
         self.service = service
         self.peer = peer
@@ -79,7 +79,10 @@ class MuxStream:
             if not self.pending:
                 self.peer.pause_reading()
             self.pending.append(data)
-            if credit.left and len(self.pending) == 1:
+            core.memory.held += size
+            if core.memory.over:
+                self._drop_for_memory()
+            elif credit.left and len(self.pending) == 1:
                 core.enqueue(self)
             return
         credit.left -= size
@@ -148,6 +151,7 @@ class MuxStream:
                 pending.popleft()
             credit.left -= allowed
             budget -= allowed
+            core.memory.held -= allowed
             self.data_sent = True
             core.send_data(self.id, data, allowed)
         if pending:
@@ -171,6 +175,8 @@ class MuxStream:
         self.peer.write(payload)
         if credit and not self.closed:
             self._core.send_control(frames.window(self.id, credit))
+        elif not self._window.taking and self._core.memory.over and not self.closed:
+            self._drop_for_memory()
 
     def on_fin(self) -> None:
         if self.fin_in:
@@ -186,9 +192,17 @@ class MuxStream:
         if waiting:
             self._core.enqueue(self)
 
+    def _drop_for_memory(self) -> None:
+        """This process holds too much, and this stream is what was just added to."""
+        self._core.memory.overruns += 1
+        peer, text = self.peer, "sidecar holds too much for peers that read slowly"
+        self.reset(frames.TOO_MANY, text)
+        peer.abort(StreamClosed(text))
+
     def release(self) -> None:
         """Mark closed and let go of buffers; called by the core once."""
         self.closed = True
+        self._core.memory.held -= sum(map(len, self.pending))
         self.pending.clear()
         self._window.close()
 
@@ -202,7 +216,10 @@ class MuxCore:
         acceptor: Callable[[MuxStream], None] | None,
         wake: Callable[[], None],
         max_streams: int = MAX_STREAMS,
+        memory: MemoryBudget | None = None,
     ) -> None:
+        self.memory = memory or MemoryBudget()
+        """What all sessions of this process share."""
         self.streams: dict[int, MuxStream] = {}
         self.out: list[Data] = []
         self.out_bytes = 0
@@ -378,8 +395,9 @@ class MuxCore:
             raise MuxError("service name in OPEN is not UTF-8") from error
         if self.draining:
             self.send_control(frames.coded(frames.REFUSE, stream_id, frames.DRAINING, "sidecar is draining"))
-        elif len(self.streams) >= self.max_streams:
-            text = f"session has {self.max_streams} streams already"
+        elif len(self.streams) >= self.max_streams or self.memory.scarce:
+            full = len(self.streams) >= self.max_streams
+            text = f"session has {self.max_streams} streams already" if full else "sidecar's buffers are nearly full"
             self.send_control(frames.coded(frames.REFUSE, stream_id, frames.TOO_MANY, text))
         else:
             stream = MuxStream(self, stream_id, service, NOBODY, None)

@@ -11,8 +11,35 @@ from proxy.errors import MuxError
 
 INITIAL_WINDOW_BYTES = 256 * 1024
 MAX_WINDOW_BYTES = 2 * 1024 * 1024
+BUFFER_BYTES = 512 * 1024 * 1024
+"""What one process holds at most for streams whose other side is slow."""
 MAX_CREDIT_BYTES = 1 << 31
 """A peer that grants more than this in sum has broken the protocol."""
+
+
+class MemoryBudget:
+    """How much one process holds for streams whose other side does not take it, in sum over all sessions."""
+
+    __slots__ = ("growth_left", "held", "limit", "overruns")
+
+    def __init__(self, limit: int = BUFFER_BYTES) -> None:
+        self.limit = limit
+        """Bytes; a stream that adds to more than this is dropped."""
+        self.held = 0
+        self.growth_left = limit // 2
+        """How much all windows may still grow beyond their initial size."""
+        self.overruns = 0
+        """Streams that were dropped."""
+
+    @property
+    def scarce(self) -> bool:
+        """Whether no new stream should be taken: another instance may have room."""
+        return self.held * 4 > self.limit * 3
+
+    @property
+    def over(self) -> bool:
+        """Whether more is held than may be."""
+        return self.held > self.limit
 
 
 class SendCredit:
@@ -42,16 +69,19 @@ class GrowthBudget:
 class ReceiveWindow:
     """What the peer may still send on a stream, and when to grant more."""
 
-    __slots__ = ("_budget", "_held", "left", "size", "taking")
+    __slots__ = ("_budget", "_held", "_memory", "_parked", "left", "size", "taking")
 
-    def __init__(self, budget: GrowthBudget) -> None:
+    def __init__(self, budget: GrowthBudget, memory: MemoryBudget) -> None:
         self.size = INITIAL_WINDOW_BYTES
         self.left = INITIAL_WINDOW_BYTES
         self.taking = True
         """False while our app does not take what arrived; nothing is granted then."""
         self._held = 0
         """Received, not granted again yet."""
+        self._parked = 0
+        """Received while nothing was taken: what we hold."""
         self._budget = budget
+        self._memory = memory
 
     def received(self, count: int) -> int:
         """Count data in; return the credit to grant now (often 0). Raises :class:`MuxError` on overrun."""
@@ -59,11 +89,16 @@ class ReceiveWindow:
         if self.left < 0:
             raise MuxError(f"peer sent {-self.left} bytes beyond the stream's window")
         self._held += count
-        return self._grant() if self.taking and self._held * 2 >= self.size else 0
+        if not self.taking:
+            self._parked += count
+            self._memory.held += count
+            return 0
+        return self._grant() if self._held * 2 >= self.size else 0
 
     def resume(self) -> int:
         """The app takes data again; return the credit to grant now."""
         self.taking = True
+        self._unpark()
         return self._grant(grow=False) if self._held * 2 >= self.size else 0
 
     def pause(self) -> None:
@@ -71,15 +106,22 @@ class ReceiveWindow:
         self.taking = False
 
     def close(self) -> None:
-        """Give what this window had grown back to the session's budget."""
+        """Give what this window had grown and held back to the budgets."""
+        self._unpark()
         self._budget.left += self.size - INITIAL_WINDOW_BYTES
+        self._memory.growth_left += self.size - INITIAL_WINDOW_BYTES
         self.size = INITIAL_WINDOW_BYTES
+
+    def _unpark(self) -> None:
+        self._memory.held -= self._parked
+        self._parked = 0
 
     def _grant(self, *, grow: bool = True) -> int:
         credit, self._held = self._held, 0
         if grow and self.size < MAX_WINDOW_BYTES:
-            extra = min(self.size, MAX_WINDOW_BYTES - self.size, self._budget.left)
+            extra = min(self.size, MAX_WINDOW_BYTES - self.size, self._budget.left, self._memory.growth_left)
             self._budget.left -= extra
+            self._memory.growth_left -= extra
             self.size += extra
             credit += extra
         self.left += credit

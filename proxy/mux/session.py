@@ -14,6 +14,7 @@ from typing import cast
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import MAX_STREAMS, MuxCore, MuxStream
+from proxy.mux.flow import MemoryBudget
 from proxy.stream import Data
 from raftstate.model.identity import Identity
 
@@ -40,14 +41,18 @@ class MuxSession(asyncio.Protocol):
         on_lost: Callable[[MuxSession, Exception | None], None],
         max_streams: int = MAX_STREAMS,
         keepalive_s: float = KEEPALIVE_S,
+        memory: MemoryBudget | None = None,
+        certificate_sha256: str = "",
     ) -> None:
         self.identity = identity
         """Who the peer is, from its certificate."""
+        self.certificate_sha256 = certificate_sha256
+        """Hex digest of that certificate (accepting side)."""
         self.name = name
         """The peer for logs: address and service."""
         self.closed = False
         accept = None if acceptor is None else lambda stream: acceptor(self, stream)
-        self.core = MuxCore(acceptor=accept, wake=self._schedule, max_streams=max_streams)
+        self.core = MuxCore(acceptor=accept, wake=self._schedule, max_streams=max_streams, memory=memory)
         self._on_lost = on_lost
         self._keepalive_s = keepalive_s
         self._loop = asyncio.get_running_loop()

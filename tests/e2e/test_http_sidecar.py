@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import ssl
 
 import msgspec
 
@@ -50,9 +52,11 @@ async def test_requests_are_decided_one_by_one(mesh: Mesh) -> None:
     ]  # fmt: skip
     assert [seen.target for seen in app.seen] == ["/api/x", "/api"]
     domain = mesh.ca.trust_domain
-    assert app.seen[0].header("x-forwarded-client-cert") == [
-        f"By=spiffe://{domain}/ns/default/dc/dc1/svc/backend;URI=spiffe://{domain}/ns/default/dc/dc1/svc/web"
-    ]
+    leaf = client.sidecar.config.leaf
+    assert leaf is not None
+    digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(leaf.cert_pem)).hexdigest()
+    uri = f"spiffe://{domain}/ns/default/dc/dc1/svc"
+    assert app.seen[0].header("x-forwarded-client-cert") == [f"By={uri}/backend;Hash={digest};URI={uri}/web"]
     metrics = server.sidecar.metrics.render()
     labels = 'direction="inbound",source="web",destination="backend",method="GET",code="200",origin="app"'
     assert f"lictor_http_requests_total{{{labels}}} 2" in metrics

@@ -380,3 +380,38 @@ async def test_nothing_of_a_finished_call_stays(mesh: Mesh) -> None:
     await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
     await until(lambda: alive() <= before)
     assert len(server.sidecar._tasks) <= 4
+
+
+@with_mesh
+async def test_what_all_slow_readers_together_make_us_hold_is_bounded(mesh: Mesh) -> None:
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readline() == b"flood\n":
+            while True:
+                writer.write(b"x" * 65536)
+                await writer.drain()
+        writer.write(b"quick\n")
+
+    client, _, _ = await mesh.pair(flood)
+    memory = client.sidecar._memory
+    memory.limit = 1024 * 1024
+    slow = [await client.dial() for _ in range(12)]
+    for _, writer in slow:
+        writer.write(b"flood\n")
+        # The kernel must not take it all: this is about what we hold.
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await until(lambda: memory.overruns >= 3)
+    assert memory.held <= memory.limit + 512 * 1024
+    for _, writer in slow:
+        writer.transport.abort()
+    await until(lambda: memory.held == 0)
+    assert await client.ask(b"now\n") == b"quick\n"
+
+
+@with_mesh
+async def test_decisions_are_remembered_by_source_not_by_certificate(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    desk = server.sidecar._desk
+    for _ in range(3):
+        await client.push(leaf=mesh.ca.leaf("web", "web-1"))
+        assert await client.ask() == b"hi\n"
+    assert list(desk._decisions) == [("web", "web-1")]

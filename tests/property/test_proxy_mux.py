@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import OUT_HIGH_BYTES, MuxCore, MuxStream
-from proxy.mux.flow import INITIAL_WINDOW_BYTES, MAX_WINDOW_BYTES, GrowthBudget, ReceiveWindow, SendCredit
+from proxy.mux.flow import (
+    INITIAL_WINDOW_BYTES,
+    MAX_WINDOW_BYTES,
+    GrowthBudget,
+    MemoryBudget,
+    ReceiveWindow,
+    SendCredit,
+)
 from proxy.stream import Channel, Data
 
 control_kinds = st.sampled_from([frames.FIN, frames.WINDOW, frames.OPEN, frames.ACCEPT, frames.REFUSE, frames.RESET])
@@ -70,7 +77,7 @@ def test_any_bytes_leave_a_core_alive_or_end_it_with_an_error(chunks: list[bytes
 def test_window_and_credit_agree_and_stay_bounded(steps: list[tuple[int, bool]]) -> None:
     """What the sender may send is exactly what the receiver will take, at most the largest window."""
     budget = GrowthBudget(1 << 20)
-    credit, window = SendCredit(), ReceiveWindow(budget)
+    credit, window = SendCredit(), ReceiveWindow(budget, MemoryBudget())
     for wanted, taking in steps:
         if taking:
             credit.grant(window.resume())
@@ -89,7 +96,7 @@ def test_window_and_credit_agree_and_stay_bounded(steps: list[tuple[int, bool]])
 
 
 def test_sending_beyond_the_window_is_an_error() -> None:
-    window = ReceiveWindow(GrowthBudget(0))
+    window = ReceiveWindow(GrowthBudget(0), MemoryBudget())
     window.pause()
     window.received(INITIAL_WINDOW_BYTES)
     with pytest.raises(MuxError, match="beyond"):
@@ -233,6 +240,7 @@ def test_streams_carry_everything_in_order_whatever_happens(steps: list[tuple[st
             assert not sender.paused
         assert client.stream is not None
         assert client.stream.closed == (client in ended and server in ended)
+    assert (wire.client.memory.held, wire.server.memory.held) == (0, 0)
 
 
 def test_paused_stream_holds_no_more_than_its_window() -> None:
@@ -247,6 +255,34 @@ def test_paused_stream_holds_no_more_than_its_window() -> None:
         slow.stream.write(bytes(50_000))
         wire.settle()
     assert len(wire.servers[0].got) <= INITIAL_WINDOW_BYTES
+    assert 0 < wire.server.memory.held <= INITIAL_WINDOW_BYTES
+    assert wire.client.memory.held >= 1
     quick.stream.write(b"still moving")
     wire.settle()
     assert bytes(wire.servers[1].got) == b"still moving"
+
+
+def test_streams_beyond_the_memory_of_the_process_are_dropped_and_its_budget_comes_back() -> None:
+    wire = Wire()
+    wire.server.memory.limit = 3 * INITIAL_WINDOW_BYTES
+    sides = [wire.open() for _ in range(6)]
+    wire.settle()
+    for server in wire.servers:
+        assert server.stream is not None
+        server.stream.pause_reading()
+    for side in sides:
+        assert side.stream is not None
+        side.stream.write(bytes(INITIAL_WINDOW_BYTES))
+        wire.settle()
+    assert wire.server.memory.held <= wire.server.memory.limit
+    dropped = [side for side in sides if side.error is not None]
+    assert len(dropped) == wire.server.memory.overruns == 3
+    late = wire.open()
+    wire.settle()
+    assert isinstance(late.error, StreamClosed)  # refused, so that another instance gets it
+    for side in sides:
+        assert side.stream is not None
+        side.stream.abort()
+    wire.settle()
+    assert (wire.server.memory.held, wire.client.memory.held) == (0, 0)
+    assert wire.server.memory.growth_left == wire.client.memory.growth_left
