@@ -27,7 +27,7 @@ class RaftTimings(msgspec.Struct, frozen=True):
 class Limits(msgspec.Struct, frozen=True):
     """Bounds; beyond them the answer is a clear refusal."""
 
-    command_bytes_max: int = 512 * 1024
+    command_bytes_max: int = 576 * 1024
     rpc_connections_max: int = 8192
     """Open TLS connections on a server's RPC port, handshakes included."""
     rpc_inflight_max: int = 4096

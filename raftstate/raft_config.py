@@ -21,7 +21,8 @@ class RaftConfig:
     """Share of the minimum election timeout that is kept back from the lease for clocks of unequal rate."""
     commit_notice_s: float = 0.004
     """A follower that gets no further entries hears of a new commit index after this time at the latest."""
-    command_bytes_max: int = 512 * 1024
+    command_bytes_max: int = 576 * 1024
+    """The largest value of a key (512 KiB, as Consul's) and what it travels in."""
     proposals_max: int = 4096
     proposal_bytes_max: int = 32 * 1024 * 1024
     """Writes that wait for a quorum; beyond these bounds `propose` raises TooBusy."""
@@ -35,7 +36,9 @@ class RaftConfig:
     apply_bytes: int = 256 * 1024
     """Entries, and their bytes, applied before the loop gets its turn; a single larger one is applied alone."""
     trailing_entries: int = 2048
-    """Entries kept behind a snapshot, so that a follower a little behind needs no snapshot."""
+    """Entries kept behind a snapshot, so that a follower a little behind needs no snapshot …"""
+    trailing_bytes: int = 16 * 1024 * 1024
+    """… and their size at most: they are held in memory, and one entry may be large."""
     learner_lag_max: int = 64
     """A learner that is this close to the end of the leader's log becomes a voter."""
 

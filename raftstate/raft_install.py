@@ -228,11 +228,21 @@ class Installing(Replication):
         """A snapshot up to `index` is durable: forget the log behind it, but for `trailing_entries`."""
         self.enter()
         self.snapshot_wanted = False
-        keep = max(self.first_index, min(index, self.applied) - self.config.trailing_entries)
+        keep = self._trailing_from(min(index, self.applied))
         if keep > self.first_index:
             self.log.compact_to(keep)
         while len(self._memberships) > 1 and self._memberships[1][0] <= index:
             self._memberships.pop(0)
+
+    def _trailing_from(self, index: int) -> int:
+        """Where the log may begin when a snapshot has it up to `index`."""
+        start = max(self.first_index, index - self.config.trailing_entries)
+        size = 0
+        for command, at, _ in reversed(self.entries(start + 1, index - start)):
+            size += len(command)
+            if size > self.config.trailing_bytes:
+                return at
+        return start
 
 
 def members_dict(members: Members) -> dict[str, Any]:

@@ -410,6 +410,25 @@ def test_a_silent_follower_is_sent_a_bounded_amount() -> None:
     assert sent == 3
 
 
+@pytest.mark.parametrize(("size", "kept"), [(1, 20), (100, 4)])
+def test_what_stays_behind_a_snapshot_is_bounded_in_entries_and_in_bytes(size: int, kept: int) -> None:
+    config = RaftConfig(
+        heartbeat_s=0.1,
+        election_timeout_min_s=0.5,
+        election_timeout_max_s=1.0,
+        trailing_entries=20,
+        trailing_bytes=450,
+    )
+    node = Lone(config=config)
+    commands = tuple((1, REGULAR + b"x" * (size - 1)) for _ in range(60))
+    node.core.receive("b", AppendEntries(1, 1, 0, 51, 0, commands))
+    node.out()
+    node.core.compact(51)
+    # The first entry that is kept only tells its term.
+    assert 51 - node.core.first_index == kept
+    assert node.core.last_index == 61
+
+
 @pytest.mark.parametrize(
     "message",
     [
