@@ -20,6 +20,12 @@ class DiskFile(Protocol):
     def sync(self) -> None:
         """fdatasync: what was appended survives a power cut once this returns. Raises OSError."""
 
+    def descriptor(self, size: int) -> int:
+        """The file's number, for an fdatasync by another way than `sync`; -1 if it has none.
+
+        Also -1 when `size` more bytes cannot be appended to the page cache alone: new room must be allocated.
+        """
+
     def close(self) -> None:
         """Release the handle; syncs nothing."""
 
@@ -63,6 +69,9 @@ class Disk(Protocol):
         """Make the names in this directory durable."""
 
 
+SYNC_BESIDE = True
+"""Whether files may be synced by the kernel's asynchronous I/O; a test whose disk is not the kernel's says no."""
+
 _NO_ROOM_AHEAD = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -93,6 +102,9 @@ class _RealFile:
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
+
+    def descriptor(self, size: int) -> int:
+        return self._fd if SYNC_BESIDE and self._end + size <= self._allocated else -1
 
     def close(self) -> None:
         if self._fd >= 0:

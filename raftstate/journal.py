@@ -2,40 +2,26 @@
 
 The event loop changes the log in memory (`add`, `deleteEntriesFrom`, `setCurrentTerm`, …) and calls
 `take_pending`; some thread calls `Pending.sync`, which writes everything taken in one go and returns when it
-is durable. Nothing that depends on a change may leave the server before that.
+is durable. Or, with no thread (`journal_sync.py`): `Pending.write`, an fdatasync that the kernel does beside the
+loop, `Pending.synced`. Nothing that depends on a change may leave the server before that.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import overload
 
-from raftstate.disk import Disk, DiskFile
+from raftstate.disk import Disk
 from raftstate.errors import JournalDamaged, JournalFailed
-from raftstate.journal_format import (
-    CERTIFICATE_BYTES,
-    FIRST_SEGMENT,
-    Certificate,
-    Entry,
-    Header,
-    Kind,
-    Record,
-    encode_record,
-    encode_vote,
-    segment_name,
-)
-from raftstate.journal_recovery import TEMPORARY_SUFFIX, Recovered, recover
+from raftstate.journal_format import Entry, Kind, Record, encode_vote
+from raftstate.journal_recovery import recover
+from raftstate.journal_writer import Writer
 
 __all__ = ["Entry", "Journal", "JournalDamaged", "JournalFailed", "Pending"]
 
-log = logging.getLogger(__name__)
-
 SEGMENT_BYTES = 16 << 20
-ROOM_BYTES = 4 << 20
-"""What the newest segment is longer than its records at most: zeros that wait to be written over."""
 
 
 class Journal:
@@ -63,7 +49,7 @@ class Journal:
             raise JournalFailed(error) from error
         self._state = found.state
         self._commit_index = found.commit_index
-        self._writer = _Writer(disk, directory, found, segment_bytes, entropy)
+        self._writer = Writer(disk, directory, found, segment_bytes, entropy)
         self._buffer: list[Record] = []
         self._lock = threading.Lock()  # guards the three below: the loop's and the syncing thread's
         self._outstanding: list[Pending] = []
@@ -229,6 +215,12 @@ class Journal:
     def _sync(self, pending: Pending) -> None:
         self._writer.commit(pending.records, pending.commit_index, lambda: self._synced(pending))
 
+    def _write(self, pending: Pending) -> int:
+        return self._writer.begin(pending.records)
+
+    def _finish(self, pending: Pending, error: OSError | None) -> None:
+        self._writer.finish(pending.commit_index, error, lambda: self._synced(pending))
+
     def _synced(self, pending: Pending) -> None:
         with self._lock:
             self._outstanding.remove(pending)
@@ -255,150 +247,23 @@ class Pending:
 
     def sync(self) -> None:
         """Write and fdatasync; blocks. Raises JournalFailed, after which the server must stop."""
-        if self._journal._outstanding[:1] != [self]:
-            raise RuntimeError("journal groups must be synced once each, in the order they were taken")
+        self._require_turn()
         self._journal._sync(self)
 
+    def write(self) -> int:
+        """Write without syncing, if the page cache takes it at once; return the file that then must be synced.
 
-class _Writer:
-    """The files. After opening it belongs to whichever thread syncs, one at a time."""
-
-    def __init__(
-        self, disk: Disk, directory: str, found: Recovered, segment_bytes: int, entropy: Callable[[int], bytes]
-    ) -> None:
-        self._disk, self._directory = disk, directory
-        self._segment_bytes, self._entropy = segment_bytes, entropy
-        self._room_bytes = min(ROOM_BYTES, segment_bytes)
-        self._segments, self._chain = found.segments, found.chain
-        self._term, self._voted_for = found.state.term, found.state.voted_for
-        self._busy = threading.Lock()
-        self.failed: JournalFailed | None = None
-        self._file: DiskFile | None = None
-        self._header = found.header
-        self._bytes = len(found.valid)
-        # Without the certificate at the end, which is not synced.
-        self._durable_bytes = self._bytes - (
-            CERTIFICATE_BYTES if self._bytes and found.certified_bytes == self._bytes else 0
-        )
-        self._oldest = found.segments.first_segment
-        try:
-            self._open(found)
-        except OSError as error:
-            raise self._fail(error) from error
-
-    def _open(self, found: Recovered) -> None:
-        for name in found.leftovers:
-            self._disk.remove(self._path(name))
-        header = found.header
-        if found.torn_bytes:
-            log.warning(
-                "raft journal %s: cut %d bytes of a write that was never finished", self._directory, found.torn_bytes
-            )
-        if header is not None:
-            name = segment_name(header.segment)
-            if found.certified_bytes < len(found.valid) or self._disk.size(self._path(name)) > len(found.valid):
-                self._rewrite(name, found)
-            self._file = self._disk.open_append(self._path(name), self._room_bytes)
-        self._disk.sync_dir(self._directory)
-
-    def _rewrite(self, name: str, found: Recovered) -> None:
-        """Put a clean copy of the newest segment in its place.
-
-        Records that no certificate covers may be in the page cache only, and after a failed sync the cache may
-        even call them clean: syncing the old file would prove nothing. A copy that is written anew does.
+        `synced` must follow once it is. Returns -1, and nothing has been done, for a group that only `sync` can
+        write. Raises JournalFailed.
         """
-        certificate = self._certificate(found.commit_index).encode()
-        copy = self._disk.create(self._path(name + TEMPORARY_SUFFIX))
-        try:
-            copy.append(found.valid + certificate)
-            copy.sync()
-        finally:
-            copy.close()
-        self._disk.rename(self._path(name + TEMPORARY_SUFFIX), self._path(name))
-        self._durable_bytes = self._bytes
-        self._bytes += len(certificate)
+        self._require_turn()
+        return self._journal._write(self)
 
-    def commit(self, records: list[Record], commit_index: int, on_durable: Callable[[], None]) -> None:
-        with self._busy:
-            if self.failed is not None:
-                raise self.failed
-            try:
-                made = self._file is None or self._bytes >= self._segment_bytes
-                data = self._begin_segment(commit_index) if made else b""
-                data += self._encode(records)
-                assert self._file is not None
-                self._file.append(data)
-                self._file.sync()
-                if made:
-                    self._disk.sync_dir(self._directory)
-                self._bytes += len(data)
-                self._durable_bytes = self._bytes
-                on_durable()
-                # Not synced: it reaches the disk with the next group or when the kernel writes back.
-                certificate = self._certificate(commit_index).encode()
-                self._file.append(certificate)
-                self._bytes += len(certificate)
-                self._remove_old()
-            except OSError as error:
-                raise self._fail(error) from error
+    def synced(self, error: OSError | None = None) -> None:
+        """The file that `write` named is synced, or failed with `error`. Raises JournalFailed in that case."""
+        self._require_turn()
+        self._journal._finish(self, error)
 
-    def close(self) -> None:
-        with self._busy:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            if self.failed is None:
-                self.failed = JournalFailed("the journal is closed")
-
-    def _begin_segment(self, commit_index: int) -> bytes:
-        """A new segment. Only called when the one before is durable as far as `_durable_bytes`."""
-        if self._file is not None:
-            self._file.close()
-        number = 1 if self._header is None else self._header.segment + 1
-        self._header = Header(
-            number,
-            self._entropy(16),
-            self._segments.first_segment,
-            self._durable_bytes,
-            self._chain,
-            self._term,
-            self._voted_for,
-            commit_index,
-        )
-        self._file = self._disk.create(self._path(segment_name(number)), self._room_bytes)
-        self._bytes = 0
-        self._segments.begin(number)
-        return self._header.encode()
-
-    def _encode(self, records: list[Record]) -> bytes:
-        parts: list[bytes] = []
-        chain = self._chain
-        for record in records:
-            if record.kind is Kind.COMPACT:
-                needed = max(self._segments.first_segment, self._segments.segment_of(record.idx))
-                record = record._replace(payload=FIRST_SEGMENT.pack(needed))
-            elif record.kind is Kind.VOTE:
-                self._term, self._voted_for = record.term, record.payload[1:].decode() if record.payload else None
-            self._segments.apply(record)
-            part, chain = encode_record(record, chain)
-            parts.append(part)
-        self._chain = chain
-        return b"".join(parts)
-
-    def _certificate(self, commit_index: int) -> Certificate:
-        assert self._header is not None
-        return Certificate(self._header.nonce, self._header.segment, self._bytes, self._chain, commit_index)
-
-    def _remove_old(self) -> None:
-        if self._oldest < self._segments.first_segment:
-            for number in range(self._oldest, self._segments.first_segment):
-                self._disk.remove(self._path(segment_name(number)))
-            self._disk.sync_dir(self._directory)
-            self._oldest = self._segments.first_segment
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._directory, name)
-
-    def _fail(self, error: OSError) -> JournalFailed:
-        self.failed = JournalFailed(error)
-        return self.failed
+    def _require_turn(self) -> None:
+        if self._journal._outstanding[:1] != [self]:
+            raise RuntimeError("journal groups must be synced once each, in the order they were taken")

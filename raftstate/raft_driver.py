@@ -12,14 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from raftstate.journal_sync import Group, SyncDone
 from raftstate.messages import Message
 from raftstate.raft import RaftCore
-
-
-class Group(Protocol):
-    """Journal writes to be synced together."""
-
-    def sync(self) -> None: ...
 
 
 class Syncing(Protocol):
@@ -37,9 +32,6 @@ class Loop(Protocol):
 
     def call_soon(self, callback: Callable[[], None], /) -> Any: ...
     def call_later(self, delay: float, callback: Callable[[], None], /) -> Handle: ...
-
-
-SyncDone = Callable[[BaseException | None], None]
 
 
 class Driver:
@@ -63,6 +55,7 @@ class Driver:
         self._core, self._journal, self._loop, self._clock = core, journal, loop, clock
         self._run_sync, self._send, self._after, self._on_failure = run_sync, send, after, on_failure
         self._timer: Handle | None = None
+        self._timer_at = 0.0
         self._poked = False
         self._running = True
         self._held: list[tuple[str, Message]] = []
@@ -98,10 +91,21 @@ class Driver:
         self._set_timer()
 
     def _set_timer(self) -> None:
+        """Have `_pump` called when the core has something to do. A timer that comes too early is left as it is.
+
+        Each message moves a follower's deadline away, and a timer costs as much as the message.
+        """
+        deadline = self._core.next_deadline()
         if self._timer is not None:
+            if self._timer_at <= deadline:
+                return
             self._timer.cancel()
-        delay_s = max(0.0, self._core.next_deadline() - self._clock())
-        self._timer = self._loop.call_later(delay_s, self._pump)
+        self._timer_at = deadline
+        self._timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._due)
+
+    def _due(self) -> None:
+        self._timer = None
+        self._pump()
 
     def _sync(self, term: int) -> None:
         if self.syncing:

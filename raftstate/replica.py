@@ -12,16 +12,16 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raftstate import backup
 from raftstate.errors import JournalDamaged, NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
+from raftstate.journal_sync import GroupSync
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
 from raftstate.raft_backup import RestoreInLog, Restoring
 from raftstate.raft_driven import ROLES
-from raftstate.raft_driver import Driver, Group, SyncDone
+from raftstate.raft_driver import Driver
 from raftstate.raft_install import Install, members_dict
 from raftstate.raft_ports import Snapshots
 from raftstate.raft_snapshotter import SnapshotMaker
@@ -34,6 +34,8 @@ __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica",
 
 log = logging.getLogger(__name__)
 
+EXPIRY_S = 0.05
+"""How often writes are looked at that may have waited too long."""
 SNAPSHOT_SLICE_S, SNAPSHOT_REST_S = 0.002, 0.001
 """How long a snapshot may hold the loop, and how long it then leaves it to others."""
 
@@ -74,9 +76,11 @@ class Replica:
         self._on_failure = on_failure
         self._core: RaftCore | None = None
         self._driver: Driver | None = None
-        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
+        self._syncs = GroupSync()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._proposals: set[asyncio.Future[Any]] = set()
+        self._proposals: dict[asyncio.Future[Any], tuple[float, float]] = {}
+        """Writes that wait, with when they give up and after how many seconds that is."""
+        self._expiry: asyncio.TimerHandle | None = None
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._snapshotting = self._restoring = False
         self._snapshot_index = self._snapshot_size = 0
@@ -110,12 +114,13 @@ class Replica:
             config=self._config,
         )
         self._core.backup = RestoreInLog(self.machine.restorer, self._replaced_by_backup)
+        self._syncs.open()
         self._driver = Driver(
             self._core,
             self._journal,
             asyncio.get_running_loop(),
             clock=self._clock,
-            run_sync=self._run_sync,
+            run_sync=self._syncs.run,
             send=self._send,
             after=self._after_pump,
             on_failure=self._fail,
@@ -133,18 +138,13 @@ class Replica:
                 log.warning("raft: leaving without handing over leadership: %s", error)
         driver, self._driver = self._driver, None
         driver.stop()
+        if self._expiry is not None:
+            self._expiry.cancel()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._wake_all(Stopped("this server is stopping: ask another one"))
-        # One thread, so this comes after a sync that is still under way.
-        await asyncio.get_running_loop().run_in_executor(self._sync_thread, self._journal.close)
-        self._sync_thread.shutdown(wait=False)
-
-    def _run_sync(self, group: Group, done: SyncDone) -> None:
-        loop = asyncio.get_running_loop()
-        work = self._sync_thread.submit(group.sync)
-        work.add_done_callback(lambda work: loop.call_soon_threadsafe(done, work.exception()))
+        await self._syncs.close(self._journal.close)
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
@@ -188,16 +188,27 @@ class Replica:
 
         propose(core, done)
         self._poke()
-        self._proposals.add(result)
+        self._proposals[result] = deadline, timeout_s
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().call_later(EXPIRY_S, self._expire)
         try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                return await result
-        except TimeoutError:
-            raise UnknownOutcome(
-                f"no quorum confirmed the write within {timeout_s:g} s: retry with the same request id"
-            ) from None
+            return await result
         finally:
-            self._proposals.discard(result)
+            self._proposals.pop(result, None)
+
+    def _expire(self) -> None:
+        """One clock for all writes: a timer for each would cost more than its proposal."""
+        self._expiry = None
+        now = self._clock()
+        for result, (deadline, timeout_s) in self._proposals.items():
+            if deadline <= now and not result.done():
+                result.set_exception(
+                    UnknownOutcome(
+                        f"no quorum confirmed the write within {timeout_s:g} s: retry with the same request id"
+                    )
+                )
+        if self._proposals:
+            self._expiry = asyncio.get_running_loop().call_later(EXPIRY_S, self._expire)
 
     def _apply(self, index: int, data: bytes) -> Any:
         applied = self.machine.apply(index, data)
@@ -431,7 +442,7 @@ class Replica:
         for _, future in waiters:
             if not future.done():
                 future.set_exception(error)
-        for result in tuple(self._proposals):
+        for result in self._proposals:
             if not result.done():
                 result.set_exception(
                     UnknownOutcome(

@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
     """Plant the bug named first, then be `lictor` with the rest."""
     from cli.main import main as lictor
 
+    raftstate.disk.SYNC_BESIDE = False  # the kernel's own way would pass these files by
     raftstate.disk.os = PowerCutFiles()  # type: ignore[assignment, attr-defined]
     BUGS[arguments[0]]()
     return lictor(arguments[1:])

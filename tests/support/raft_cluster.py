@@ -93,8 +93,7 @@ class ReplicaCluster:
         assert driver is not None
         driver.stop()
         # What a sync under way has begun may land or not; here it lands, since the file is real.
-        await asyncio.get_running_loop().run_in_executor(replica._sync_thread, lambda: None)
-        replica._sync_thread.shutdown(wait=False)
+        await replica._syncs.close()
 
     async def leader(self, timeout_s: float = 5.0) -> Replica:
         async with asyncio.timeout(timeout_s):

@@ -73,6 +73,9 @@ class _SimFile:
         self._flush()
         self._disk.syncs += 1
 
+    def descriptor(self, size: int) -> int:
+        return self._disk.number_of(self) if self._end + size <= len(self._inode.data) else -1
+
     def _flush(self) -> None:
         inode = self._inode
         if inode.dirty_from is not None:
@@ -102,6 +105,7 @@ class SimDisk:
         self.life = 0
         self._steps_left: int | None = None
         self._dirs: set[str] = set()
+        self._open_files: list[_SimFile] = []
         self._names: dict[str, _Inode] = {}
         self._durable_names: dict[str, _Inode] = {}
         self._name_ops: list[tuple[str, Callable[[dict[str, _Inode]], None]]] = []  # (directory, change), not synced
@@ -166,6 +170,17 @@ class SimDisk:
         self._flush_names(path)
         self.syncs += 1
 
+    # --- the kernel's own way to sync ---
+
+    def number_of(self, file: _SimFile) -> int:
+        """A number for an open file, good until the next crash."""
+        self._open_files.append(file)
+        return len(self._open_files) - 1
+
+    def fdatasync(self, number: int) -> None:
+        """Sync the file of this number, as `_SimFile.sync` does."""
+        self._open_files[number].sync()
+
     # --- faults ---
 
     def crash_after(self, steps: int) -> None:
@@ -192,6 +207,7 @@ class SimDisk:
     def crash(self) -> None:
         """The power goes, and comes back. Open files are dead; un-synced work is kept, lost or torn."""
         self.life += 1
+        self._open_files.clear()
         self._steps_left = None
         names = dict(self._durable_names)
         for change in self._subset([change for _, change in self._name_ops]):

@@ -106,7 +106,7 @@ async def test_a_journal_whose_snapshot_is_lost_is_refused(tmp_path: Path) -> No
     async with ReplicaCluster(tmp_path, 1, machine=StateMachine, snapshot_entries=2_100) as cluster:
         leader = await cluster.leader()
         await asyncio.gather(*(leader.apply(set_key(f"k{number}", b"v")) for number in range(2_500)))
-        await leader._until(lambda: leader.status().first_index > 0, 10)
+        await leader._until(lambda: leader.status().first_index > 0 and not leader._journal.dirty, 10)
         await cluster.crash("server-1")
         for file in (tmp_path / "server-1" / "snapshots").iterdir():
             file.unlink()
@@ -114,4 +114,4 @@ async def test_a_journal_whose_snapshot_is_lost_is_refused(tmp_path: Path) -> No
         with pytest.raises(JournalDamaged, match="no snapshot reaches"):
             await replica.start()
         replica._journal.close()
-        replica._sync_thread.shutdown()
+        await replica._syncs.close()

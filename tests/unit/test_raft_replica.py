@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raftstate.disk_aio import DiskAio, SyncDone
 from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
 from raftstate.raft import RaftConfig
 from raftstate.replica import Replica
@@ -180,15 +181,23 @@ async def test_leadership_moves_without_a_gap(tmp_path: Path) -> None:
         assert loop.time() - began < FAST.election_timeout_min_s, "a transfer waits for no election timeout"
 
 
-async def test_a_failed_sync_stops_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_thread", [True, False])
+async def test_a_failed_sync_stops_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, by_thread: bool
+) -> None:
     async with ReplicaCluster(tmp_path, 3) as cluster:
         leader = await cluster.leader()
 
         def full(_fd: int) -> None:
             raise OSError(28, "No space left on device")
 
+        def full_later(_self: DiskAio, _fd: int, done: SyncDone) -> None:
+            asyncio.get_running_loop().call_soon(done, OSError(28, "No space left on device"))
+
         with monkeypatch.context() as patch:
+            patch.setattr("raftstate.disk.SYNC_BESIDE", not by_thread)
             patch.setattr("os.fdatasync", full)
+            patch.setattr(DiskAio, "sync", full_later)
             with pytest.raises(RaftError):
                 await leader.apply(command("r1", "k", "v"))
             async with asyncio.timeout(2):

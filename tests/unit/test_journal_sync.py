@@ -1,0 +1,148 @@
+"""GroupSync: the kernel's way and the thread's make the same promise, and a slow disk gets the thread."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from raftstate import journal_sync
+from raftstate.disk import RealDisk
+from raftstate.disk_aio import DiskAio
+from raftstate.errors import JournalFailed
+from raftstate.journal import Journal
+from raftstate.journal_sync import Group, GroupSync
+
+
+class Spy:
+    """A group that notes how it was made durable."""
+
+    def __init__(self, group: Group | None = None, file: int = -1) -> None:
+        self.group, self.file = group, file
+        self.steps: list[str] = []
+        self.error: OSError | None = None
+
+    def sync(self) -> None:
+        self.steps.append("sync" if threading.current_thread() is not threading.main_thread() else "sync on the loop")
+        if self.group is not None:
+            self.group.sync()
+
+    def write(self) -> int:
+        self.steps.append("write")
+        return self.file if self.group is None else self.group.write()
+
+    def synced(self, error: OSError | None) -> None:
+        self.steps.append("synced")
+        self.error = error
+        if self.group is not None:
+            self.group.synced(error)
+
+
+async def run(syncs: GroupSync, group: Group) -> BaseException | None:
+    done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+    syncs.run(group, done.set_result)
+    assert not done.done(), "the outcome comes in a later turn of the loop"
+    return await asyncio.wait_for(done, 10)
+
+
+def take(journal: Journal, *payloads: bytes) -> Group:
+    for payload in payloads:
+        journal.add(payload, journal.last_index + 1, 1)
+    pending = journal.take_pending()
+    assert pending is not None
+    return pending
+
+
+async def test_small_groups_need_no_thread_and_are_durable(tmp_path: Path) -> None:
+    try:
+        DiskAio().close()
+    except OSError as error:
+        pytest.skip(f"this system has no asynchronous fdatasync: {error}")
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    syncs.open()
+    first = Spy(take(journal, b"makes the segment"))
+    assert await run(syncs, first) is None
+    assert first.steps == ["write", "sync"]
+    for number in range(20):
+        syncs._quick_from = 0.0  # whatever this machine's disk is like
+        group = Spy(take(journal, b"a%d" % number, b"b"))
+        assert journal.durable_index == journal.last_index - 2
+        assert await run(syncs, group) is None
+        assert group.steps == ["write", "synced"]
+        assert journal.durable_index == journal.last_index
+    syncs._quick_from = 0.0
+    large = Spy(take(journal, b"x" * 200_000))
+    assert await run(syncs, large) is None
+    assert large.steps == ["write", "sync"]
+    # As after kill -9: nobody closed the file, and every certificate is there.
+    again = Journal(RealDisk(), str(tmp_path / "raft"))
+    assert again[:] == journal[:]
+    assert again.torn_bytes == 0
+    again.close()
+    await syncs.close()
+
+
+async def test_without_the_kernels_way_a_thread_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> DiskAio:
+        raise OSError(errno.ENOSYS, "no such call")
+
+    monkeypatch.setattr(journal_sync, "DiskAio", missing)
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    syncs.open()
+    for number in range(3):
+        group = Spy(take(journal, b"%d" % number))
+        assert await run(syncs, group) is None
+        assert group.steps == ["sync"]
+    assert journal.durable_index == 3
+    await syncs.close(journal.close)
+
+
+async def test_a_file_that_the_kernel_cannot_sync_so_is_synced_by_a_thread() -> None:
+    """A pipe has no fdatasync at all: the error comes by either way, and nothing is called durable."""
+    syncs = GroupSync()
+    syncs.open()
+    ours, theirs = os.pipe()
+    group = Spy(file=theirs)
+    assert await run(syncs, group) is None
+    assert group.error is not None
+    assert group.error.errno == errno.EINVAL
+    assert syncs._aio is None
+    await syncs.close()
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("way", ["sync", "write"])
+async def test_a_failed_group_is_reported_and_the_journal_takes_no_more(tmp_path: Path, way: str) -> None:
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    if way == "write":
+        syncs.open()
+    else:
+        syncs._loop = asyncio.get_running_loop()
+    assert await run(syncs, take(journal, b"makes the segment")) is None
+    syncs._quick_from = 0.0
+    group = take(journal, b"lost")
+    assert journal._writer._file is not None
+    os.close(journal._writer._file._fd)  # type: ignore[attr-defined]
+    error = await run(syncs, group)
+    journal._writer._file._fd = -1  # type: ignore[attr-defined]
+    assert isinstance(error, JournalFailed)
+    assert journal.durable_index == 1
+    with pytest.raises(JournalFailed):
+        journal.take_pending()
+    await syncs.close(journal.close)
+
+
+async def test_a_slow_disk_gets_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_sync, "SLOW_SYNC_S", 0.0)
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    syncs.open()
+    assert await run(syncs, take(journal, b"makes the segment")) is None
+    group = Spy(take(journal, b"after a slow one"))
+    assert await run(syncs, group) is None
+    assert group.steps == ["sync"]
+    await syncs.close(journal.close)
