@@ -64,7 +64,7 @@ class Sender(asyncio.Protocol):
     """
 
     def __init__(self, lane_of: LaneOf, queue_bytes_max: int, queue_frames_max: int) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.closed: asyncio.Future[Exception | None] = loop.create_future()
         self._heard = b""
@@ -89,12 +89,18 @@ class Sender(asyncio.Protocol):
             or self._bytes + len(frame) > self._bytes_max
         ):
             return False
+        if not self._flushing and not self._paused and not self._frames:
+            # The first frame of a turn of the loop leaves at once, those after it together.
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+            self._transport.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
+            return True
         self._lanes[self._lane_of(frame)].append(frame)
         self._bytes += len(frame)
         self._frames += 1
         if not self._flushing and not self._paused:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._loop.call_soon(self._flush)
         return True
 
     def close(self) -> None:
