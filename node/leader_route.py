@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from node.errors import Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
 from node.peers import PeerConnections
@@ -19,9 +20,10 @@ from raftstate.replica import Replica
 RETRY_S_MIN, RETRY_S_MAX = 0.01, 0.15
 BUSY_TRIES = 4
 
-Here = Callable[[float], Awaitable[bytes]]
+T = TypeVar("T")
+Here = Callable[[float], Awaitable[T]]
 """Do it on this server, the leader, within so many seconds."""
-There = Callable[[ClientConnection, float], Awaitable[bytes]]
+There = Callable[[ClientConnection, float], Awaitable[T]]
 """Ask the leader over this connection."""
 
 
@@ -44,7 +46,9 @@ class LeaderRoute:
         """Return ``host:port`` of a member."""
         return next((member.address for member in self._replica.members() if member.id == server), None)
 
-    async def run(self, here: Here, there: There, *, timeout_s: float, write: bool, forwarded: bool = False) -> bytes:
+    async def run(
+        self, here: Here[T], there: There[T], *, timeout_s: float, write: bool, forwarded: bool = False
+    ) -> T:
         """Run until it succeeded or the time is up.
 
         `forwarded`: the request has been forwarded already; then this server answers or says that it does not lead.

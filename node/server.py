@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import uuid
+import itertools
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,7 +41,8 @@ from raftstate.model.wire import to_msgpack
 if TYPE_CHECKING:
     from node.ca.authority import Authority
     from node.operator_verbs import OperatorVerbs
-    from raftstate.replica import Replica
+    from node.rpc.client import ClientConnection
+    from raftstate.replica import ReadStamp, Replica
     from raftstate.state.commands import Command
     from raftstate.state.machine import StateMachine
 
@@ -48,6 +50,7 @@ SIGN_TIMEOUT_S = 10.0
 SEEN_WAIT_S = 2.0
 """How long a read waits for this server to catch up with what its client has seen elsewhere."""
 SNAPSHOT_TIMEOUT_S = 600.0
+_PLAIN = (bool, int, str, type(None))
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -69,6 +72,8 @@ class ServerBackend:
         self.verbs: OperatorVerbs | None = None
         self.on_session_renewed: Any = lambda session: None
         self._seen_index = 0
+        # Request ids of this process's own writes: nobody else has or guesses the first part.
+        self._boot, self._count = secrets.token_hex(12), itertools.count()
 
     @property
     def applied_index(self) -> int:
@@ -85,8 +90,18 @@ class ServerBackend:
             raw = msgspec.Raw(to_msgpack(command))
         except (TypeError, OverflowError) as error:
             raise BadRequest(f"the command cannot be encoded: {error}") from None
-        body = await self.apply_raw(ApplyRequest(request_id or uuid.uuid4().hex, raw), timeout_s)
-        applied = as_applied(decode(body, ApplyReply))
+        request = ApplyRequest(request_id or self._new_request_id(), raw)
+
+        async def here(left_s: float) -> Applied:
+            reply = await self._apply_here(request, left_s)
+            if isinstance(reply.value, _PLAIN):
+                return as_applied(reply)
+            return as_applied(decode(encode(reply), ApplyReply))  # the state's own value must not be changed
+
+        async def there(leader: ClientConnection, left_s: float) -> Applied:
+            return as_applied(decode(await self._forward(request, leader, left_s), ApplyReply))
+
+        applied = await self.route.run(here, there, timeout_s=timeout_s, write=True)
         self._seen_index = max(self._seen_index, applied.index)
         return applied
 
@@ -94,22 +109,30 @@ class ServerBackend:
         """Write a command that is encoded already; return an encoded ApplyReply."""
 
         async def here(left_s: float) -> bytes:
-            at = datetime.datetime.now(datetime.UTC).isoformat()
-            data = encode(_Envelope(request.request_id, at, request.command))
-            applied = await self.replica.apply(data, left_s)
-            if applied.refusal is None and protocol.command_name(request.command) == "SessionRenew":
-                self.on_session_renewed(applied.value)
-            refusal = applied.refusal and (applied.refusal.code, applied.refusal.message, applied.refusal.http_status)
-            return encode(ApplyReply(applied.index, applied.value, refusal))
+            return encode(await self._apply_here(request, left_s))
 
-        forward = encode(ApplyRequest(request.request_id, request.command, True))
-        return await self.route.run(
-            here,
-            lambda leader, left_s: leader.call(protocol.APPLY, forward, left_s),
-            timeout_s=timeout_s,
-            write=True,
-            forwarded=request.forwarded,
-        )
+        async def there(leader: ClientConnection, left_s: float) -> bytes:
+            return await self._forward(request, leader, left_s)
+
+        return await self.route.run(here, there, timeout_s=timeout_s, write=True, forwarded=request.forwarded)
+
+    async def _apply_here(self, request: ApplyRequest, left_s: float) -> ApplyReply:
+        at = datetime.datetime.now(datetime.UTC).isoformat()
+        applied = await self.replica.apply(encode(_Envelope(request.request_id, at, request.command)), left_s)
+        refusal = applied.refusal
+        if refusal is not None:
+            return ApplyReply(applied.index, applied.value, (refusal.code, refusal.message, refusal.http_status))
+        if protocol.command_name(request.command) == "SessionRenew":
+            self.on_session_renewed(applied.value)
+        return ApplyReply(applied.index, applied.value)
+
+    @staticmethod
+    async def _forward(request: ApplyRequest, leader: ClientConnection, left_s: float) -> bytes:
+        body = encode(ApplyRequest(request.request_id, request.command, True))
+        return await leader.call(protocol.APPLY, body, left_s)
+
+    def _new_request_id(self) -> str:
+        return f"{self._boot}-{next(self._count):x}"
 
     # -- reads -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +168,23 @@ class ServerBackend:
         result = as_result(decode(body, QueryReply), mode, name)
         self._seen_index = max(self._seen_index, result.index)
         return result
+
+    def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
+        """See Backend.query_now. A stale barrier never waits: its one step gives the stamp."""
+        if self.replica.applied_index < self._seen_index:
+            return None
+        barrier = self.replica.read_barrier("stale")
+        try:
+            barrier.send(None)
+        except StopIteration as done:
+            stamp: ReadStamp = done.value
+        except RaftError:
+            return None
+        else:
+            barrier.close()
+            return None
+        found = self.reads.ask(name, params)
+        return QueryResult(found.index, stamp.known_leader, stamp.last_contact_ms, found.value, "stale", stamp.index)
 
     async def _read_here(self, name: str, params: Mapping[str, Any], mode: ReadMode, left_s: float) -> QueryResult:
         """Read this server's state. Raises RaftError when it may not be read in this mode."""
