@@ -156,6 +156,12 @@ class Backend(Protocol):
         Raises NoLeader, TimedOut, BadRequest (unknown query or parameter).
         """
 
+    def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
+        """Return what ``query(name, params, mode="stale")`` would, if that needs no waiting; else None.
+
+        Asking costs nothing more than the answer: it does not count as a use of the query. Raises BadRequest.
+        """
+
     def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:
         """Follow a query's rows: first everything, then what changed. Survives leader and server changes.
 

@@ -17,7 +17,7 @@ from node import protocol
 from node.backend import APPLY_TIMEOUT_S, QUERY_TIMEOUT_S, Applied, QueryResult, ReadMode, ViewEvent
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
-from node.followed import FollowedQueries
+from node.followed import Followed, FollowedQueries
 from node.protocol import (
     ApplyReply,
     ApplyRequest,
@@ -127,20 +127,25 @@ class RpcBackend:
 
     async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:
         if mode == "stale" and (followed := self.followed.get(name, params)) is not None:
-            known = followed.result
-            if known is not None and (followed.applied_index >= self._seen_index or not self.link.server):
-                return QueryResult(
-                    known.index,
-                    self.link.known_leader,
-                    self.link.last_contact_ms(),
-                    known.raw,
-                    mode,
-                    followed.applied_index,
-                )
+            if (known := self._known(followed)) is not None:
+                return known
             result, applied = await self._ask_server(name, params, mode, 0, 0.0)
             followed.take(result, applied)
             return result
         return (await self._ask_server(name, params, mode, 0, 0.0))[0]
+
+    def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
+        """See Backend.query_now."""
+        followed = self.followed.peek(name, params)
+        return None if followed is None else self._known(followed)
+
+    def _known(self, followed: Followed) -> QueryResult | None:
+        """Return what is known of a followed query, if that is no older than what this node has seen."""
+        known = followed.result
+        if known is None or (followed.applied_index < self._seen_index and self.link.server):
+            return None
+        leader, age_ms = self.link.known_leader, self.link.last_contact_ms()
+        return QueryResult(known.index, leader, age_ms, known.raw, "stale", followed.applied_index)
 
     async def _ask_stale(
         self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float

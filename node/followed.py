@@ -105,6 +105,14 @@ class FollowedQueries:
         self._followed[key] = (followed, self._tasks.spawn(self._run(key, followed)))
         return followed
 
+    def peek(self, name: str, params: Mapping[str, Any]) -> Followed | None:
+        """Return the query if it is followed already, and note that it is used."""
+        held = self._followed.get(canonical(name, params))
+        if held is None:
+            return None
+        held[0].used_at = asyncio.get_running_loop().time()
+        return held[0]
+
     async def _run(self, key: str, followed: Followed) -> None:
         loop = asyncio.get_running_loop()
         try:

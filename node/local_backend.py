@@ -53,6 +53,11 @@ class LocalBackend:
         answer = await self.reads.blocking(name, params or {}, min_index, wait_s)
         return QueryResult(answer.index, True, 0, answer.value, mode)
 
+    def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
+        """See Backend.query_now."""
+        answer = self.reads.ask(name, params)
+        return QueryResult(answer.index, True, 0, answer.value, "stale")
+
     def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:
         """Follow a query's rows."""
         return self.reads.subscribe(name, params)

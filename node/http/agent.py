@@ -273,7 +273,7 @@ class _Lines(logging.Handler):
         self.queue.put_nowait(text)
 
 
-@routes.add("GET", "/v1/agent/monitor")
+@routes.add("GET", "/v1/agent/monitor", streams=True)
 async def monitor(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The agent's log as it is written, from a level on."""
     level = request.query.get("loglevel", "info").lower()

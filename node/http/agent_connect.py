@@ -87,7 +87,7 @@ async def _decide(ctx: Context, source: SpiffeId, body: Authorize) -> tuple[bool
         return decision.allowed, decision.reason
 
 
-@routes.add("POST", "/v1/agent/connect/proxy/{id}/stream")
+@routes.add("POST", "/v1/agent/connect/proxy/{id}/stream", streams=True)
 async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A sidecar's registration and, in answer, its configuration as a stream of JSON lines (Lictor's own)."""
     definition = definition_of(await read_body(request, ctx.options.body_bytes_max))

@@ -11,6 +11,8 @@ from aiohttp import web
 from node.agent.agent import LocalAgent
 from node.backend import Backend
 from node.http.context import CONTEXT, Context, Handler, HttpOptions, Route
+from node.http.front.guards import FrontOptions
+from node.http.front.listener import FrontRunner
 from node.http.middleware import guard
 
 FAMILIES = (
@@ -52,10 +54,7 @@ def _bound(ctx: Context, handler: Handler) -> Callable[[web.Request], Awaitable[
     return handle
 
 
-def make_runner(app: web.Application) -> web.AppRunner:
-    """Return the runner to serve the API with.
-
-    A handler is cancelled when its client hangs up: a blocking query parks no longer, and a sidecar that is gone
-    shows at once by the end of its stream.
-    """
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+def make_runner(app: web.Application, options: FrontOptions | None = None) -> FrontRunner:
+    """Return the runner to serve the API with; see `node.http.front`."""
+    streams = tuple(sorted({route.path.partition("{")[0] for route in all_routes() if route.streams}))
+    return FrontRunner(app, options or FrontOptions(), streams)

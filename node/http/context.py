@@ -83,6 +83,8 @@ class Route:
     """Type of the JSON body, for the API's description; None: any."""
     answer: Any = None
     """Type of the JSON in the answer; None: any."""
+    streams: bool = False
+    """The handler sends its answer, or reads the body, piece by piece."""
 
 
 class Routes:
@@ -92,15 +94,18 @@ class Routes:
         self.family = family
         self.table: list[Route] = []
 
-    def add(self, methods: str, path: str, *, body: Any = None, answer: Any = None) -> Callable[[Handler], Handler]:
+    def add(
+        self, methods: str, path: str, *, body: Any = None, answer: Any = None, streams: bool = False
+    ) -> Callable[[Handler], Handler]:
         """Answer ``methods`` (separated by blanks) at ``path``; the docstring's first line is the summary.
 
-        ``body`` and ``answer`` are types, for the API's description.
+        ``body`` and ``answer`` are types, for the API's description. ``streams``: the answer is no whole
+        ``web.Response``, or the body may be too large to be gathered first.
         """
 
         def register(handler: Handler) -> Handler:
             summary = (handler.__doc__ or "").strip().splitlines()[0].rstrip(".") if handler.__doc__ else ""
-            self.table.append(Route(tuple(methods.split()), path, handler, summary, body, answer))
+            self.table.append(Route(tuple(methods.split()), path, handler, summary, body, answer, streams))
             return handler
 
         return register

@@ -15,6 +15,7 @@ from node.errors import NodeError
 from node.http.context import Context
 from node.http.errors import BadRequest
 from node.http.filter import BadFilter, apply_filter
+from node.http.front.repeats import note
 from node.http.options import ReadOptions, read_options
 from node.http.respond import json_response, query_headers
 
@@ -30,6 +31,8 @@ class Reading:
     index: int
     headers: dict[str, str]
     options: ReadOptions
+    query: tuple[str, dict[str, Any]] | None = None
+    """Set for a stale read that did not wait: name and parameters, under which it can be asked again."""
 
     def decode(self, kind: type[T]) -> T:
         """Return the value as a model type."""
@@ -62,7 +65,8 @@ async def read(
     headers = query_headers(
         result.index, result.known_leader, result.last_contact_ms, _consistency_name(result.consistency)
     )
-    return Reading(result.raw, result.index, headers, options)
+    plain = options.mode == "stale" and options.max_stale_s is None and not options.min_index
+    return Reading(result.raw, result.index, headers, options, (name, params or {}) if plain else None)
 
 
 async def _read_view(ctx: Context, name: str, params: dict[str, Any] | None, options: ReadOptions) -> Reading:
@@ -120,4 +124,6 @@ def answer(request: web.Request, reading: Reading, value: Any, *, status: int = 
 
 def answer_rendered(ctx: Context, request: web.Request, reading: Reading, make: Callable[[], Any]) -> web.Response:
     """Answer with ``make()``'s JSON, made again only when the rows have changed since the same request before."""
+    if reading.query is not None:
+        note(request, *reading.query, reading.raw)
     return json_response(request, ctx.rendered.body(request.path_qs, reading.raw, make), headers=reading.headers)

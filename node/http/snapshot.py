@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import AsyncIterator
 
@@ -10,11 +11,12 @@ from aiohttp import web
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.respond import empty
+from node.http.writing import BODY_TIMEOUT_S, too_late
 
 routes = Routes("snapshot")
 
 
-@routes.add("GET", "/v1/snapshot", answer=bytes)
+@routes.add("GET", "/v1/snapshot", answer=bytes, streams=True)
 async def save(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Save a snapshot (gzip)."""
     chunks = ctx.backend.snapshot_save()
@@ -32,7 +34,7 @@ async def save(ctx: Context, request: web.Request) -> web.StreamResponse:
     return response
 
 
-@routes.add("PUT", "/v1/snapshot", body=bytes)
+@routes.add("PUT", "/v1/snapshot", body=bytes, streams=True)
 async def restore(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Replace the cluster's state by a saved snapshot."""
     await ctx.backend.snapshot_restore(_unpacked(request))
@@ -42,7 +44,7 @@ async def restore(ctx: Context, request: web.Request) -> web.StreamResponse:
 async def _unpacked(request: web.Request) -> AsyncIterator[bytes]:
     unpack = zlib.decompressobj(wbits=31)
     try:
-        async for chunk in request.content.iter_chunked(256 * 1024):
+        while chunk := await _chunk(request):
             # Bounded output a step: a small file that unpacks to a huge one is taken in pieces, not at once.
             data = unpack.decompress(chunk, 1 << 20)
             while data:
@@ -54,3 +56,11 @@ async def _unpacked(request: web.Request) -> AsyncIterator[bytes]:
         raise BadRequest(f"the body is not a snapshot file (gzip): {error}") from error
     if not unpack.eof:
         raise BadRequest("the snapshot file is cut short")
+
+
+async def _chunk(request: web.Request) -> bytes:
+    """Return what of the body has come, empty at its end. Raises 408 when nothing comes for long."""
+    try:
+        return await asyncio.wait_for(request.content.read(256 * 1024), BODY_TIMEOUT_S)
+    except TimeoutError:
+        raise too_late() from None

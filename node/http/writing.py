@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any, TypeVar
 
@@ -9,10 +10,13 @@ from aiohttp import web
 
 from node.http.context import Context
 from node.http.errors import BadRequest, HttpError
+from node.http.front.repeats import Body
 from node.loose_json import BadJson, loads
 
 T = TypeVar("T")
 REQUEST_ID_HEADER = "X-Lictor-Request-Id"
+BODY_TIMEOUT_S = 30.0
+"""Within which a body must be there."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{8,128}")
 
 
@@ -30,15 +34,27 @@ async def write(ctx: Context, request: web.Request, command: Any) -> Any:
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
-    """Return the body. Raises 413 beyond ``limit`` bytes, without reading further."""
+    """Return the body. Raises 413 beyond ``limit`` bytes, without reading further; 408 when it does not come."""
     if request.content_length is not None and request.content_length > limit:
         raise _too_large(limit)
+    content: Any = request.content
+    if isinstance(content, Body):
+        return content.whole()
     data = bytearray()
-    async for chunk in request.content.iter_any():
-        data += chunk
-        if len(data) > limit:
-            raise _too_large(limit)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.content.iter_any():
+                data += chunk
+                if len(data) > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        raise too_late() from None
     return bytes(data)
+
+
+def too_late() -> HttpError:
+    """Return the error for a body that does not come."""
+    return HttpError(408, "The request's body did not come in time", {"Connection": "close"})
 
 
 def _too_large(limit: int) -> HttpError:

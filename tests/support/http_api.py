@@ -22,6 +22,8 @@ from node.agent.options import AgentOptions
 from node.errors import BadRequest
 from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
+from node.http.front.guards import FrontOptions
+from node.http.front.listener import FrontRunner
 from node.local_backend import LocalBackend
 from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
@@ -123,6 +125,11 @@ class Node:
     agent: LocalAgent
     http: aiohttp.ClientSession
     url: str
+    runner: FrontRunner
+
+    @property
+    def port(self) -> int:
+        return int(self.runner.addresses[0][1])
 
     async def get(self, path: str, **kwargs: Any) -> Any:
         async with self.http.get(self.url + path, **kwargs) as answer:
@@ -148,6 +155,7 @@ async def serving(
     *,
     backend: SigningBackend | None = None,
     http_options: HttpOptions | None = None,
+    front_options: FrontOptions | None = None,
     **changes: Any,
 ) -> AsyncIterator[Node]:
     """Run an agent and its API on a free port."""
@@ -157,7 +165,7 @@ async def serving(
         await backend.use_root()
     agent = LocalAgent(backend, options(directory, **changes))
     await agent.start()
-    runner = make_runner(create_app(backend, agent, http_options))
+    runner = make_runner(create_app(backend, agent, http_options), front_options)
     await runner.setup()
     from aiohttp import web
 
@@ -166,7 +174,7 @@ async def serving(
     port = runner.addresses[0][1]
     session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
     try:
-        yield Node(backend, agent, session, f"http://127.0.0.1:{port}")
+        yield Node(backend, agent, session, f"http://127.0.0.1:{port}", runner)
     finally:
         await session.close()
         await agent.stop()
