@@ -18,6 +18,7 @@ FAMILIES = {
     "services": ("cli.services", "Register, deregister and list services"),
     "intentions": ("cli.intentions", "Say who may call whom"),
     "identity": ("cli.identity", "Revoke and restore identities"),
+    "config": ("cli.config", "Route, split and resolve traffic: write, read, list, delete entries"),
     "connect": ("cli.connect", "Run a sidecar; print its upstreams' environment"),
     "catalog": ("cli.catalog", "Look into the catalog: nodes, services, datacenters"),
     "health": ("cli.health", "Show the instances of a service, or all checks, with their health"),

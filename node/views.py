@@ -15,6 +15,7 @@ from node.backend import ViewEvent
 from raftstate.model.catalog import Check, InstanceHealth, Node
 from raftstate.model.connect import CARoots, Revocation
 from raftstate.model.intention import Intention
+from raftstate.model.plan import Plan
 
 Rows = dict[str, Any]
 SEPARATOR = "\x00"
@@ -78,6 +79,7 @@ VALUE_TYPES: dict[str, Any] = {
     "health.state": list[Check],
     "intentions.list": list[Intention],
     "connect.roots": CARoots,
+    "discovery.chain": Plan,
     "connect.revocations": list[Revocation],
 }
 """What an answer that came over RPC is decoded as; others stay builtins."""

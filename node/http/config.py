@@ -7,11 +7,14 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from node.http.chain import shown_chain
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import answer, filtered, read
 from node.http.respond import json_response
 from node.http.writing import read_body, write
+from raftstate.chain import KINDS, BadEntry, check_entry, check_expressions
+from raftstate.model.plan import Plan
 from raftstate.state import commands
 
 routes = Routes("config")
@@ -27,6 +30,12 @@ async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
     kind, name = _take(body, "kind"), _take(body, "name")
     if not kind:
         raise BadRequest("Payload does not contain a Kind key at the top level")
+    if kind in KINDS:
+        entry = {key: value for key, value in body.items() if key not in ("CreateIndex", "ModifyIndex")}
+        try:
+            check_expressions(kind, name, check_entry(kind, name, entry))
+        except BadEntry as error:
+            raise BadRequest(str(error)) from error
     command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=_cas(request))
     return json_response(request, await write(ctx, request, command))
 
@@ -80,39 +89,8 @@ async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
 
 @routes.add("GET POST", "/v1/discovery-chain/{service}")
 async def discovery_chain(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """The way a call to a service takes: straight to its instances, with the protocol its defaults say."""
-    service = request.match_info["service"]
-    reading = await read(ctx, request, "config.get", {"kind": "service-defaults", "name": service}, rows=False)
-    protocol = (reading.value or {}).get("Protocol", "tcp") or "tcp"
-    datacenter = ctx.agent.options.datacenter
-    target = f"{service}.default.default.{datacenter}"
-    node = f"resolver:{target}"
-    chain = {
-        "ServiceName": service,
-        "Namespace": "default",
-        "Datacenter": datacenter,
-        "Protocol": protocol,
-        "Default": True,
-        "StartNode": node,
-        "Nodes": {
-            node: {
-                "Type": "resolver",
-                "Name": target,
-                "Resolver": {"Default": True, "ConnectTimeout": "5s", "Target": target},
-            }
-        },
-        "Targets": {
-            target: {
-                "ID": target,
-                "Service": service,
-                "Namespace": "default",
-                "Datacenter": datacenter,
-                "MeshGateway": {},
-                "Subset": {},
-                "ConnectTimeout": "5s",
-                "SNI": f"{service}.default.{datacenter}.internal",
-                "Name": f"{service}.default.{datacenter}.internal",
-            }
-        },
-    }
-    return answer(request, reading, {"Chain": chain})
+    """The way that a call to a service takes, as its configuration entries make it."""
+    params = {"service": request.match_info["service"], "datacenter": ctx.agent.options.datacenter}
+    reading = await read(ctx, request, "discovery.chain", params, rows=False)
+    plan = msgspec.convert(reading.value, Plan)
+    return answer(request, reading, {"Chain": shown_chain(plan, ctx.agent.options.datacenter)})

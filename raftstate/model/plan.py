@@ -174,7 +174,7 @@ class Plan(Wire, frozen=True):
     """What ``service-defaults`` (else ``proxy-defaults``) says; empty when neither says anything."""
     start: str = ""
     nodes: dict[str, Node] = {}
-    """By name: ``router:SERVICE``, ``splitter:SERVICE``, ``resolver:TARGET``."""
+    """By name: ``router:SERVICE.default.default``, ``splitter:…`` alike, ``resolver:TARGET``."""
     targets: dict[str, Target] = {}
     default: bool = True
     """No router, splitter or resolver bears on the service: calls go to its instances, chosen by the defaults."""

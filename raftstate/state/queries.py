@@ -60,6 +60,7 @@ QUERIES: dict[str, Callable[..., Answer]] = {
     "session.node": sessions.list_node,
     "config.get": config_entries.get,
     "config.list": config_entries.list_kind,
+    "discovery.chain": config_entries.chain,
     "acl.token": acl.token,
     "acl.tokens": acl.tokens,
     "internal.digest": _digest,

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
+from raftstate.chain import BadEntry, compile_plan
 from raftstate.model.catalog import (
     PASSING,
     STATUSES,
@@ -21,6 +22,7 @@ from raftstate.model.catalog import (
 from raftstate.model.connect import CARoot
 from raftstate.model.intention import Intention
 from raftstate.model.kv import ServiceCheck, Session
+from raftstate.model.plan import Plan
 from raftstate.state import commands as c
 from raftstate.state.catalog_tables import destination_of
 from raftstate.state.store import Store
@@ -156,6 +158,13 @@ commands: st.SearchStrategy[c.Command] = st.one_of(
         st.sampled_from(({"Protocol": "http"}, {"Protocol": "tcp"})),
         _cas,
     ),
+    st.builds(
+        c.SetConfigEntry,
+        st.just("service-resolver"),
+        st.sampled_from(SERVICES),
+        st.sampled_from(({}, {"Redirect": {"Service": "web"}}, {"Failover": {"*": {"Service": "db"}}})),
+        _cas,
+    ),
     st.builds(c.DeleteConfigEntry, st.sampled_from(KINDS), st.sampled_from(SERVICES), _cas),
     st.builds(
         c.SetConfigEntry,
@@ -216,11 +225,13 @@ QUERIES: list[tuple[str, dict[str, Any]]] = [
     ("session.list", {}), *[("session.info", {"id": id}) for id in SESSIONS],
     *[("config.get", {"kind": kind, "name": "web"}) for kind in KINDS],
     *[("config.list", {"kind": kind}) for kind in (*KINDS, "")],
+    *[("discovery.chain", {"service": service}) for service in SERVICES],
 ]  # fmt: skip
 
 MAY_WAKE_UNCHANGED = {
     "intentions.exact",  # any intention
     "kv.keys",  # a value under the prefix
+    "discovery.chain",  # a part of an entry that is no part of the plan
     "internal.ca_signing_material",  # another root
 }
 
@@ -345,6 +356,15 @@ def _config(store: Store, kind: str, name: str | None = None) -> list[tuple[str,
     return sorted((row.kind, row.name) for row in rows if kind in ("", row.kind) and name in (None, row.name))
 
 
+def _chain(store: Store, service: str) -> Plan:
+    rows = {(row.kind, row.name): row.entry for row in store.config_entries.rows.values()}
+    dc = min((node.datacenter for node in store.nodes.rows.values()), default="dc1")
+    try:
+        return compile_plan(service, lambda kind, name: rows.get((kind, name)), dc)
+    except BadEntry as error:
+        return Plan(service, default=False, error=str(error))
+
+
 _NAIVE: dict[str, Callable[..., Any]] = {
     "catalog.nodes": lambda store, node_meta=None: _matching_nodes(store, node_meta),
     "catalog.services": _services,
@@ -383,6 +403,7 @@ _NAIVE: dict[str, Callable[..., Any]] = {
     ),
     "config.get": _config,
     "config.list": _config,
+    "discovery.chain": _chain,
 }
 
 

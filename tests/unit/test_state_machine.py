@@ -119,7 +119,7 @@ def test_deeply_nested_values_are_refused_long_before_the_decoder_gives_up() -> 
     for depth, refused in ((20, False), (40, True), (100_000, True)):
         entry: Any = "leaf"
         envelope = c.encode_envelope(
-            c.Envelope("", "2026-01-01T00:00:00Z", c.SetConfigEntry("service-defaults", "web", {"X": 0}))
+            c.Envelope("", "2026-01-01T00:00:00Z", c.SetConfigEntry("proxy-defaults", "global", {"Config": {"X": 0}}))
         )
         at = envelope.index(b"\xa1X\x00") + 2
         data = envelope[:at] + b"\x91" * depth + envelope[at:]
@@ -168,7 +168,7 @@ def test_chunks_are_bounded() -> None:
         (lambda chunks: [chunks[0], b"garbage"], "cannot be read"),
         (lambda chunks: [chunks[0], to_msgpack(("kv", [{"Key": 5}]))], "cannot be read"),
         (lambda chunks: [chunks[0], to_msgpack(("starships", []))], "'starships'"),
-        (lambda chunks: [to_msgpack(("lictor-state", {"format": 2, "index": 1, "clock_us": 1}))], "format is 2"),
+        (lambda chunks: [to_msgpack(("lictor-state", {"format": 3, "index": 1, "clock_us": 1}))], "format is 3"),
     ],
 )
 def test_a_damaged_snapshot_is_refused_and_changes_nothing(damage: Any, told: str) -> None:

@@ -57,7 +57,7 @@ def test_no_public_query_shows_a_sealed_key() -> None:
         "service": "web", "node": "n1", "port": 80, "id": "x", "source": "a", "destination": "b", "by": "source",
         "name": "a", "key": "k", "kind": "k", "reference": "web",
     }  # fmt: skip
-    needed = {"intentions.match": ("by", "name"), "config.get": ("kind", "name")}
+    needed = {"intentions.match": ("by", "name"), "config.get": ("kind", "name"), "discovery.chain": ("service",)}
     for name in QUERIES:
         if name == "internal.ca_signing_material":
             continue

@@ -1,0 +1,9 @@
+"""Configuration entries that manage traffic: their forms, and their compilation into one plan for a service. Pure."""
+
+from __future__ import annotations
+
+from raftstate.chain.checks import check_entry, check_expressions
+from raftstate.chain.compiler import Lookup, compile_plan
+from raftstate.chain.entries import KINDS, BadEntry
+
+__all__ = ["KINDS", "BadEntry", "Lookup", "check_entry", "check_expressions", "compile_plan"]
