@@ -1,0 +1,85 @@
+"""The soak's referee convicts what it should, and a short soak finds nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.soak.apps import pattern
+from tests.soak.referee import DENIED, ERROR, OK, WRONG, Attempt, Referee, Withdrawal, growth
+from tests.soak.run import Plan, soak
+
+
+def attempt(outcome: str, began: float, ended: float, *, source: str = "web", ident: str = "web-1") -> Attempt:
+    return Attempt("l4", "l4", source, ident, began, ended, outcome)
+
+
+def test_an_error_needs_a_killed_instance_of_that_service_at_that_time() -> None:
+    referee = Referee()
+    referee.kills = [("l4", "soak-l4-1", 100.0), ("http", "soak-http-1", 200.0)]
+    referee.note(attempt(ERROR, 99.0, 100.01))
+    referee.note(attempt(ERROR, 100.5, 100.6))
+    referee.note(attempt(OK, 300.0, 300.1))
+    assert referee.verdict() == []
+    referee.note(attempt(ERROR, 98.0, 99.0))  # before
+    referee.note(attempt(ERROR, 101.5, 101.6))  # long after
+    referee.note(attempt(ERROR, 200.0, 200.1))  # another service's
+    assert len(referee.verdict()) == 3
+
+
+def test_an_error_on_another_instance_than_the_killed_one_is_not_excused() -> None:
+    referee = Referee()
+    referee.kills = [("l4", "soak-l4-1", 100.0)]
+    for instance in ("soak-l4-1", "soak-l4-2"):
+        referee.underway["web-1"] = instance
+        referee.note(attempt(ERROR, 99.0, 100.01))
+    assert len(referee.verdict()) == 1
+    assert "soak-l4-2" in referee.verdict()[0]
+
+
+def test_a_withdrawn_source_that_arrives_is_a_fault_and_its_errors_are_not() -> None:
+    now = time.monotonic()
+    referee = Referee(within_s=1.0)
+    referee.withdrawals = [Withdrawal("flap", "l4", asked=now - 5, acknowledged=now - 4)]
+    referee.arrived("l4", "soak-l4-1", "web", "web-1")
+    referee.arrived("http", "soak-http-1", "flap", "flap-1")
+    assert referee.faults == []
+    referee.arrived("l4", "soak-l4-1", "flap", "flap-2")
+    assert len(referee.faults) == 1
+    assert referee.delay_max_s >= 4
+    referee.faults.clear()
+    referee.withdrawals[0].lifting = now - 3
+    referee.withdrawals[0].lifted = now - 2.9
+    referee.arrived("l4", "soak-l4-1", "flap", "flap-3")
+    assert referee.faults == []
+    referee.note(attempt(DENIED, now - 3.5, now - 3.4, source="flap", ident="flap-4"))
+    assert referee.verdict() == []
+    referee.note(attempt(DENIED, now - 1.5, now - 1.4, source="flap", ident="flap-5"))
+    assert len(referee.verdict()) == 1
+
+
+def test_a_wrong_answer_is_never_excused() -> None:
+    referee = Referee()
+    referee.kills = [("l4", "soak-l4-1", 100.0)]
+    referee.note(attempt(WRONG, 99.9, 100.1))
+    assert len(referee.verdict()) == 1
+
+
+@pytest.mark.parametrize(("per_second", "found"), [(0.0, 0.0), (1.0, 0.125)])
+def test_growth_compares_the_last_two_quarters(per_second: float, found: float) -> None:
+    samples = [(float(t), 100 + per_second * t) for t in range(400)]
+    assert growth(samples) == pytest.approx(found * 800 / (100 + 250) if per_second else 0.0, rel=0.2)
+
+
+def test_each_requests_bytes_are_its_own() -> None:
+    assert pattern("a", 100_000) != pattern("b", 100_000)
+    assert len(pattern("a", 100_001)) == 100_001
+
+
+@pytest.mark.timeout(400)
+def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
+    # A machine under load may take its time to withdraw; the acceptance run asks for one second.
+    report = soak(tmp_path, Plan(minutes=0.35, seed=7, within_s=4.0))
+    assert report.faults == [], "\n".join([*report.faults[:10], *report.lines])
