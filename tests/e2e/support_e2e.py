@@ -191,10 +191,8 @@ class Writer:
 @contextmanager
 def running(command: Sequence[str], **more: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program; its whole process group is killed at the end."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, **more,
-    )  # fmt: skip
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, **{**quiet, **more})
     try:
         yield process
     finally:
