@@ -7,7 +7,6 @@ and the last :data:`EVENTS_MAX` are kept.
 from __future__ import annotations
 
 import base64
-import uuid
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from aiohttp import web
 
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
+from node.http.ids import new_id
 from node.http.reading import answer, read
 from node.http.respond import json_response
 from node.http.writing import read_body, write
@@ -53,7 +53,7 @@ async def fire(ctx: Context, request: web.Request) -> web.StreamResponse:
         raise BadRequest("Cannot provide tag filter without service filter")
     payload = await read_body(request, PAYLOAD_MAX)
     event = Event(
-        id=str(uuid.uuid4()),
+        id=new_id(request, "event"),
         name=name,
         payload=base64.b64encode(payload).decode() if payload else None,
         node_filter=_pattern(query.get("node", "")),

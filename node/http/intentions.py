@@ -10,6 +10,7 @@ from aiohttp import web
 
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
+from node.http.ids import new_id
 from node.http.reading import Reading, answer, filtered, read
 from node.http.respond import json_response
 from node.http.writing import body_as, write
@@ -124,7 +125,7 @@ async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     if not body.source_name or not body.destination_name:
         raise BadRequest("SourceName and DestinationName must be set")
     source, destination = name_of(body.source_name, "SourceName"), name_of(body.destination_name, "DestinationName")
-    row = _prepared(body, id=str(uuid.uuid4()), source_name=source, destination_name=destination)
+    row = _prepared(body, id=new_id(request, "intention"), source_name=source, destination_name=destination)
     stored = await write(ctx, request, commands.UpsertIntention(row, replace=False))
     return json_response(request, {"ID": stored["ID"]})
 
@@ -150,7 +151,7 @@ async def put_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     ):
         if given and name_of(given, what) != told:
             raise BadRequest(f"{what} {given!r} contradicts the query's {told!r}")
-    row = _prepared(body, id=str(uuid.uuid4()), source_name=source, destination_name=destination)
+    row = _prepared(body, id=new_id(request, "intention"), source_name=source, destination_name=destination)
     await write(ctx, request, commands.UpsertIntention(row))
     return json_response(request, True)
 

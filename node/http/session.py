@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
-
 from aiohttp import web
 
 from node.durations import parse_duration_s
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
+from node.http.ids import new_id
 from node.http.reading import answer, read
 from node.http.respond import json_response
 from node.http.writing import body_as, write
@@ -67,7 +66,7 @@ async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     _require_ttl(body.ttl)
     checks = body.node_checks if body.node_checks is not None else body.checks
     session = Session(
-        id=str(uuid.uuid4()),
+        id=new_id(request, "session"),
         node=body.node or ctx.agent.options.node,
         name=body.name,
         lock_delay=_lock_delay_ns(body.lock_delay),

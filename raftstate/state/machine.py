@@ -14,7 +14,7 @@ from raftstate.state import commands as c
 from raftstate.state.changes import WatchKey, reap
 from raftstate.state.digest import digest_of
 from raftstate.state.policy_tables import Request
-from raftstate.state.refusal import INTERNAL, INVALID, MALFORMED, Refusal, Refused
+from raftstate.state.refusal import INTERNAL, INVALID, MALFORMED, REUSED, Refusal, Refused
 from raftstate.state.snapshot import Restorer, Snapshot
 from raftstate.state.step import Step
 from raftstate.state.store import Store
@@ -44,6 +44,10 @@ class Applied(msgspec.Struct, frozen=True):
 
 
 _NOTHING: frozenset[WatchKey] = frozenset()
+_REUSED = (
+    "the request id %r was used for another command, which was answered at index %d, so this one was not done: "
+    "use a new id for each write, and repeat one only with the same content"
+)
 
 
 def _forget_requests(step: Step, command: c.ForgetRequests) -> int:
@@ -118,12 +122,17 @@ class StateMachine:
         if at_us is not None and at_us > store.clock_us:
             store.clock_us = at_us
         request_id = envelope.request_id
-        if request_id and (known := store.requests.rows.get(request_id)) is not None:
-            return Applied(known.index, known.value, known.refusal, _NOTHING)
+        fingerprint = b""
+        if request_id:
+            fingerprint = c.fingerprint(data, envelope)
+            if (known := store.requests.rows.get(request_id)) is not None:
+                if known.fingerprint and known.fingerprint != fingerprint:
+                    return Applied(index, None, Refusal(REUSED, _REUSED % (request_id[:128], known.index)), _NOTHING)
+                return Applied(known.index, known.value, known.refusal, _NOTHING)
         step = Step(store, index, envelope.at)
         value, refusal = self._run(step, envelope.command)
         if request_id:
-            store.requests.put(request_id, Request(request_id, index, store.clock_us, value, refusal))
+            store.requests.put(request_id, Request(request_id, index, store.clock_us, value, refusal, fingerprint))
         self._sweep(index)
         store.journal.clear()
         return Applied(index, value, refusal, frozenset(step.touched))

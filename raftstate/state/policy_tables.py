@@ -157,6 +157,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     at_us: int
     value: Any = None
     refusal: Refusal | None = None
+    fingerprint: bytes = b""
+    """Of its command; empty for one that an older version remembered, which is taken for any."""
 
 
 class Requests(Table[str, Request]):

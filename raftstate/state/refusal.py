@@ -14,6 +14,7 @@ CHECK_FAILS = "check-fails"
 CONFLICT = "conflict"
 AMBIGUOUS = "ambiguous"
 TOO_LARGE = "too-large"
+REUSED = "request-id-reused"
 INTERNAL = "internal"
 
 HTTP_STATUS: dict[str, int] = {
@@ -27,6 +28,7 @@ HTTP_STATUS: dict[str, int] = {
     CONFLICT: 409,
     AMBIGUOUS: 409,
     TOO_LARGE: 413,
+    REUSED: 409,
     INTERNAL: 500,
 }
 """The HTTP status that Consul answers with for each kind of refusal (409 where Consul has no such refusal)."""

@@ -1,8 +1,9 @@
 """Snapshots of the state: written in small chunks while commands go on, read back into fresh tables.
 
-Format 1, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index", "clock_us", "offset"}]``, then
+Format 2, a sequence of MessagePack chunks: ``["lictor-state", {"format", "index", "clock_us", "offset"}]``, then
 ``[table, [row, …]]`` with tables in order and rows of at most `CHUNK_BYTES` (or one larger row), then
 ``["end", {"rows": count}]``. A row is in its table's packed form.
+Format 1, which is read too, has no fingerprints of commands in its remembered requests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from raftstate.errors import SnapshotDamaged
 from raftstate.state.store import Store
 from raftstate.state.table import TableCursor
 
-FORMAT = 1
+FORMAT = 2
+FORMATS_READ = (1, 2)
 CHUNK_BYTES = 48 * 1024
 CHUNK_ROWS = 500
 
@@ -115,7 +117,7 @@ class Restorer:
         if name != "lictor-state":
             raise _damaged("it does not begin as a snapshot of the state")
         header = _header_decoder.decode(body)
-        if header.format != FORMAT:
+        if header.format not in FORMATS_READ:
             raise _damaged(f"its format is {header.format}, and this version reads {FORMAT}: use a newer version")
         self._header = header
 

@@ -9,6 +9,7 @@ import msgspec
 
 from raftstate.state.commands import Envelope, KVSet, encode_envelope
 from raftstate.state.machine import StateMachine
+from raftstate.state.refusal import REUSED
 from tests.support.raft_machine import TestApplied
 
 
@@ -26,11 +27,15 @@ class RealMachine:
         request, key, value = msgspec.msgpack.decode(data, type=tuple[str, str, str | None])
         row = self.inner.store.kv.rows.get(key)
         if value is None:
-            # A retry computes another sum here; the state machine must answer with the first one and keep it.
+            # A retry computes another sum here, which makes it another command: it must be refused, not counted.
             value = str(int((row.value or b"0") if row is not None else b"0") + 1)
         before = self.inner.store.requests.rows.get(request)
         command: Any = KVSet(key, value.encode())
         applied = self.inner.apply(index, encode_envelope(Envelope(request, "2026-01-01T00:00:00Z", command)))
+        if before is not None and applied.refusal is not None:
+            assert key == "n", applied.refusal
+            assert applied.refusal.code == REUSED, applied.refusal
+            return TestApplied(before.index, None)
         assert applied.refusal is None, applied.refusal
         # What the first attempt left behind is in the log; the referee knows it.
         return TestApplied(applied.index, value if before is None else None)
