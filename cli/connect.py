@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cli import envoy
 from cli.client import API_FLAGS, Api, quote
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag, duration, port, whole
@@ -136,7 +137,8 @@ FAMILIES = {
                 "Print the variables that tell an app its upstreams",
                 env,
                 (Flag("service-id", "the instance the sidecar stands for", "ID", required=True), *API_FLAGS),
-            )
+            ),
+            "envoy": envoy.COMMAND,
         },
         alone=Command(
             "Run the sidecar of one service instance",

@@ -75,6 +75,10 @@ class NodeConfig(msgspec.Struct, frozen=True):
     zone: str
     meta: dict[str, str]
     enable_script_checks: bool
+    grpc_address: str = "127.0.0.1"
+    """Where Envoys of this host get their configuration (xDS); loopback, because keys travel there in the clear."""
+    grpc_port: int = 0
+    """0: no xDS."""
 
     @property
     def is_server(self) -> bool:
@@ -227,6 +231,7 @@ def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled
         table.fault("advertise_address", f"must be an address that others can dial, not {advertise}")
     own_dir = table.text("data_dir")
     cert, key = table.text("https_cert_file"), table.text("https_key_file")
+    http_port = table.port("http_port", 8500)
     node = NodeConfig(
         name=name,
         role=role,
@@ -235,7 +240,7 @@ def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled
         rpc_port=table.port("rpc_port", 8300 if role == SERVER else 0),
         join=table.boolean("join", False),
         http_address=table.address("http_address", "127.0.0.1"),
-        http_port=table.port("http_port", 8500),
+        http_port=http_port,
         https_port=table.port("https_port", 0),
         https_cert_file=str(base / cert) if cert else "",
         https_key_file=str(base / key) if key else "",
@@ -245,6 +250,9 @@ def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled
         zone=table.text("zone"),
         meta=table.text_map("meta"),
         enable_script_checks=table.boolean("enable_script_checks", False),
+        grpc_address=table.address("grpc_address", "127.0.0.1"),
+        # Two above HTTP's, as Consul's 8502 is; a server has no sidecars by default.
+        grpc_port=table.port("grpc_port", http_port + 2 if role == CLIENT and 0 < http_port < 65534 else 0),
     )
     _check_node(node, table, acl_enabled)
     table.finish()
@@ -268,6 +276,10 @@ def _check_node(node: NodeConfig, table: TableReader, acl_enabled: bool) -> None
         table.fault("https_cert_file", "https_cert_file and https_key_file go together: give both")
     if node.https_port and not node.https_cert_file:
         table.fault("https_port", "needs https_cert_file and https_key_file")
+    if node.grpc_port and not is_loopback(node.grpc_address):
+        table.fault(
+            "grpc_address", f"xDS hands out private keys, on {node.grpc_address} to the network: keep 127.0.0.1"
+        )
     if is_loopback(node.http_address):
         return
     if node.http_port:
@@ -304,6 +316,7 @@ def _check_whole(config: ClusterConfig, problems: list[str]) -> None:
             ("http_port", node.http_address, node.http_port),
             ("https_port", node.http_address, node.https_port),
             ("dns_port", node.dns_address, node.dns_port),
+            ("grpc_port", node.grpc_address, node.grpc_port),
         )
         for key, address, port in ports:
             where = f"nodes.{node.name}.{key}"

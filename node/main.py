@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
+import importlib.util
 import logging
 import resource
 import signal
@@ -77,16 +79,19 @@ class NodeProcess:
                 rpc_port=node.rpc_port,
                 http_port=node.http_port,
                 dns_port=node.dns_port,
+                grpc_port=node.grpc_port if xds_available() else 0,
                 default_allow=config.default_intention_policy == "allow",
                 enable_script_checks=node.enable_script_checks,
             ),
         )
         self._undo.append(agent.stop)
         await agent.start()
-        await self._serve_http(backend, agent)
+        guard = TokenGuard(backend, load_secret(config.acl_token_file)) if config.acl_enabled else None
+        await self._serve_http(backend, agent, guard)
         await self._serve_dns(backend, agent)
+        await self._serve_xds(agent, guard)
 
-    async def _serve_http(self, backend: Backend, agent: LocalAgent) -> None:
+    async def _serve_http(self, backend: Backend, agent: LocalAgent, guard: TokenGuard | None) -> None:
         config, node = self.config, self.node
         options = HttpOptions(
             fault_injection=config.fault_injection,
@@ -95,8 +100,8 @@ class NodeProcess:
             on_leave=lambda: self._on_stop("an operator asked this node to leave"),
         )
         app = create_app(backend, agent, options)
-        if config.acl_enabled:
-            app.middlewares.insert(0, TokenGuard(backend, load_secret(config.acl_token_file)).middleware())
+        if guard is not None:
+            app.middlewares.insert(0, guard.middleware())
         runner = make_runner(app)
         await runner.setup()
         self._undo.append(runner.cleanup)
@@ -117,12 +122,35 @@ class NodeProcess:
         self._undo.append(dns.stop)
         await dns.start(node.dns_address, node.dns_port)
 
+    async def _serve_xds(self, agent: LocalAgent, guard: TokenGuard | None) -> None:
+        node = self.node
+        if not agent.options.grpc_port:
+            return
+        # gRPC and Envoy's messages cost a fifth of a second and some memory: only where they are used.
+        module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
+        xds = module.XdsServer(agent, guard.refusal if guard is not None else None)
+        self._undo.append(xds.stop)
+        try:
+            await xds.start(node.grpc_address, node.grpc_port)
+        except OSError as error:
+            log.warning("Envoys get no configuration here: %s; set grpc_port of %s", error, node.name)
+
     async def stop(self) -> None:
         """Hand leadership over while the API still answers, then take everything down, last started first."""
         if isinstance(self.side, ServerNode):
             await self.side.hand_over(HAND_OVER_TIMEOUT_S)
         while self._undo:
             await self._undo.pop()()
+
+
+def xds_available() -> bool:
+    """Whether the packages of the extra ``lictor[envoy]`` are there."""
+    try:
+        return importlib.util.find_spec("grpc") is not None and (
+            importlib.util.find_spec("envoy.service.discovery.v3") is not None
+        )
+    except ModuleNotFoundError:
+        return False
 
 
 def https_context(node: NodeConfig) -> ssl.SSLContext:

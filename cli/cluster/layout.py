@@ -120,6 +120,7 @@ def node_ports(node: NodeConfig) -> list[tuple[str, int, bool]]:
     """Return (address, port, whether UDP too) of everything a node listens on."""
     ports = [(node.http_address, node.http_port, False), (node.dns_address, node.dns_port, True)]
     ports += [(node.bind_address, node.rpc_port, False), (node.http_address, node.https_port, False)]
+    ports.append((node.grpc_address, node.grpc_port, False))
     return [entry for entry in ports if entry[1]]
 
 

@@ -22,6 +22,8 @@ class AgentOptions:
     rpc_port: int = 0
     http_port: int = 8500
     dns_port: int = 8600
+    grpc_port: int = 0
+    """Where Envoys of this host get their configuration; 0: nowhere."""
     default_allow: bool = False
     """Whether a call that no intention matches is allowed (``default_intention_policy``)."""
     enable_script_checks: bool = False
@@ -29,8 +31,11 @@ class AgentOptions:
     """Period of the full comparison with the catalog; jittered."""
     register_wait_s: float = 5.0
     """How long a registration waits for the catalog before it is left to anti-entropy."""
-    heartbeat_s: float = 10.0
+    heartbeat_s: float = 3.0
     """Period of the empty lines on a sidecar's stream."""
+    sidecar_silence_s: float = 10.0
+    """A sidecar that answers its lines and has not done so for this long is taken for stopped: its check is critical
+    until it answers again."""
     sidecar_grace_s: float = 10.0
     """How long after a start of the agent a sidecar may take to stream again before its check turns critical."""
     sidecar_port_min: int = 21000

@@ -123,7 +123,11 @@ async def self_(ctx: Context, request: web.Request) -> web.StreamResponse:
         "Member": member,
         "Stats": stats,
         "Meta": dict(ctx.agent.node_row().meta),
-        "xDS": {"SupportedProxies": {"envoy": []}, "Port": 0, "Ports": {"Plaintext": 0, "TLS": 0}},
+        "xDS": {
+            "SupportedProxies": {"envoy": []},
+            "Port": options.grpc_port,
+            "Ports": {"Plaintext": options.grpc_port, "TLS": 0},
+        },
     }
     return json_response(request, body)
 

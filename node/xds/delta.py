@@ -1,0 +1,108 @@
+"""The delta form of xDS, one subscriber's side of it: what was asked, what was sent, what is to be sent. Pure.
+
+Source: "xDS REST and gRPC protocol", incremental xDS. A resource is sent when its version differs from the one that
+was last sent (or that the subscriber said to have); an acknowledgement does not change what is to be sent. A refused
+version is not sent again; the subscriber keeps the one before until the resource changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """One response of one type."""
+
+    type_url: str
+    nonce: str
+    send: tuple[str, ...]
+    """Names whose resources are sent, in order."""
+    removed: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Type:
+    """One type's subscription."""
+
+    wildcard: bool = False
+    names: set[str] = field(default_factory=set)
+    sent: dict[str, str] = field(default_factory=dict)
+    """Name to version, as far as the subscriber has it."""
+    absent: set[str] = field(default_factory=set)
+    """Names that were asked for and told not to exist."""
+    asked: bool = False
+    """There is a first request that has not been answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a subscriber said of a push; ``names`` is what the push held."""
+
+    accepted: bool
+    names: tuple[str, ...]
+
+
+class Subscriber:
+    """One stream's subscriptions."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, _Type] = {}
+        self._nonces = 0
+        self._pending: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def request(
+        self,
+        type_url: str,
+        subscribe: Iterable[str],
+        unsubscribe: Iterable[str],
+        initial: Mapping[str, str],
+    ) -> None:
+        """Take a request's subscriptions. ``initial`` is what the subscriber has from an earlier stream."""
+        subscribe = list(subscribe)
+        one = self._types.get(type_url)
+        if one is None:
+            # The first request of a type without names means all of them.
+            one = self._types[type_url] = _Type(wildcard=not subscribe, asked=True)
+            one.sent.update(initial)
+        for name in subscribe:
+            if name == "*":
+                one.wildcard = True
+                continue
+            one.names.add(name)
+            one.absent.discard(name)
+            if name not in initial:
+                one.sent.pop(name, None)  # asked anew: it wants the resource, whatever it once had
+        for name in unsubscribe:
+            if name == "*":
+                one.wildcard = False
+            one.names.discard(name)
+            one.sent.pop(name, None)
+            one.absent.discard(name)
+
+    def answered(self, type_url: str, nonce: str, *, accepted: bool) -> Verdict | None:
+        """Take an acknowledgement or a refusal; None when the nonce is not one that awaits any."""
+        names = self._pending.pop((type_url, nonce), None)
+        return None if names is None else Verdict(accepted, names)
+
+    def push(self, type_url: str, versions: Mapping[str, str]) -> Push | None:
+        """Return what must be sent for the type to be current, None when nothing; it then counts as sent."""
+        one = self._types.get(type_url)
+        if one is None:
+            return None
+        wanted = versions if one.wildcard else {name: versions[name] for name in one.names if name in versions}
+        send = tuple(name for name in wanted if one.sent.get(name) != wanted[name])
+        missing = {name for name in one.names if name not in versions and name not in one.absent}
+        removed = tuple(sorted({name for name in one.sent if name not in versions} | missing))
+        if not send and not removed and not (one.asked and one.wildcard):
+            return None
+        one.asked = False
+        one.absent = (one.absent | missing) - set(send)
+        for name in removed:
+            one.sent.pop(name, None)
+        one.sent.update((name, wanted[name]) for name in send)
+        self._nonces += 1
+        nonce = str(self._nonces)
+        self._pending[type_url, nonce] = send
+        return Push(type_url, nonce, send, removed)

@@ -1,0 +1,182 @@
+"""Where Envoy listens: the public listener before the app, and the upstreams' on loopback. Pure."""
+
+from __future__ import annotations
+
+import json
+
+from node.xds import rbac, types
+from node.xds.clusters import cluster_name, common_tls, secret
+from node.xds.snapshot import Snapshot
+from node.xds.types import Rule, address, is_http, typed
+from raftstate.model.sidecar import SidecarUpstream
+
+WEBSOCKET = [{"upgrade_type": "websocket"}]
+
+
+def public_listener(snapshot: Snapshot, access: rbac.Access, *, http: bool, generation: int) -> Rule:
+    """Return the listener that other sidecars call.
+
+    ``generation`` grows when something was withdrawn. It is the filter chain's name: Envoy then drains the chain that
+    went, and with it the connections that were admitted before.
+    """
+    own = snapshot.self
+    tls = typed(
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        common_tls_context=common_tls({"validation_context_sds_secret_config": secret(types.INBOUND_TRUST_SECRET)}),
+        require_client_certificate=True,
+        disable_stateless_session_resumption=True,
+        disable_stateful_session_resumption=True,
+    )
+    filters = [_peer_state(), _discovered(types.REVOKED_RBAC, types.NETWORK_RBAC_TYPE)]
+    if http:
+        filters.append(_inbound_http(snapshot, access))
+    else:
+        filters += [_discovered(types.NETWORK_RBAC, types.NETWORK_RBAC_TYPE), _tcp_proxy(types.LOCAL_APP, "inbound")]
+    host = own.config.get("bind_address")
+    return {
+        "name": types.PUBLIC_LISTENER,
+        "address": address(host if isinstance(host, str) and host else own.public_address, own.public_port),
+        "traffic_direction": "INBOUND",
+        "filter_chains": [
+            {
+                "name": f"mtls-{generation}",
+                "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls},
+                "transport_socket_connect_timeout": "10s",
+                "filters": filters,
+            }
+        ],
+    }
+
+
+def upstream_listener(upstream: SidecarUpstream) -> Rule:
+    """Return the listener that the app calls to reach an upstream."""
+    name = cluster_name(upstream)
+    if is_http(upstream.protocol):
+        http = _http(name, {"rds": {"config_source": types.ADS, "route_config_name": name}}, [])
+    else:
+        http = _tcp_proxy(name, name)
+    return {
+        "name": name,
+        "address": address(upstream.bind_address or "127.0.0.1", upstream.bind_port),
+        "traffic_direction": "OUTBOUND",
+        "filter_chains": [{"filters": [http]}],
+    }
+
+
+def upstream_routes(upstream: SidecarUpstream) -> Rule:
+    """Return the routes of an HTTP upstream."""
+    # Only what the other side cannot have begun to answer is tried again.
+    retry = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 2}
+    return _route_table(cluster_name(upstream), cluster_name(upstream), {"retry_policy": retry})
+
+
+def rbac_filters(snapshot: Snapshot, access: rbac.Access) -> dict[str, Rule]:
+    """Return the RBAC filters' configurations: a change of one disturbs no connection."""
+    allow = {"action": "ALLOW", "policies": access.policies}
+    deny = {"action": "DENY", "policies": rbac.revoked(snapshot)}
+    network, http = types.NETWORK_RBAC_TYPE, types.HTTP_RBAC_TYPE
+    found = {
+        types.REVOKED_RBAC: {"@type": network, "stat_prefix": "revoked", "rules": deny},
+        types.HTTP_RBAC: {"@type": http, "rules": allow},
+    }
+    if not access.http:
+        found[types.NETWORK_RBAC] = {"@type": network, "stat_prefix": "intentions", "rules": allow}
+    return {name: {"name": name, "typed_config": config} for name, config in found.items()}
+
+
+def _peer_state() -> Rule:
+    """Return the filter that puts the peer's subject and serial number where RBAC can see them."""
+    values = [
+        {
+            "object_key": key,
+            "factory_key": "envoy.string",
+            "format_string": {"text_format_source": {"inline_string": text}, "omit_empty_values": True},
+        }
+        for key, text in (
+            (rbac.SUBJECT_KEY, "%DOWNSTREAM_PEER_SUBJECT%"),
+            (rbac.SERIAL_KEY, "%DOWNSTREAM_PEER_SERIAL%"),
+        )
+    ]
+    # As a TypedStruct: the messages that Python has are older than the field.
+    config = typed(
+        "xds.type.v3.TypedStruct",
+        type_url="type.googleapis.com/envoy.extensions.filters.network.set_filter_state.v3.Config",
+        value={"on_downstream_tls_handshake": values},
+    )
+    return {"name": "peer", "typed_config": config}
+
+
+def _discovered(name: str, type_url: str) -> Rule:
+    return {"name": name, "config_discovery": {"config_source": types.ADS, "type_urls": [type_url]}}
+
+
+def _tcp_proxy(cluster: str, prefix: str) -> Rule:
+    config = typed(
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        stat_prefix=prefix,
+        cluster=cluster,
+        idle_timeout="0s",
+        max_connect_attempts=1 if cluster == types.LOCAL_APP else 5,
+    )
+    return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
+
+
+def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
+    routes = {"route_config": _route_table("inbound", types.LOCAL_APP, {})}
+    denial = json.dumps({"error": f"destination {snapshot.self.service!r} denies this request"}) + "\n"
+    more: Rule = {
+        "forward_client_cert_details": "SANITIZE_SET",
+        "set_current_client_cert_details": {"uri": True},
+        "local_reply_config": {
+            "mappers": [
+                {
+                    "filter": {
+                        "status_code_filter": {
+                            "comparison": {
+                                "op": "EQ",
+                                "value": {"default_value": 403, "runtime_key": "lictor.denied"},
+                            }
+                        }
+                    },
+                    "body_format_override": {
+                        "text_format_source": {"inline_string": denial.replace("%", "%%")},
+                        "content_type": "application/json",
+                    },
+                }
+            ]
+        },
+    }
+    if access.http:
+        more |= {"normalize_path": True, "merge_slashes": True, "path_with_escaped_slashes_action": "REJECT_REQUEST"}
+    if access.headers:
+        more["common_http_protocol_options"] = {"headers_with_underscores_action": "REJECT_REQUEST"}
+    return _http("inbound", routes, [_discovered(types.HTTP_RBAC, types.HTTP_RBAC_TYPE)], more)
+
+
+def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = None) -> Rule:
+    router = {
+        "name": "envoy.filters.http.router",
+        "typed_config": typed("envoy.extensions.filters.http.router.v3.Router"),
+    }
+    config = typed(
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix=prefix,
+        codec_type="AUTO",
+        stream_idle_timeout="0s",
+        skip_xff_append=True,
+        server_header_transformation="PASS_THROUGH",
+        generate_request_id=False,
+        upgrade_configs=WEBSOCKET,
+        http_filters=[*filters, router],
+        **routes,
+        **(more or {}),
+    )
+    return {"name": "envoy.filters.network.http_connection_manager", "typed_config": config}
+
+
+def _route_table(name: str, cluster: str, more: Rule) -> Rule:
+    route = {"cluster": cluster, "timeout": "0s", **more}
+    return {
+        "name": name,
+        "virtual_hosts": [{"name": name, "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}],
+    }

@@ -1,0 +1,64 @@
+"""Between resources as dicts and protobuf messages. Needs the extra ``lictor[envoy]``.
+
+Importing this module registers every message that may stand inside an ``Any``, by which the JSON form is parsed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import envoy.config.cluster.v3.cluster_pb2 as cluster_pb2
+import envoy.config.core.v3.extension_pb2 as extension_pb2
+import envoy.config.endpoint.v3.endpoint_pb2 as endpoint_pb2
+import envoy.config.listener.v3.listener_pb2 as listener_pb2
+import envoy.config.route.v3.route_pb2 as route_pb2
+import envoy.extensions.filters.http.rbac.v3.rbac_pb2
+import envoy.extensions.filters.http.router.v3.router_pb2
+import envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2
+import envoy.extensions.filters.network.rbac.v3.rbac_pb2
+import envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2
+import envoy.extensions.transport_sockets.tls.v3.secret_pb2 as secret_pb2
+import envoy.extensions.transport_sockets.tls.v3.tls_pb2
+import envoy.extensions.upstreams.http.v3.http_protocol_options_pb2  # noqa: F401 - registers it
+import xds.type.v3.typed_struct_pb2  # noqa: F401 - registers it
+from envoy.service.discovery.v3 import discovery_pb2
+from google.protobuf import any_pb2, json_format
+
+from node.xds import types
+
+_MESSAGES = {
+    types.CLUSTER: cluster_pb2.Cluster,
+    types.ENDPOINTS: endpoint_pb2.ClusterLoadAssignment,
+    types.LISTENER: listener_pb2.Listener,
+    types.ROUTES: route_pb2.RouteConfiguration,
+    types.SECRET: secret_pb2.Secret,
+    types.EXTENSION: extension_pb2.TypedExtensionConfig,
+}
+
+DeltaRequest = discovery_pb2.DeltaDiscoveryRequest
+DeltaResponse = discovery_pb2.DeltaDiscoveryResponse
+
+
+def encode(type_url: str, resource: dict[str, Any]) -> Any:
+    """Return the resource as an ``Any``. Raises ``json_format.ParseError`` naming the field that is wrong."""
+    message = json_format.ParseDict(resource, _MESSAGES[type_url]())
+    return any_pb2.Any(type_url=type_url, value=message.SerializeToString(deterministic=True))
+
+
+def delta_response(type_url: str, nonce: str, rows: list[tuple[str, str, dict[str, Any]]], removed: list[str]) -> Any:
+    """Return a response with (name, version, resource) rows."""
+    return DeltaResponse(
+        type_url=type_url,
+        nonce=nonce,
+        resources=[
+            discovery_pb2.Resource(name=name, version=version, resource=encode(type_url, resource))
+            for name, version, resource in rows
+        ],
+        removed_resources=removed,
+    )
+
+
+def metadata_of(request: Any) -> dict[str, Any]:
+    """Return the node's metadata as builtins."""
+    found: dict[str, Any] = json_format.MessageToDict(request.node.metadata)
+    return found

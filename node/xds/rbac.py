@@ -1,0 +1,184 @@
+"""Intentions and revocations as Envoy's RBAC. Pure.
+
+Lictor finds the one intention that decides; RBAC with the action ALLOW asks whether any policy holds. So each
+intention that allows becomes a policy for its sources without those that an intention of higher precedence decides.
+
+A service is known by its URI name (SPIFFE id); an instance by its certificate's subject, a certificate by its serial
+number: two filters on the listener put both where RBAC sees them (:data:`SUBJECT_KEY`, :data:`SERIAL_KEY`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from node.xds.permissions import permission_rules, uses_headers
+from node.xds.snapshot import Snapshot
+from raftstate.model.connect import Revocation
+from raftstate.model.identity import SpiffeId
+from raftstate.model.intention import ALLOW, DENY, WILDCARD, Intention, precedence
+
+Rule = dict[str, Any]
+Source = tuple[str, str]
+"""(service, instance id); the instance is empty for a service, the service is ``*`` for anyone."""
+
+SUBJECT_KEY, SERIAL_KEY = "lictor.peer_subject", "lictor.peer_serial"
+ANYONE: Source = (WILDCARD, "")
+
+
+class Access(msgspec.Struct, frozen=True):
+    """Who may call this instance."""
+
+    policies: dict[str, Rule]
+    """RBAC policies, action ALLOW, by a name that tells the source."""
+    http: bool
+    """Whether a policy looks at requests."""
+    headers: bool
+    """Whether one looks at their headers."""
+    sources: tuple[str, ...] | None
+    """SPIFFE ids that some policy may admit; None when anyone of the trust domain may come."""
+
+
+def access(snapshot: Snapshot) -> Access:
+    """Compile the intentions on this instance."""
+    decided: list[Source] = []
+    policies: dict[str, Rule] = {}
+    sources: set[str] | None = set()
+    http = headers = False
+    rules = [(_source(one), _action(one), one.permissions) for one in _applying(snapshot)]
+    if snapshot.default_allow:
+        rules.append((ANYONE, ALLOW, ()))
+    for source, action, permissions in rules:
+        if any(_covers(earlier, source) for earlier in decided):
+            continue
+        http, headers = http or bool(permissions), headers or uses_headers(permissions)
+        shadows = [earlier for earlier in decided if _covers(source, earlier)]
+        decided.append(source)
+        allowed = permission_rules(permissions) if permissions and action != DENY else [{"any": True}]
+        if action == DENY or not allowed:
+            continue
+        policies[_label(source)] = {
+            "permissions": allowed,
+            "principals": [_except(principal(source, snapshot), [principal(one, snapshot) for one in shadows])],
+        }
+        if source == ANYONE:
+            sources = None
+        elif sources is not None:
+            sources.add(spiffe_uri(source[0], snapshot))
+    return Access(policies, http, headers, None if sources is None else tuple(sorted(sources)))
+
+
+def revoked(snapshot: Snapshot) -> dict[str, Rule]:
+    """Return RBAC policies, action DENY, for the identities that are revoked."""
+    policies = {}
+    for one in snapshot.revocations:
+        principals = _revoked_principals(one, snapshot)
+        if principals:
+            policies[f"{one.kind} {one.service}:{one.value}" if one.service else f"{one.kind} {one.value}"] = {
+                "permissions": [{"any": True}],
+                "principals": principals,
+            }
+    return policies
+
+
+def is_revoked(service: str, instance: str, revocations: Iterable[Revocation]) -> bool:
+    """Whether an instance may no longer be called."""
+    return any(
+        (one.kind == "service" and one.value == service)
+        or (one.kind == "instance" and one.value == instance and one.service in ("", service))
+        for one in revocations
+    )
+
+
+def principal(source: Source, snapshot: Snapshot) -> Rule:
+    """Return the RBAC principal of a source."""
+    service, instance = source
+    if source == ANYONE:
+        return {"any": True}
+    named = _uri_is(spiffe_uri(service, snapshot))
+    if not instance:
+        return named
+    return {"and_ids": {"ids": [named, _state(SUBJECT_KEY, {"exact": subject(service, instance)})]}}
+
+
+def spiffe_uri(service: str, snapshot: Snapshot) -> str:
+    """Return the URI name that the service's certificates carry."""
+    own = snapshot.self
+    return SpiffeId(trust_domain=own.trust_domain, service=service, datacenter=own.datacenter).uri()
+
+
+def subject(service: str, instance: str) -> str:
+    """Return the subject of an instance's leaf as Envoy prints it (RFC 2253: the last part first)."""
+    parts = [x509.NameAttribute(NameOID.COMMON_NAME, service[:64]), x509.NameAttribute(NameOID.USER_ID, instance)]
+    return x509.Name(parts).rfc4514_string()
+
+
+def _applying(snapshot: Snapshot) -> list[Intention]:
+    own = snapshot.self
+    mine = [
+        one
+        for one in snapshot.intentions
+        if one.destination_name == WILDCARD
+        or (not one.destination_service and one.destination_name == own.service)
+        or (one.destination_service == own.service and one.destination_name == own.service_id)
+    ]
+    return sorted(mine, key=lambda one: (-precedence(one), _source(one), _strictness(one)))
+
+
+def _strictness(one: Intention) -> int:
+    return 0 if _action(one) == DENY else 1 if one.permissions else 2
+
+
+def _action(one: Intention) -> str:
+    """Return allow or deny; an intention that says neither, and has no permissions, denies."""
+    return ALLOW if one.action == ALLOW or (one.permissions and one.action != DENY) else DENY
+
+
+def _source(one: Intention) -> Source:
+    if one.source_name == WILDCARD:
+        return ANYONE
+    return (one.source_service, one.source_name) if one.source_service else (one.source_name, "")
+
+
+def _covers(wide: Source, narrow: Source) -> bool:
+    """Whether everyone in ``narrow`` is in ``wide``."""
+    return wide in (ANYONE, narrow) or (wide[0] == narrow[0] and not wide[1])
+
+
+def _label(source: Source) -> str:
+    return f"{source[0]}:{source[1]}" if source[1] else source[0]
+
+
+def _except(rule: Rule, others: list[Rule]) -> Rule:
+    if not others:
+        return rule
+    excluded = others[0] if len(others) == 1 else {"or_ids": {"ids": others}}
+    return {"and_ids": {"ids": [rule, {"not_id": excluded}]}}
+
+
+def _revoked_principals(one: Revocation, snapshot: Snapshot) -> list[Rule]:
+    if one.kind == "service":
+        return [_uri_is(spiffe_uri(one.value, snapshot))]
+    if one.kind == "serial":
+        digits = one.value.replace(":", "").lower()
+        # Envoy prints the number without separators; a leading zero may be left out.
+        return [_state(SERIAL_KEY, {"exact": form}) for form in sorted({digits, digits.lstrip("0")})]
+    if one.kind == "instance" and one.service:
+        return [principal((one.service, one.value), snapshot)]
+    if one.kind == "instance":
+        # Of whatever service: the subject is UID=<instance>,CN=<service>, and what the UID holds is escaped.
+        uid = x509.Name([x509.NameAttribute(NameOID.USER_ID, one.value)]).rfc4514_string()
+        return [_state(SUBJECT_KEY, {"prefix": uid + ",CN="}), _state(SUBJECT_KEY, {"exact": uid})]
+    return []
+
+
+def _uri_is(uri: str) -> Rule:
+    return {"authenticated": {"principal_name": {"exact": uri}}}
+
+
+def _state(key: str, match: Rule) -> Rule:
+    return {"filter_state": {"key": key, "string_match": match}}

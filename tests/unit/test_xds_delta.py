@@ -1,0 +1,139 @@
+"""What an xDS subscriber is sent, in the delta form."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import pytest
+
+from node.xds import messages, types
+from node.xds.delta import Subscriber
+from node.xds.session import Session
+from node.xds.snapshot import Snapshot
+from raftstate.model.connect import Revocation
+from raftstate.model.intention import HTTPMatch, Intention, Permission
+from raftstate.model.sidecar import SidecarUpdate
+from tests.support.xds import make_snapshot, upstream
+
+URL = types.ENDPOINTS
+ALLOW = Intention("web", "backend", action="allow")
+
+
+def test_named_resources_are_sent_once_and_again_when_they_change() -> None:
+    one = Subscriber()
+    assert one.push(URL, {"a": "1"}) is None
+    one.request(URL, ["a", "b"], [], {})
+    push = one.push(URL, {"a": "1", "c": "1"})
+    assert push is not None
+    assert (push.send, push.removed) == (("a",), ("b",))  # b is told to be absent
+    assert one.push(URL, {"a": "1", "c": "1"}) is None
+    push = one.push(URL, {"a": "2", "b": "1"})
+    assert push is not None
+    assert (sorted(push.send), push.removed) == (["a", "b"], ())
+    one.request(URL, [], ["a"], {})
+    push = one.push(URL, {})
+    assert push is not None
+    assert (push.send, push.removed) == ((), ("b",))
+
+
+def test_wildcard_gets_all_and_what_it_has_is_not_sent_again() -> None:
+    one = Subscriber()
+    one.request(URL, [], [], {"a": "1", "gone": "1"})
+    push = one.push(URL, {"a": "1", "b": "1"})
+    assert push is not None
+    assert (push.send, push.removed) == (("b",), ("gone",))
+    verdict = one.answered(URL, push.nonce, accepted=False)
+    assert verdict is not None
+    assert verdict.names == ("b",)
+    assert one.answered(URL, push.nonce, accepted=True) is None
+    assert one.push(URL, {"a": "1", "b": "1"}) is None  # a refused version is not sent again
+
+
+def test_an_empty_wildcard_is_answered_once() -> None:
+    one = Subscriber()
+    one.request(URL, [], [], {})
+    push = one.push(URL, {})
+    assert push is not None
+    assert push.send == ()
+    assert one.push(URL, {}) is None
+
+
+def whole(snapshot: Snapshot) -> SidecarUpdate:
+    return SidecarUpdate(version=1, **msgspec.structs.asdict(snapshot))
+
+
+def request(url: str, *names: str, **more: Any) -> Any:
+    return messages.DeltaRequest(type_url=url, resource_names_subscribe=names, **more)
+
+
+def sent(session: Session) -> dict[str, list[str]]:
+    return {one.type_url: [row.name for row in one.resources] for one in session.responses()}
+
+
+def test_every_resource_is_a_message_that_envoy_knows() -> None:
+    l7 = Intention("web", "backend", permissions=(Permission("allow", HTTPMatch(path_prefix="/", methods=("GET",))),))
+    revoked = (Revocation("serial", "01:02"), Revocation("instance", "i"))
+    upstreams = (upstream("db", "tcp", "db-1"), upstream("api", "http", "api-1", "api-2"))
+    for intention in (ALLOW, l7):
+        session = Session("backend-1-sidecar-proxy")
+        for url in types.PUSH_ORDER:
+            session.request(request(url, "*"))
+        assert session.responses() == []
+        assert session.update(whole(make_snapshot(intention, revocations=revoked, upstreams=upstreams)))
+        names = sent(session)
+        assert list(names) == list(types.PUSH_ORDER)
+        assert sorted(names[types.LISTENER]) == ["public", "upstream:api", "upstream:db"]
+        assert names[types.ROUTES] == ["upstream:api"]
+
+
+def listener_version(session: Session) -> str:
+    session.request(request(types.LISTENER))
+    (response,) = session.responses()
+    return str(next(row.version for row in response.resources if row.name == types.PUBLIC_LISTENER))
+
+
+def test_a_withdrawal_replaces_the_listener_and_a_grant_does_not() -> None:
+    session = Session("x")
+    session.update(whole(make_snapshot()))
+    first = listener_version(session)
+    assert first.startswith("0.")
+    session.update(SidecarUpdate(version=2, intentions=(ALLOW,)))
+    session.update(SidecarUpdate(version=3, intentions=()))
+    (response,) = session.responses()
+    assert response.resources[0].version.startswith("1.")
+
+
+def test_an_agents_restart_disturbs_nothing_unless_something_was_withdrawn_meanwhile() -> None:
+    session = Session("x")
+    session.update(whole(make_snapshot(ALLOW)))
+    session.update(SidecarUpdate(version=2, intentions=()))
+    session.update(SidecarUpdate(version=3, intentions=(ALLOW,)))
+    version = listener_version(session)
+    assert version.startswith("1.")
+    for intentions, first in (((ALLOW,), "1."), ((), "2.")):
+        for early in (True, False):  # the sidecar's update may come before Envoy's request or after it
+            again = Session("x")
+            if early:
+                again.update(whole(make_snapshot(*intentions)))
+            again.request(request(types.LISTENER, initial_resource_versions={types.PUBLIC_LISTENER: version}))
+            if not early:
+                again.update(whole(make_snapshot(*intentions)))
+            versions = [row.version for one in again.responses() for row in one.resources if row.name == "public"]
+            assert versions == [] if first == "1." else versions[0].startswith(first)
+
+
+def test_a_refusal_is_logged_with_envoys_words(caplog: pytest.LogCaptureFixture) -> None:
+    session = Session("backend-1-sidecar-proxy")
+    session.request(request(types.CLUSTER))
+    session.update(whole(make_snapshot()))
+    (response,) = session.responses()
+    refusal = messages.DeltaRequest(type_url=types.CLUSTER, response_nonce=response.nonce)
+    refusal.error_detail.message = "no such thing"
+    with caplog.at_level(logging.ERROR, "lictor.xds"):
+        session.request(refusal)
+    assert "refuses Cluster local_app, upstream:db" in caplog.text
+    assert "no such thing" in caplog.text
+    assert session.responses() == []
+    assert session.refused == 2
