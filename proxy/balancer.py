@@ -11,11 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from proxy.balancing.hashing import Maglev, Ring
+from raftstate.model.plan import CONNECT_TIMEOUT_S
 from raftstate.model.sidecar import Endpoint
 
 LEAST_REQUEST, ROUND_ROBIN, RANDOM = "least_request", "round_robin", "random"
-POLICIES = (LEAST_REQUEST, ROUND_ROBIN, RANDOM)
+RING_HASH, MAGLEV = "ring_hash", "maglev"
+POLICIES = (LEAST_REQUEST, ROUND_ROBIN, RANDOM, RING_HASH, MAGLEV)
 AVOID_S = 1.0
+OVERFLOW = 1.4
+"""While 1/1.4 (71 %) of the near instances are usable they get all calls; below that, farther ones get a share."""
+WARM_SHARE_MIN = 0.1
+"""Part of its weight that an instance has when it is new, with slow start."""
 
 
 class Key(NamedTuple):
@@ -35,10 +42,16 @@ def key_of(endpoint: Endpoint) -> Key:
 class Instance:
     """An endpoint with what this sidecar knows of it. ``active`` is kept by the caller."""
 
-    __slots__ = ("active", "avoid_until", "ejected_until", "ejections", "endpoint", "failures", "key", "picks")
+    __slots__ = (
+        "active", "avoid_until", "ejected_until", "ejections", "endpoint", "failures", "key", "owner", "picks",
+        "since",
+    )  # fmt: skip
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, owner: Balancer, since: float) -> None:
         self.endpoint = endpoint
+        self.owner = owner
+        self.since = since
+        """When it was first seen healthy, for slow start."""
         self.key = key_of(endpoint)
         self.active = 0
         """Connections in progress and established."""
@@ -66,6 +79,13 @@ class BalancerOptions(NamedTuple):
     """Use instances of this zone while any is usable."""
     prefer_node: str = ""
     """Use instances on this node while any is usable; goes before the zone."""
+    choice_count: int = 2
+    """least_request: how many are compared."""
+    slow_start_s: float = 0.0
+    """How long an instance that is new, or healthy again, takes to get its whole share; not for the hashing ones."""
+    ring_size_min: int = 1024
+    ring_size_max: int = 8_388_608
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
 
 
 DEFAULT_OPTIONS = BalancerOptions()
@@ -82,27 +102,49 @@ class Balancer:
         self._healthy: list[Instance] = []
         self._troubled_until = 0.0
         """Latest end of an ejection or avoidance; before it the slow path of pick looks at each instance."""
+        self._warming_until = 0.0
+        self._table: Ring[Instance] | Maglev[Instance] | None = None
+        """For the hashing policies: all instances by hash. Made when it is first needed."""
+        self._table_of: tuple[object, ...] = ()
 
-    def update(self, endpoints: Sequence[Endpoint]) -> list[Instance]:
+    def update(self, endpoints: Sequence[Endpoint], now: float = 0.0) -> list[Instance]:
         """Take the new list; what is known of instances that stay is kept. Returns the instances that went."""
         before, self.instances = self.instances, {}
+        first = not before
+        shape = {key: instance.endpoint.weight for key, instance in before.items()}
         for endpoint in endpoints:
             key = key_of(endpoint)
             instance = before.pop(key, None)
             if instance is None:
-                instance = Instance(endpoint)
+                # Of the first list nobody is newer than the others.
+                instance = Instance(endpoint, self, float("-inf") if first else now)
+                self._warming_until = max(self._warming_until, instance.since + self.options.slow_start_s)
+            elif endpoint.healthy and not instance.endpoint.healthy:
+                instance.since = now
+                self._warming_until = max(self._warming_until, now + self.options.slow_start_s)
             instance.endpoint = endpoint
             self.instances[key] = instance
         self._healthy = [i for i in self.instances.values() if i.endpoint.healthy and i.endpoint.weight > 0]
+        if shape != {key: instance.endpoint.weight for key, instance in self.instances.items()}:
+            self._table = None
         return list(before.values())
+
+    def able(self, now: float, exclude: Collection[Key] = ()) -> bool:
+        """Whether there is an instance outside ``exclude`` that is healthy and not ejected."""
+        if not exclude and now >= self._troubled_until:
+            return bool(self._healthy)
+        return any(i.ejected_until <= now and i.key not in exclude for i in self._healthy)
 
     @property
     def panicking(self) -> bool:
         """Whether health is being ignored."""
         return len(self._healthy) <= self.options.panic_threshold * len(self.instances)
 
-    def pick(self, now: float, exclude: Collection[Key] = ()) -> Instance | None:
-        """Return the instance for the next connection, None when there is none outside ``exclude``."""
+    def pick(self, now: float, exclude: Collection[Key] = (), hashed: int | None = None) -> Instance | None:
+        """Return the instance for the next connection, None when there is none outside ``exclude``.
+
+        ``hashed`` is the call's hash, for the hashing policies; without one they choose at random.
+        """
         usable = list(self.instances.values()) if self.panicking else self._healthy
         if exclude:
             usable = [i for i in usable if i.key not in exclude]
@@ -112,19 +154,27 @@ class Balancer:
                 # All are in trouble: one that only refused us goes first, then the one whose back-off ends first.
                 return min(usable, key=lambda i: (i.ejected_until > now, i.ejected_until, i.active))
             usable = calm
-        if self.options.prefer_node or self.options.prefer_zone:
+        options = self.options
+        if hashed is not None and options.policy in (RING_HASH, MAGLEV):
+            return self._hashed(usable, hashed)
+        if options.prefer_node or options.prefer_zone:
             usable = self._near(usable)
         if len(usable) <= 1:
             return usable[0] if usable else None
-        if self.options.policy == ROUND_ROBIN:
-            return self._next_in_turn(usable)
-        first = self._weighted(usable)
-        if self.options.policy == RANDOM:
+        warming = now if now < self._warming_until and options.slow_start_s else None
+        if options.policy == ROUND_ROBIN:
+            return self._next_in_turn(usable, warming)
+        first = self._weighted(usable, warming)
+        if options.policy != LEAST_REQUEST:
             return first
-        second = self._weighted([i for i in usable if i is not first])
+        if options.choice_count > 2:
+            return self._least(usable, first, warming)
+        second = self._weighted([i for i in usable if i is not first], warming)
         # (active + 1) / weight, compared without dividing.
-        load = (first.active + 1) * max(1, second.endpoint.weight)
-        return first if load <= (second.active + 1) * max(1, first.endpoint.weight) else second
+        if warming is None:
+            load = (first.active + 1) * max(1, second.endpoint.weight)
+            return first if load <= (second.active + 1) * max(1, first.endpoint.weight) else second
+        return min(first, second, key=lambda i: (i.active + 1) / self._weight(i, warming))
 
     def succeeded(self, instance: Instance) -> None:
         """The instance took a connection."""
@@ -148,34 +198,89 @@ class Balancer:
         instance.avoid_until = now + AVOID_S
         self._troubled_until = max(self._troubled_until, instance.avoid_until)
 
-    def _near(self, usable: list[Instance]) -> list[Instance]:
-        node, zone = self.options.prefer_node, self.options.prefer_zone
-        return (
-            (node and [i for i in usable if i.endpoint.node == node])
-            or (zone and [i for i in usable if i.endpoint.zone == zone])
-            or usable
-        )
+    def _hashed(self, usable: list[Instance], hashed: int) -> Instance | None:
+        """Return the usable instance for a hash. The table is of all instances: trouble moves the troubled only."""
+        options = self.options
+        wanted = (options.policy, options.ring_size_min, options.ring_size_max)
+        if self._table is None or self._table_of != wanted:
+            self._table_of = wanted
+            members = [(i, "|".join(map(str, i.key)), max(1, i.endpoint.weight)) for i in self.instances.values()]
+            members.sort(key=lambda member: member[1])
+            if options.policy == RING_HASH:
+                self._table = Ring(members, options.ring_size_min, options.ring_size_max)
+            else:
+                self._table = Maglev(members)
+        if len(usable) == len(self.instances):
+            return self._table.find(hashed, _any)
+        chosen = set(map(id, usable))
+        return self._table.find(hashed, lambda instance: id(instance) in chosen)
 
-    def _weighted(self, usable: list[Instance]) -> Instance:
-        total = sum(max(1, i.endpoint.weight) for i in usable)
-        at = self._random() * total
-        for instance in usable:
-            at -= max(1, instance.endpoint.weight)
+    def _near(self, usable: list[Instance]) -> list[Instance]:
+        """Return the nearest of the usable instances. The fewer of the near ones are, the more calls go farther."""
+        node, zone = self.options.prefer_node, self.options.prefer_zone
+        levels: list[Callable[[Endpoint], bool]] = []
+        if node:
+            levels.append(lambda endpoint: endpoint.node == node)
+        if zone:
+            levels.append(lambda endpoint: endpoint.zone == zone)
+        for within in levels:
+            near = [i for i in usable if within(i.endpoint)]
+            if not near:
+                continue
+            if len(near) == len(usable):
+                return near
+            known = sum(1 for endpoint in self.instances.values() if within(endpoint.endpoint))
+            share = OVERFLOW * len(near) / known
+            if share >= 1 or self._random() < share:
+                return near
+        return usable
+
+    @staticmethod
+    def _weight(instance: Instance, now: float) -> float:
+        """Return an instance's weight while some are warming up."""
+        weight = max(1, instance.endpoint.weight)
+        window = instance.owner.options.slow_start_s
+        if not window or now - instance.since >= window:
+            return weight
+        return weight * max(WARM_SHARE_MIN, (now - instance.since) / window)
+
+    def _weighted(self, usable: list[Instance], warming: float | None = None) -> Instance:
+        if warming is not None:
+            weights = [self._weight(i, warming) for i in usable]
+        else:
+            weights = [max(1, i.endpoint.weight) for i in usable]
+        at = self._random() * sum(weights)
+        for instance, weight in zip(usable, weights, strict=True):
+            at -= weight
             if at < 0:
                 return instance
         return usable[-1]
 
-    @staticmethod
-    def _next_in_turn(usable: list[Instance]) -> Instance:
+    def _least(self, usable: list[Instance], first: Instance, warming: float | None) -> Instance:
+        chosen = [first]
+        left = [i for i in usable if i is not first]
+        while left and len(chosen) < self.options.choice_count:
+            further = self._weighted(left, warming)
+            left.remove(further)
+            chosen.append(further)
+        if warming is None:
+            return min(chosen, key=lambda i: (i.active + 1) / max(1, i.endpoint.weight))
+        return min(chosen, key=lambda i: (i.active + 1) / self._weight(i, warming))
+
+    def _next_in_turn(self, usable: list[Instance], warming: float | None) -> Instance:
         """Smooth weighted round robin: in each run of sum(weights) picks, each instance gets its weight, spread."""
-        total = 0
+        total = 0.0
         for instance in usable:
-            weight = max(1, instance.endpoint.weight)
+            weight = max(1, instance.endpoint.weight) if warming is None else self._weight(instance, warming)
             instance.picks += weight
             total += weight
         best = max(usable, key=lambda i: i.picks)
         best.picks -= total
         return best
+
+
+def _any(instance: Instance) -> bool:
+    return True
 
 
 class RetryBudget:

@@ -19,6 +19,7 @@ BIN = Path(sys.executable).parent
 PURE = (
     "raftstate/model",
     "raftstate/state",
+    "raftstate/chain",
     "raftstate/messages.py",
     "raftstate/journal_format.py",
     "raftstate/snapshot_format.py",
@@ -26,6 +27,7 @@ PURE = (
     "raftstate/raft_progress.py",
     "proxy/authz",
     "proxy/balancer.py",
+    "proxy/balancing",
     "proxy/mux/core.py",
     "proxy/mux/flow.py",
     "proxy/mux/frames.py",
