@@ -10,7 +10,7 @@ import os
 import random
 import ssl
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +22,8 @@ from cli.errors import CliError, NoAgent, NoLeader, Refused
 from raftstate.model.sidecar import SidecarUpdate
 
 PID_HEADER = "X-Lictor-Pid"
+ANSWERS_HEADER = "X-Lictor-Answers"
+ANSWER_TIMEOUT_S = 5.0
 SILENCE_S = 30.0
 """The agent sends a line now and then; after this long without one the connection is taken for dead."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
@@ -47,6 +49,8 @@ class UpdateStream:
     ) -> None:
         self._api = api
         self._url = f"{_http_base(api)}/v1/agent/connect/proxy/{quote(sidecar_id)}/stream"
+        self._answer_url = f"{_http_base(api)}/v1/agent/connect/answer/{quote(sidecar_id)}"
+        self._answering: asyncio.Task[None] | None = None
         self._body = msgspec.json.encode(definition)
         self._say = say
         self._applied = applied
@@ -90,6 +94,7 @@ class UpdateStream:
                         lost, pause_s = "", FIRST_PAUSE_S
                         yield self._decoder.decode(line)
                         self._applied()
+                        self._answer()
                 news = "lost the agent: it closed the stream"
             except Refused as error:
                 news = f"the agent takes this sidecar no longer: {error}"
@@ -105,6 +110,10 @@ class UpdateStream:
 
     async def close(self) -> None:
         """Close the connection. Idempotent."""
+        if self._answering is not None:
+            answering, self._answering = self._answering, None
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
         if self._response is not None:
             self._response.close()
             self._response = None
@@ -117,9 +126,7 @@ class UpdateStream:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=SILENCE_S)
             self._session = aiohttp.ClientSession(connector=_connector(self._api), timeout=timeout)
-        headers = {PID_HEADER: str(os.getpid()), "Content-Type": "application/json"}
-        if self._api.token:
-            headers["X-Consul-Token"] = self._api.token
+        headers = {"Content-Type": "application/json", **self._headers()}
         try:
             response = await self._session.post(self._url, data=self._body, headers=headers)
             if response.status == 200:
@@ -130,6 +137,26 @@ class UpdateStream:
         if "no cluster leader" in text.lower() or response.status in (429, 503):
             raise NoLeader(text)
         raise Refused(text or f"the agent answered with status {response.status}", response.status)
+
+    def _answer(self) -> None:
+        """Tell the agent that the line was taken, which so knows a stopped sidecar; one answer may do for several."""
+        if self._answering is None or self._answering.done():
+            self._answering = asyncio.get_running_loop().create_task(self._send_answer())
+
+    async def _send_answer(self) -> None:
+        if self._session is None:
+            return
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        with suppress(aiohttp.ClientError, TimeoutError, OSError):
+            # Whether the agent is there shows on the stream; the next line is answered anew.
+            async with self._session.put(self._answer_url, headers=self._headers(), timeout=timeout) as response:
+                await response.read()
+
+    def _headers(self) -> dict[str, str]:
+        headers = {PID_HEADER: str(os.getpid()), ANSWERS_HEADER: "1"}
+        if self._api.token:
+            headers["X-Consul-Token"] = self._api.token
+        return headers
 
     async def _lines(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         # Not StreamReader.readline: a line that names thousands of endpoints exceeds its limit.

@@ -275,9 +275,9 @@ class LocalAgent:
         await self._to_the_end(self._put_own_check(definition))
 
     async def _put_own_check(self, definition: CheckDefinition) -> None:
-        if definition.service_id and definition.service_id not in self.local.services:
-            raise Unknown(f'ServiceID "{definition.service_id}" does not exist')
-        async with self._lock("check " + definition.check_id):
+        async with self._lock(self._owner_of(definition.service_id, definition.check_id)):
+            if definition.service_id and definition.service_id not in self.local.services:
+                raise Unknown(f'ServiceID "{definition.service_id}" does not exist')
             await self.store.save_check(SavedCheck(definition))
             self.checks.add(self.local.put_check(definition, self._now(), own_file=True))
             refusal = await self.sync.settled(("check", definition.check_id), self.options.register_wait_s)
@@ -288,16 +288,25 @@ class LocalAgent:
 
     async def deregister_check(self, check_id: str) -> None:
         """Withdraw a check. Raises Unknown."""
-        check = self._check(check_id)
-        if check.own_file:
-            await self.store.forget_check(check_id)
-            self._drop_check(check_id)
-        else:
-            service_id = check.row.service_id
-            self._drop_check(check_id)
-            if (saved := self._saved(service_id)) is not None:
-                await self.store.save_service(saved)
-        await self.sync.settled(("check", check_id), self.options.register_wait_s)
+        self._check(check_id)
+        await self._to_the_end(self._withdraw_check(check_id))
+
+    async def _withdraw_check(self, check_id: str) -> None:
+        async with self._lock(self._owner_of(self._check(check_id).row.service_id, check_id)):
+            check = self._check(check_id)  # as it is now: it may have gone while others held the lock
+            if check.own_file:
+                await self.store.forget_check(check_id)
+                self._drop_check(check_id)
+            else:
+                self._drop_check(check_id)
+                if (saved := self._saved(check.row.service_id)) is not None:
+                    await self.store.save_service(saved)
+            await self.sync.settled(("check", check_id), self.options.register_wait_s)
+
+    @staticmethod
+    def _owner_of(service_id: str, check_id: str) -> str:
+        """Return what is locked while a check changes: its service, which comes and goes with its checks."""
+        return service_id or f"check {check_id}"
 
     async def update_ttl(self, check_id: str, status: str, output: str) -> None:
         """Take a TTL check's update. Raises Unknown, BadDefinition."""

@@ -1,11 +1,17 @@
-"""Who holds which sidecar's configuration stream: one live stream per sidecar, and its check follows the stream."""
+"""Who holds which sidecar's configuration stream: one live stream per sidecar, and its check follows the stream.
+
+A broken stream shows that a process is gone. That one has stopped, and holds its stream still, shows by its silence:
+a sidecar that says it will answers every line it has taken.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import msgspec
 
@@ -16,11 +22,18 @@ from node.agent.options import AgentOptions
 from node.agent.sidecars import SidecarFeed, StreamHolder
 from node.agent.views import Views
 from node.errors import NodeError
+from node.tasks import Tasks
 from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING
+
+log = logging.getLogger("lictor.agent")
+
+HOLDS = "the sidecar holds its stream"
+LOOKS = 5
+"""How often within the silence that is allowed it is looked for."""
 
 
 class StreamHeld(NodeError):
-    """The sidecar has a live stream already; the text names its holder."""
+    """The sidecar, or another one of the same instance, has a live stream already; the text names its holder."""
 
     http_status = 409
 
@@ -29,6 +42,18 @@ class UnknownTarget(NodeError):
     """A sidecar stands for a service that is not registered with this agent."""
 
     http_status = 404
+
+
+@dataclass(slots=True)
+class _Live:
+    """One stream that is held."""
+
+    feed: SidecarFeed
+    holder: StreamHolder
+    instance: str
+    answered_at: float
+    """Loop time of the last answer."""
+    silent: bool = False
 
 
 class SidecarStreams:
@@ -44,39 +69,91 @@ class SidecarStreams:
     ) -> None:
         self._options, self._views, self._leaves, self._local = options, views, leaves, local
         self._register = register
-        self._live: dict[str, tuple[SidecarFeed, StreamHolder]] = {}
+        self._live: dict[str, _Live] = {}
         self._grace: dict[str, asyncio.TimerHandle] = {}
         self._ending = False
+        self._tasks = Tasks("sidecar streams")
 
     def __len__(self) -> int:
         return len(self._live)
 
     @asynccontextmanager
-    async def hold(self, definition: ServiceDefinition, pid: str = "") -> AsyncIterator[SidecarFeed]:
+    async def hold(
+        self, definition: ServiceDefinition, pid: str = "", *, answers: bool = False
+    ) -> AsyncIterator[SidecarFeed]:
         """Register a sidecar and hold its configuration stream.
 
-        While the context is held its check is passing; when it ends the check is critical at once. Raises StreamHeld,
-        BadDefinition, UnknownTarget, Refused.
+        While the context is held its check is passing; when it ends the check is critical at once. ``answers``: the
+        sidecar will answer its lines (:meth:`answered`), and its check is critical too while it does not. Raises
+        StreamHeld, BadDefinition, UnknownTarget, Refused.
         """
         sidecar_id = definition.service_id()
-        if (held := self._live.get(sidecar_id)) is not None:
-            raise StreamHeld(
-                f"sidecar {sidecar_id} has a live stream already (held by {held[1]}); stop that process first"
-            )
+        self._require_free(sidecar_id, definition)
         definition = self._complete(definition)
+        instance = definition.proxy.destination_service_id if definition.proxy is not None else ""
         feed = SidecarFeed(self._options, self._views, self._leaves, definition.to_row(self._options.node))
-        self._live[sidecar_id] = (feed, StreamHolder(pid, time.time()))
+        live = _Live(feed, StreamHolder(pid, time.time()), instance, asyncio.get_running_loop().time())
+        self._live[sidecar_id] = live
         check_id = stream_check(sidecar_id)
+        watch: asyncio.Task[None] | None = None
         try:
             await self._register(definition)
             self.forget(check_id)
-            self._judge(check_id, PASSING, "the sidecar holds its stream")
+            self._judge(check_id, PASSING, HOLDS)
+            if answers:
+                watch = self._tasks.spawn(self._watch(sidecar_id, live))
             yield feed
         finally:
-            if self._live.get(sidecar_id, (None,))[0] is feed:
+            if watch is not None:
+                watch.cancel()
+            if self._live.get(sidecar_id) is live:
                 del self._live[sidecar_id]
                 if not self._ending:
                     self._judge(check_id, CRITICAL, "the sidecar's stream has ended")
+
+    def _require_free(self, sidecar_id: str, definition: ServiceDefinition) -> None:
+        if (held := self._live.get(sidecar_id)) is not None:
+            raise StreamHeld(
+                f"sidecar {sidecar_id} has a live stream already (held by {held.holder}); stop that process first"
+            )
+        instance = definition.proxy.destination_service_id if definition.proxy is not None else ""
+        for other, live in self._live.items():
+            if instance and live.instance == instance:
+                raise StreamHeld(
+                    f"instance {instance} has a sidecar already: {other} (held by {live.holder}); stop that process"
+                    f" before {sidecar_id} takes its place"
+                )
+
+    def answered(self, sidecar_id: str, pid: str) -> bool:
+        """Note a sidecar's answer to a line; return whether it is the one that holds the stream."""
+        live = self._live.get(sidecar_id)
+        if live is None or live.holder.pid != pid:
+            return False
+        live.answered_at = asyncio.get_running_loop().time()
+        if live.silent:
+            live.silent = False
+            log.info("sidecar %s answers again", sidecar_id)
+            self._judge(stream_check(sidecar_id), PASSING, HOLDS)
+        return True
+
+    async def _watch(self, sidecar_id: str, live: _Live) -> None:
+        """Turn a sidecar's check critical while it is silent."""
+        loop = asyncio.get_running_loop()
+        allowed_s = self._options.sidecar_silence_s
+        pause_s = allowed_s / LOOKS
+        live.answered_at = looked_at = loop.time()
+        while True:
+            await asyncio.sleep(pause_s)
+            now = loop.time()
+            # Answers that came while this process itself was stopped or starved are still to be read.
+            live.answered_at += max(0.0, now - looked_at - 2 * pause_s)
+            looked_at = now
+            silent_s = now - live.answered_at
+            if not live.silent and silent_s > allowed_s:
+                live.silent = True
+                log.warning("sidecar %s (%s) has not answered for %.0f s", sidecar_id, live.holder, silent_s)
+                text = f"the sidecar holds its stream and has not answered for {silent_s:.0f} s: it is stopped"
+                self._judge(stream_check(sidecar_id), CRITICAL, text)
 
     def _complete(self, definition: ServiceDefinition) -> ServiceDefinition:
         """Return the registration with its kind and checks: the stream's own, and an alias of the app's."""
@@ -109,13 +186,13 @@ class SidecarStreams:
     def end(self, sidecar_id: str) -> None:
         """End one sidecar's stream, because its registration goes."""
         if (held := self._live.get(sidecar_id)) is not None:
-            held[0].close()
+            held.feed.close()
 
     def end_all(self) -> None:
         """End all streams because the process ends. The sidecars live on: their checks stay as they are."""
         self._ending = True
-        for feed, _ in tuple(self._live.values()):
-            feed.close()
+        for live in tuple(self._live.values()):
+            live.feed.close()
         for timer in self._grace.values():
             timer.cancel()
         self._grace.clear()

@@ -12,9 +12,9 @@ from node.agent.sidecars import SidecarFeed
 from node.http.agent_services import definition_of
 from node.http.connect import answer_roots
 from node.http.context import Context, Routes
-from node.http.errors import BadRequest
+from node.http.errors import BadRequest, NotFound
 from node.http.options import read_options
-from node.http.respond import json_response, query_headers
+from node.http.respond import empty, json_response, query_headers
 from node.http.writing import body_as, read_body
 from proxy.authz import compile_policy
 from raftstate.model.connect import Revocation
@@ -25,6 +25,8 @@ from raftstate.model.wire import Wire, to_json
 routes = Routes("agent connect")
 LEAF_WAIT_S = 10.0
 PID_HEADER = "X-Lictor-Pid"
+ANSWERS_HEADER = "X-Lictor-Answers"
+"""``1``: the sidecar will answer each line, by ``PUT /v1/agent/connect/answer/<sidecar-id>``."""
 
 
 @routes.add("GET", "/v1/agent/connect/ca/roots")
@@ -95,11 +97,25 @@ async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     if definition.id and definition.id != sidecar_id:
         raise BadRequest(f"the body's ID {definition.id!r} contradicts the path's {sidecar_id!r}")
     definition = msgspec.structs.replace(definition, id=sidecar_id)
-    async with ctx.agent.streams.hold(definition, request.headers.get(PID_HEADER, "")[:20]) as feed:
+    answers = request.headers.get(ANSWERS_HEADER, "") == "1"
+    async with ctx.agent.streams.hold(definition, _pid(request), answers=answers) as feed:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
         await response.prepare(request)
         await _pump(request, response, feed)
     return response
+
+
+@routes.add("PUT", "/v1/agent/connect/answer/{id:.*}")
+async def answer(ctx: Context, request: web.Request) -> web.StreamResponse:
+    """A sidecar's answer to a line of its stream: it has taken it, so it is not stopped (Lictor's own)."""
+    sidecar_id = request.match_info["id"]
+    if not ctx.agent.streams.answered(sidecar_id, _pid(request)):
+        raise NotFound(f"no stream of sidecar {sidecar_id!r} is held by this process")
+    return empty()
+
+
+def _pid(request: web.Request) -> str:
+    return request.headers.get(PID_HEADER, "")[:20]
 
 
 async def _pump(request: web.Request, response: web.StreamResponse, feed: SidecarFeed) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,23 @@ def test_an_agents_death_and_return_break_no_call(lictor: Mesh, echo: str) -> No
     assert wait_until(lambda: lictor.call(echo).returncode != 0, 10)
     lictor.lictor("identity", "restore", "-service-id", "echo-client-1", host=0)
     assert wait_until(lambda: lictor.call(echo).returncode == 0, 10)
+
+
+def test_a_stopped_sidecar_leaves_the_catalogs_healthy_ones_until_it_goes_on(lictor: Mesh) -> None:
+    lictor.stand("halted", "halted-1", port=a_free_port(), host=1)
+    sidecar = next(one for one in lictor.backgrounds if one.name == "halted-1")
+
+    def healthy() -> list[str]:
+        rows = lictor.api(0).get("/v1/health/connect/halted", {"passing": "true"}).json()
+        return [row["Service"]["Proxy"]["DestinationServiceID"] for row in rows]
+
+    assert wait_until(lambda: healthy() == ["halted-1"], 10)
+    sidecar.signal(signal.SIGSTOP)
+    try:
+        assert wait_until(lambda: healthy() == [], 30)
+    finally:
+        sidecar.signal(signal.SIGCONT)
+    assert wait_until(lambda: healthy() == ["halted-1"], 15)
 
 
 def test_plain_text_gets_nowhere_and_leaves_one_line(lictor: Mesh, echo: str) -> None:
