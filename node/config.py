@@ -34,6 +34,10 @@ class Limits(msgspec.Struct, frozen=True):
     """Requests and streams in progress on one RPC connection."""
     rpc_handshake_timeout_s: float = 5.0
     http_connections_max: int = 20000
+    http_connections_per_client_max: int = 256
+    """From one address beyond this host; one of this host may have four fifths of all."""
+    http_head_timeout_s: float = 10.0
+    http_body_timeout_s: float = 30.0
 
 
 class Liveness(msgspec.Struct, frozen=True):
@@ -203,6 +207,11 @@ def _limits(table: TableReader) -> Limits:
         rpc_inflight_max=table.integer("rpc_inflight_max", default.rpc_inflight_max, 16, 1_000_000),
         rpc_handshake_timeout_s=table.duration_s("rpc_handshake_timeout", "5s", 0.1, 60),
         http_connections_max=table.integer("http_connections_max", default.http_connections_max, 8, 1_000_000),
+        http_connections_per_client_max=table.integer(
+            "http_connections_per_client_max", default.http_connections_per_client_max, 1, 1_000_000
+        ),
+        http_head_timeout_s=table.duration_s("http_head_timeout", "10s", 0.1, 3600),
+        http_body_timeout_s=table.duration_s("http_body_timeout", "30s", 0.1, 3600),
     )
     table.finish()
     return limits

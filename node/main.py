@@ -25,6 +25,7 @@ from node.dns import DnsServer
 from node.errors import NodeError, PkiError
 from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
+from node.http.front.guards import FrontOptions
 from node.logs import set_up_logging
 from node.server_process import ServerNode
 from node.tokens import TokenGuard, load_secret
@@ -97,12 +98,20 @@ class NodeProcess:
             fault_injection=config.fault_injection,
             acl_enabled=config.acl_enabled,
             lictor_version=lictor_version(),
+            body_timeout_s=config.limits.http_body_timeout_s,
             on_leave=lambda: self._on_stop("an operator asked this node to leave"),
         )
         app = create_app(backend, agent, options)
         if guard is not None:
             app.middlewares.insert(0, guard.middleware())
-        runner = make_runner(app)
+        limits = config.limits
+        front = FrontOptions(
+            connections_max=limits.http_connections_max,
+            connections_per_client_max=limits.http_connections_per_client_max,
+            head_timeout_s=limits.http_head_timeout_s,
+            body_timeout_s=limits.http_body_timeout_s,
+        )
+        runner = make_runner(app, front)
         await runner.setup()
         self._undo.append(runner.cleanup)
         sites: list[BaseSite] = []

@@ -25,6 +25,8 @@ class HttpOptions:
     """Names (without port) that a request's Host may have besides loopback ones and addresses."""
     body_bytes_max: int = 1024 * 1024
     kv_value_bytes_max: int = 512 * 1024
+    body_timeout_s: float = 30.0
+    """Within which a body must have come; a snapshot's: its next part."""
     fault_injection: bool = False
     acl_enabled: bool = False
     lictor_version: str = "0.1.0"

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from node.http.context import Context, Routes
+from node.http.context import CONTEXT, Context, Routes
 from node.http.errors import BadRequest
 from node.http.respond import empty
-from node.http.writing import BODY_TIMEOUT_S, too_late
+from node.http.writing import too_late
 
 routes = Routes("snapshot")
 
@@ -61,6 +61,6 @@ async def _unpacked(request: web.Request) -> AsyncIterator[bytes]:
 async def _chunk(request: web.Request) -> bytes:
     """Return what of the body has come, empty at its end. Raises 408 when nothing comes for long."""
     try:
-        return await asyncio.wait_for(request.content.read(256 * 1024), BODY_TIMEOUT_S)
+        return await asyncio.wait_for(request.content.read(256 * 1024), request.app[CONTEXT].options.body_timeout_s)
     except TimeoutError:
         raise too_late() from None

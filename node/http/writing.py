@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from node.http.context import Context
+from node.http.context import CONTEXT, Context
 from node.http.errors import BadRequest, HttpError
 from node.http.front.repeats import Body
 from node.loose_json import BadJson, loads
 
 T = TypeVar("T")
 REQUEST_ID_HEADER = "X-Lictor-Request-Id"
-BODY_TIMEOUT_S = 30.0
-"""Within which a body must be there."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{8,128}")
 
 
@@ -42,7 +40,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         return content.whole()
     data = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(request.app[CONTEXT].options.body_timeout_s):
             async for chunk in request.content.iter_any():
                 data += chunk
                 if len(data) > limit:

@@ -251,7 +251,10 @@ class Connection(asyncio.Protocol):
         return self._slow is not None
 
     def time_out(self, what: str) -> None:
-        """End the connection, with an answer if the request is only late."""
+        """End the connection, with an answer if there is part of a request."""
+        if not self._ahead:
+            self.close()
+            return
         self._turn_away(408, "Request Timeout", f"The request's {what} did not come in time")
 
     def close(self) -> None:
