@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from cli.client import API_FLAGS, READ_FLAGS, Api
-from cli.errors import UsageError
+from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag
 from cli.output import print_json, table
+
+RECOVER_DETAILS = """
+Run it on the server's machine, as the user that runs the server, while the server is stopped and the other
+servers have a leader. The damaged data is kept under another name. At its next start the server takes no part
+in raft until the others have removed it, and that is committed: it may have voted, and must not vote twice.
+Then it joins as a new server does, and takes the whole state from its peers.
+"""
 
 
 def list_peers(args: Args) -> int:
@@ -30,6 +37,27 @@ def remove_peer(args: Args) -> int:
     Api.of(args).write("DELETE", "/v1/operator/raft/peer", params=params)
     (key, value), *_ = params.items()
     print(f'Removed peer with {key} "{value}"')
+    return 0
+
+
+def recover(args: Args) -> int:
+    """Prepare a stopped server to rejoin."""
+    from node.config import load_config
+    from node.errors import NodeError
+    from node.recovery import recover as prepare
+
+    try:
+        config = load_config(args.text("config"))
+        node = config.node(args.text("node"))
+        aside = prepare(config, node)
+    except NodeError as error:
+        raise CliError(str(error)) from None
+    if aside is not None:
+        print(f"Kept the old raft data in {aside}: delete it once it is of no more use")
+    print(
+        f"{node.name} rejoins at its next start: the others take it out, then in again, without a vote until it has"
+    )
+    print("caught up. Start it, and see: lictor operator raft list-peers")
     return 0
 
 
@@ -70,6 +98,15 @@ FAMILIES = {
                     Flag("address", "or its address", "HOST:PORT"),
                     *API_FLAGS,
                 ),
+            ),
+            "raft recover": Command(
+                "Let a stopped server whose raft data is damaged or lost rejoin its peers",
+                recover,
+                (
+                    Flag("config", "the cluster's file", "FILE", required=True, aliases=("config-file",)),
+                    Flag("node", "which server of the file: this machine's", "NODE", required=True),
+                ),
+                details=RECOVER_DETAILS,
             ),
             "raft transfer-leader": Command(
                 "Hand the leadership to another server",

@@ -47,6 +47,7 @@ class OperatorVerbs:
             "raft.configuration": self._configuration,
             "raft.add_peer": self._add_peer,
             "raft.remove_peer": self._remove_peer,
+            "raft.leave": self._leave,
             "raft.transfer_leader": self._transfer_leader,
             "autopilot.health": self._autopilot_health,
             "ca.rotate": self._ca_rotate,
@@ -83,7 +84,7 @@ class OperatorVerbs:
     # -- the leader's ----------------------------------------------------------------------------------------------
 
     async def _configuration(self, params: dict[str, Any]) -> Any:
-        await self._replica.read_barrier("default")
+        await self._replica.read_barrier("consistent" if params.get("consistent") is True else "default")
         servers = [
             {
                 "ID": member.id,
@@ -112,6 +113,12 @@ class OperatorVerbs:
             known = ", ".join(f"{member.id} ({member.address})" for member in members)
             raise Refused(f"no such server in the raft configuration; it has {known}", http_status=404)
         await self._replica.remove_server(found[0].id)
+
+    async def _leave(self, params: dict[str, Any]) -> None:
+        """Return only when the committed membership, as a quorum knows it now, is without this server."""
+        server = _text(params, "id")
+        await self._replica.read_barrier("consistent")
+        await self._replica.remove_server(server)
 
     async def _transfer_leader(self, params: dict[str, Any]) -> None:
         to = str(params["id"]) if params.get("id") else None

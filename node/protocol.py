@@ -102,7 +102,7 @@ SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot", "ForgetRequests", "Upsert
 a token of its own anyone could use the API."""
 QUERIES_SERVERS_ONLY = frozenset({"internal.ca_signing_material", "acl.tokens"})
 """Queries that no agent may ask: the authority's key, sealed as it is, is nobody else's business."""
-VERBS_SERVERS_ONLY = frozenset({"raft.add_peer"})
+VERBS_SERVERS_ONLY = frozenset({"raft.add_peer", "raft.leave"})
 """Verbs that no agent may ask for: a server comes in by asking for itself, with a server's certificate."""
 
 

@@ -14,11 +14,12 @@ from node.ca.authority import Authority
 from node.config import SERVER, ClusterConfig, NodeConfig
 from node.errors import PkiError
 from node.faults import FaultFilter
-from node.joining import join_if_unknown
+from node.joining import PATIENCE_S, join_if_unknown, leave_first
 from node.leader_duties import LeaderDuties
 from node.leader_route import LeaderRoute
 from node.operator_verbs import OperatorVerbs
 from node.peers import PeerConnections
+from node.rejoin import LEAVE, Marker, RejoinMarker
 from node.rpc.listener import Listener
 from node.server import ServerBackend
 from node.server_rpc import ServerRpc
@@ -74,6 +75,8 @@ class ServerNode:
         )
         directory = node.data_dir / "raft"
         disk = RealDisk()
+        self._marker = RejoinMarker(disk, node.data_dir)
+        marker = await asyncio.to_thread(self._marker.resume)
         journal = await asyncio.to_thread(Journal, disk, str(directory / "journal"))
         self.replica = Replica(
             node.name,
@@ -82,7 +85,7 @@ class ServerNode:
             machine=StateMachine(),
             watches=Watches(),
             peers=self.transport,
-            bootstrap=self._founders(),
+            bootstrap=self._founders(marker),
             config=RaftConfig(
                 heartbeat_s=config.raft.heartbeat_s,
                 election_timeout_min_s=config.raft.election_timeout_min_s,
@@ -130,13 +133,27 @@ class ServerNode:
         # Until its log names the members, a server that joins answers those that the file names.
         self.transport.set_peers({server.name: server.rpc_endpoint for server in others})
         await self.transport.start()
-        await self.replica.start()
+        if marker is None or marker.stage != LEAVE:
+            await self.replica.start()
         self.rpc.start()
         self.duties.start()
         self._tasks.spawn(self._own_heartbeat())
-        self._tasks.spawn(join_if_unknown(node, others, self.replica, self.peers, self._rng))
+        self._tasks.spawn(self._come_in(marker, others))
         self._running = True
-        log.info("server: %s takes part in raft at %s", node.name, node.rpc_endpoint)
+        log.info("server: %s listens for its peers at %s", node.name, node.rpc_endpoint)
+
+    async def _come_in(self, marker: Marker | None, others: list[NodeConfig]) -> None:
+        patience_s = PATIENCE_S
+        if marker is not None and marker.stage == LEAVE:
+            await leave_first(self.node, others, self.peers, self._rng)
+            try:
+                await asyncio.to_thread(self._marker.left)
+                await self.replica.start()
+            except (OSError, RaftError) as error:
+                self._on_failure(error)
+                return
+            patience_s = 0.0  # nobody will come for a server that is no member
+        await join_if_unknown(self.node, others, self.replica, self.peers, self._rng, patience_s=patience_s)
 
     async def hand_over(self, timeout_s: float) -> None:
         """Give leadership to another server, if this one has it; requests go on being answered."""
@@ -163,9 +180,9 @@ class ServerNode:
         await self.transport.stop()
         await self.peers.close()
 
-    def _founders(self) -> Members:
+    def _founders(self, marker: Marker | None) -> Members:
         """The membership of a cluster that begins; what is on disk counts for more."""
-        if self.node.join:
+        if self.node.join or marker is not None:
             return Members()
         servers = [server for server in self.config.servers() if not server.join]
         return Members.of(Member(server.name, server.rpc_endpoint) for server in servers)

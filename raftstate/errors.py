@@ -44,10 +44,10 @@ class TransferFailed(RaftError):
     """Leadership could not be handed over; this server still leads, or another was elected meanwhile."""
 
 
-_REPLACE = (
-    "on a healthy server run `lictor operator raft remove-peer -id NAME` for this one, then start a server under a "
-    "new name with join = true, which takes the state from its peers. Do not restart this one with an empty "
-    "directory: it has voted under its name and would forget it"
+_RECOVER = (
+    "if its peers are well, run `lictor operator raft recover -config FILE -node NAME` here and start it again: it "
+    "then takes the state from them. Do not empty the directory by hand: this server has voted under its name and "
+    "would forget it"
 )
 
 
@@ -58,11 +58,8 @@ class StateDiverged(RaftError):
         super().__init__(
             f"the leader's log differs at index {index}, which is committed here (up to {commit}); this server stops "
             "before it serves a diverged state: find the odd one with `lictor cluster status` or /v1/agent/self; "
-            f"{_REPLACE}"
+            f"{_RECOVER}"
         )
-
-
-_RECOVER = f"nothing was changed on disk; {_REPLACE}"
 
 
 class JournalDamaged(RaftError):
@@ -73,7 +70,9 @@ class JournalDamaged(RaftError):
 
     def __init__(self, path: str, offset: int, what: str) -> None:
         self.path, self.offset, self.what = path, offset, what
-        super().__init__(f"raft journal is damaged: {what} in {path} at byte {offset}; {_RECOVER}")
+        super().__init__(
+            f"raft journal is damaged: {what} in {path} at byte {offset}; nothing was changed on disk; {_RECOVER}"
+        )
 
 
 class JournalFailed(RaftError):
@@ -93,6 +92,6 @@ class JournalFailed(RaftError):
 class SnapshotDamaged(RaftError):
     """A snapshot file, or a stream in its format, is torn or fails its checksum."""
 
-    def __init__(self, where: str, what: str, *, advice: str = _RECOVER) -> None:
+    def __init__(self, where: str, what: str, *, advice: str = f"nothing was changed on disk; {_RECOVER}") -> None:
         self.where, self.what = where, what
         super().__init__(f"snapshot is damaged: {what} in {where}; {advice}")

@@ -130,6 +130,8 @@ class Replica:
     async def stop(self) -> None:
         """Leave in good order: hand over leadership if there is someone to take it, sync, close the journal."""
         if self._driver is None:
+            if self._core is None:  # it never took part: only what was opened for it is closed
+                await asyncio.to_thread(self._journal.close)
             return
         if self.failure is None and self.is_leader and len(self._running_core().members.voters) > 1:
             try:
@@ -323,8 +325,16 @@ class Replica:
             raise UnknownOutcome(f"leadership was lost while {server!r} was catching up: see the members and retry")
 
     async def remove_server(self, server: str, timeout_s: float = 10.0) -> None:
-        """Remove a server, this one included. Raises MembershipRefused, NotLeader, UnknownOutcome."""
-        if self._running_core().members.get(server) is None:
+        """Have a server out of the committed membership, this one included.
+
+        Raises MembershipRefused, NotLeader, UnknownOutcome, NoQuorum.
+        """
+        core = self._running_core()
+        if core.is_leader and core.members.get(server) is None:
+            # Its removal may be in the log only: another leader could still take that back.
+            await self._until(lambda: core.membership_index <= core.commit or not core.is_leader, timeout_s)
+            if not core.is_leader:
+                raise NotLeader(core.leader)
             return
         await self._propose(lambda core, done: core.change_members(lambda all: all.without(server), done), timeout_s)
 

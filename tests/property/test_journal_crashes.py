@@ -79,7 +79,7 @@ def test_every_damaged_byte_that_is_certified_is_refused(operations: list[tuple[
             disk = SimDisk.of(run.disk.snapshot())
             disk.flip(path, offset, mask)
             if offset < certified:
-                with pytest.raises(JournalDamaged, match="lictor operator raft remove-peer"):
+                with pytest.raises(JournalDamaged, match="lictor operator raft recover"):
                     Journal(disk, DIRECTORY)
             else:
                 # Only the last certificate itself: nothing is lost with it.

@@ -247,7 +247,7 @@ def test_damage_changes_nothing_on_disk() -> None:
     filled(disk, 30, segment_bytes=400).close()
     disk.flip("/raft/" + segment_name(2), 200)
     before = disk.snapshot()
-    with pytest.raises(JournalDamaged, match="lictor operator raft remove-peer"):
+    with pytest.raises(JournalDamaged, match="lictor operator raft recover"):
         journal(disk)
     assert disk.snapshot() == before
 

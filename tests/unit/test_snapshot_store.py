@@ -77,7 +77,7 @@ def test_never_falls_back_below_the_journals_base() -> None:
     save(store(disk), 10)
     save(store(disk), 20)
     disk.flip(path(disk, 20), 150)
-    with pytest.raises(SnapshotDamaged, match="lictor operator raft remove-peer"):
+    with pytest.raises(SnapshotDamaged, match="lictor operator raft recover"):
         store(disk).latest(min_index=15)
 
 
