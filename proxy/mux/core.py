@@ -232,6 +232,7 @@ class MuxCore:
         self.growth = GrowthBudget(GROWTH_BYTES)
         self.pongs = 0
         """Answers seen to our pings."""
+        self.on_pong: Callable[[], None] = lambda: None
         self.max_streams = max_streams
         self._acceptor = acceptor
         self._wake = wake
@@ -411,6 +412,7 @@ class MuxCore:
             self.send_control(frames.frame(frames.PONG, 0, bytes(payload)))
         elif kind == frames.PONG:
             self.pongs += 1
+            self.on_pong()
         else:
             frames.decode_coded(payload)
             self.going_away = True

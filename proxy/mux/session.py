@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import cast
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import MAX_STREAMS, MuxCore, MuxStream
-from proxy.mux.flow import MemoryBudget
+from proxy.mux.flow import NEAR_WINDOW_BYTES, MemoryBudget, window_for
 from proxy.stream import Data
 from raftstate.model.identity import Identity
 
@@ -26,6 +27,8 @@ JOIN_BYTES = 64 * 1024
 """Output up to this size is joined into one write; longer output is not copied."""
 FEW_STREAMS = 2
 """With so few live streams frames are sent at once: there is nothing to gather, and the turn is latency."""
+FIRST_PINGS = 4
+"""Pings in a row when the session begins, to know how far the peer is; then one with each keepalive."""
 WRITE_HIGH_BYTES = 512 * 1024
 
 
@@ -53,6 +56,12 @@ class MuxSession(asyncio.Protocol):
         self.closed = False
         accept = None if acceptor is None else lambda stream: acceptor(self, stream)
         self.core = MuxCore(acceptor=accept, wake=self._schedule, max_streams=max_streams, memory=memory)
+        self.core.on_pong = self._pong
+        self.core.growth.window_max = NEAR_WINDOW_BYTES
+        self.round_trip_s = float("inf")
+        """The shortest that was seen."""
+        self._asked: float | None = None
+        """When the ping was sent that is not answered yet."""
         self._on_lost = on_lost
         self._keepalive_s = keepalive_s
         self._loop = asyncio.get_running_loop()
@@ -70,6 +79,7 @@ class MuxSession(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)
+        self._ping()
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
@@ -178,13 +188,26 @@ class MuxSession(asyncio.Protocol):
         if short:
             transport.write(b"".join(short))
 
+    def _ping(self) -> None:
+        self._asked = time.monotonic()  # the loop's own clock may stand still for a turn
+        self.core.ping()
+
+    def _pong(self) -> None:
+        if self._asked is None:
+            return
+        self.round_trip_s = min(self.round_trip_s, time.monotonic() - self._asked)
+        self._asked = None
+        self.core.growth.window_max = window_for(self.round_trip_s)
+        if self.core.pongs < FIRST_PINGS:
+            self._ping()
+
     def _keepalive(self) -> None:
         if not self._heard and self._pinged:
             self.kill(StreamClosed(f"session with {self.name} answers no ping"), frames.TIMED_OUT)
             return
         self._pinged = not self._heard
-        if self._pinged and not self.closed:
-            self.core.ping()
+        if not self.closed:
+            self._ping()
         self._heard = False
         if self.core.streams:
             self._idle_since = None

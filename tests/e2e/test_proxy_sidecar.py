@@ -12,6 +12,7 @@ from proxy import outbound
 from proxy.errors import PortUnavailable
 from proxy.inbound import AppChannel, Call
 from proxy.mux.core import MuxStream
+from proxy.mux.flow import window_for
 from proxy.sidecar import Sidecar, SidecarOptions
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
@@ -415,3 +416,15 @@ async def test_decisions_are_remembered_by_source_not_by_certificate(mesh: Mesh)
         await client.push(leaf=mesh.ca.leaf("web", "web-1"))
         assert await client.ask() == b"hi\n"
     assert list(desk._decisions) == [("web", "web-1")]
+
+
+@with_mesh
+async def test_a_session_knows_how_far_its_peer_is(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    assert await client.ask() == b"hi\n"
+    sessions = [*client.sidecar._pool._live, *server.sidecar._public.sessions]  # type: ignore[union-attr]
+    assert len(sessions) == 2
+    await until(lambda: all(session.core.pongs >= 4 for session in sessions))
+    for session in sessions:
+        assert 0 < session.round_trip_s < 5
+        assert session.core.growth.window_max == window_for(session.round_trip_s)

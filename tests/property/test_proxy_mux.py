@@ -15,10 +15,12 @@ from proxy.mux.core import OUT_HIGH_BYTES, MuxCore, MuxStream
 from proxy.mux.flow import (
     INITIAL_WINDOW_BYTES,
     MAX_WINDOW_BYTES,
+    NEAR_WINDOW_BYTES,
     GrowthBudget,
     MemoryBudget,
     ReceiveWindow,
     SendCredit,
+    window_for,
 )
 from proxy.stream import Channel, Data
 
@@ -286,3 +288,15 @@ def test_streams_beyond_the_memory_of_the_process_are_dropped_and_its_budget_com
     wire.settle()
     assert (wire.server.memory.held, wire.client.memory.held) == (0, 0)
     assert wire.server.memory.growth_left == wire.client.memory.growth_left
+
+
+def test_windows_grow_to_what_the_way_asks_for() -> None:
+    assert window_for(0.0001) == window_for(0.0) == NEAR_WINDOW_BYTES
+    assert NEAR_WINDOW_BYTES < window_for(0.002) < MAX_WINDOW_BYTES
+    assert window_for(0.05) == window_for(float("inf")) == MAX_WINDOW_BYTES
+    budget = GrowthBudget(1 << 30)
+    budget.window_max = NEAR_WINDOW_BYTES
+    window = ReceiveWindow(budget, MemoryBudget())
+    for _ in range(10):
+        window.received(window.size // 2 + 1)
+    assert window.size == NEAR_WINDOW_BYTES
