@@ -104,6 +104,15 @@ class QueryResult:
         return msgspec.convert(self.raw, kind, from_attributes=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """How this node stands with the cluster now: what an answer from what it holds may say of itself."""
+
+    known_leader: bool
+    last_contact_ms: int
+    """How old what is held here may be."""
+
+
 @dataclass(frozen=True)
 class ViewEvent:
     """One step of a subscription. Keys name rows within the view and mean nothing else."""
@@ -155,6 +164,9 @@ class Backend(Protocol):
 
         Raises NoLeader, TimedOut, BadRequest (unknown query or parameter).
         """
+
+    def contact(self) -> Contact:
+        """Return whether a leader is known from here, and how long ago this node last heard of one."""
 
     def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
         """Return what ``query(name, params, mode="stale")`` would, if that needs no waiting; else None.

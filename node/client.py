@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from node import protocol
-from node.backend import APPLY_TIMEOUT_S, QUERY_TIMEOUT_S, Applied, QueryResult, ReadMode, ViewEvent
+from node.backend import APPLY_TIMEOUT_S, QUERY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, ViewEvent
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
 from node.followed import Followed, FollowedQueries
@@ -133,6 +133,10 @@ class RpcBackend:
             followed.take(result, applied)
             return result
         return (await self._ask_server(name, params, mode, 0, 0.0))[0]
+
+    def contact(self) -> Contact:
+        """See Backend.contact."""
+        return Contact(self.link.known_leader, self.link.last_contact_ms())
 
     def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
         """See Backend.query_now."""

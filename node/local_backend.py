@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from node.backend import APPLY_TIMEOUT_S, Applied, QueryResult, ReadMode, ViewEvent
+from node.backend import APPLY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, ViewEvent
 from node.errors import Refused
 from node.store_reads import StoreReads, outcome
 from raftstate.state.commands import Envelope, decode_envelope, encode_envelope
@@ -52,6 +52,10 @@ class LocalBackend:
         """Read; every mode is as good as `consistent` here."""
         answer = await self.reads.blocking(name, params or {}, min_index, wait_s)
         return QueryResult(answer.index, True, 0, answer.value, mode)
+
+    def contact(self) -> Contact:
+        """See Backend.contact."""
+        return Contact(True, 0)
 
     def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
         """See Backend.query_now."""

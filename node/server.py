@@ -16,6 +16,7 @@ from node.backend import (
     APPLY_TIMEOUT_S,
     QUERY_TIMEOUT_S,
     Applied,
+    Contact,
     QueryResult,
     ReadMode,
     RefusalInfo,
@@ -168,6 +169,11 @@ class ServerBackend:
         result = as_result(decode(body, QueryReply), mode, name)
         self._seen_index = max(self._seen_index, result.index)
         return result
+
+    def contact(self) -> Contact:
+        """See Backend.contact."""
+        status = self.replica.status()
+        return Contact(status.leader is not None, status.last_contact_ms)
 
     def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
         """See Backend.query_now. A stale barrier never waits: its one step gives the stamp."""

@@ -36,8 +36,6 @@ class View:
         self.rows: Rows = {}
         self.index = 0
         self.connected = False
-        self.changed_at = 0.0
-        """Loop time of the last sign of life from the stream."""
         self.holders = 0
         self._known = asyncio.Event()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -191,14 +189,13 @@ class Views:
             held[1].cancel()
 
     async def _follow(self, view: View) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
                 # Backends yield from async generators; closing one at once frees its place on the server.
                 stream = cast("Any", self._backend.subscribe(view.name, view.params))
                 async with aclosing(stream):
                     async for event in stream:
-                        view.connected, view.changed_at = True, loop.time()
+                        view.connected = True
                         view.take(event)
             except NodeError as error:
                 log.warning("view %s %s: %s; keeping what is known and trying again", view.name, view.params, error)

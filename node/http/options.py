@@ -43,6 +43,9 @@ class ReadOptions:
     near: str = ""
     node_meta: Mapping[str, str] = field(default_factory=dict)
     max_age_s: float | None = None
+    """A cached answer may be this old; 0: it may not be cached at all."""
+    stale_if_error_s: float | None = None
+    """An older one, up to this, will do when no newer can be had."""
     max_stale_s: float | None = None
 
 
@@ -68,14 +71,16 @@ def read_options(query: MultiMapping[str], headers: Mapping[str, str], rng: rand
         wait_s += rng.uniform(0.0, wait_s / 16)
     else:
         wait_s = 0.0
-    max_age_s = None
+    max_age_s = stale_if_error_s = None
     for directive in headers.get("Cache-Control", "").split(","):
         name, _, value = directive.strip().partition("=")
-        if name == "max-age":
-            try:
+        if name in ("max-age", "stale-if-error"):
+            if not (value.isascii() and value.isdigit() and len(value) <= 10):
+                raise BadRequest(f"Invalid Cache-Control {name}")
+            if name == "max-age":
                 max_age_s = float(value)
-            except ValueError:
-                raise BadRequest("Invalid Cache-Control max-age") from None
+            else:
+                stale_if_error_s = float(value)
         elif name == "must-revalidate":
             max_age_s = 0.0
     max_stale_s = None
@@ -95,6 +100,7 @@ def read_options(query: MultiMapping[str], headers: Mapping[str, str], rng: rand
         near=query.get("near", ""),
         node_meta=node_meta(query),
         max_age_s=max_age_s,
+        stale_if_error_s=stale_if_error_s,
         max_stale_s=max_stale_s,
     )
 

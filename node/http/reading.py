@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -79,12 +78,30 @@ async def _read_view(ctx: Context, name: str, params: dict[str, Any] | None, opt
             raise NodeError("No cluster leader: nothing is known here yet; retry in a moment")
         if options.min_index and view.index == options.min_index:
             await view.wait(options.min_index, options.wait_s)
-        age_s = 0.0 if view.connected else asyncio.get_running_loop().time() - view.changed_at
-        headers = query_headers(view.index, view.connected, round(age_s * 1000), "stale")
+        contact = ctx.backend.contact()
+        age_s = contact.last_contact_ms / 1000
+        if known_before and _too_old(age_s, options):
+            try:
+                return await _read_anew(ctx, name, params, options)
+            except NodeError:
+                if options.stale_if_error_s is None or age_s > options.stale_if_error_s:
+                    raise
+        headers = query_headers(view.index, contact.known_leader, contact.last_contact_ms, "stale")
         headers |= {"X-Cache": "HIT" if known_before else "MISS", "Age": str(int(age_s))}
         return Reading(list(view.rows.values()), view.index, headers, options)
     finally:
         ctx.agent.views.release(view)
+
+
+def _too_old(age_s: float, options: ReadOptions) -> bool:
+    """Whether ``Cache-Control`` forbids an answer of this age."""
+    return options.max_age_s is not None and (options.max_age_s == 0 or age_s > options.max_age_s)
+
+
+async def _read_anew(ctx: Context, name: str, params: dict[str, Any] | None, options: ReadOptions) -> Reading:
+    result = await ctx.backend.query(name, params)
+    headers = query_headers(result.index, result.known_leader, result.last_contact_ms, "leader")
+    return Reading(result.raw, result.index, headers | {"X-Cache": "MISS", "Age": "0"}, options)
 
 
 def _consistency_name(mode: str) -> str:
