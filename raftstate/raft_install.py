@@ -81,21 +81,19 @@ class Installing(Replication):
         assert send is not None
         assert self._reads is not None
         while not send.finished and send.next_chunk - send.acked < self.config.snapshot_chunks_inflight:
-            data = next(send.chunks, b"") if send.ahead is None else send.ahead
-            send.ahead = next(send.chunks, None)
-            send.finished = send.ahead is None
+            number = send.next_chunk
+            data, last = send.take()
             message = InstallSnapshot(
                 self.term,
                 send.index,
                 send.term,
                 send.members,
-                send.next_chunk,
-                send.finished,
+                number,
+                last,
                 self._reads.round,
                 data,
             )
             self._free.append((peer, message))
-            send.next_chunk += 1
 
     def _on_snapshot_reply(self, peer: str, message: SnapshotReply, now: float) -> None:
         progress = self._on_heard(peer, message.round, now)
@@ -112,7 +110,7 @@ class Installing(Replication):
             self._rewind_snapshot(progress, message.next_chunk)  # it lost what it had: it was started anew
             self._pump_snapshot(peer, progress)
         elif message.next_chunk <= send.next_chunk:
-            send.acked = message.next_chunk
+            send.acknowledged(message.next_chunk)
             self._pump_snapshot(peer, progress)
 
     def _nudge_snapshot(self, peer: str, progress: Progress) -> None:
@@ -136,8 +134,8 @@ class Installing(Replication):
             return
         # From the last acknowledged chunk on: when all are, its answer is what was lost.
         chunk = max(0, chunk - 1)
-        old.chunks = islice(self._snapshots.open(old.meta), chunk, None)
-        old.ahead, old.finished, old.acked, old.next_chunk = None, False, chunk, chunk
+        if not old.rewind(chunk):
+            old.reopen(islice(self._snapshots.open(old.meta), chunk, None), chunk)
 
     # -- follower --------------------------------------------------------------------------------------------------
 

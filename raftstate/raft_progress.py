@@ -16,7 +16,10 @@ from raftstate.raft_config import RaftConfig
 
 @dataclass
 class SnapshotSend:
-    """A snapshot on its way to one follower."""
+    """A snapshot on its way to one follower.
+
+    Chunks are kept until they are acknowledged: to send them again must not mean to read the file from its start.
+    """
 
     index: int
     term: int
@@ -27,9 +30,40 @@ class SnapshotSend:
     """Number of the chunk that is sent next."""
     acked: int = 0
     """Chunks the follower has written."""
-    ahead: bytes | None = None
-    """One chunk read in advance: only a look ahead tells which chunk is the last."""
     finished: bool = False
+    _kept: deque[bytes] = field(default_factory=deque)
+    _first_kept: int = 0
+    """Number of the first kept chunk."""
+
+    def take(self) -> tuple[bytes, bool]:
+        """Return the next chunk and whether it is the last one, which only a look ahead tells."""
+        at = self.next_chunk - self._first_kept
+        while len(self._kept) < at + 2 and (chunk := next(self.chunks, None)) is not None:
+            self._kept.append(chunk)
+        self.next_chunk += 1
+        self.finished = at + 1 >= len(self._kept)
+        return (self._kept[at] if at < len(self._kept) else b""), self.finished
+
+    def acknowledged(self, chunks: int) -> None:
+        """The follower has so many. The last of them is kept: its answer may be what was lost."""
+        self.acked = chunks
+        while self._first_kept < chunks - 1 and self._kept:
+            self._kept.popleft()
+            self._first_kept += 1
+
+    def rewind(self, chunk: int) -> bool:
+        """Go on from this chunk; False if it is not kept any more."""
+        if chunk < self._first_kept:
+            return False
+        self.next_chunk = self.acked = chunk
+        self.finished = False
+        return True
+
+    def reopen(self, chunks: Iterator[bytes], chunk: int) -> None:
+        """Go on from this chunk, the first of `chunks`."""
+        self._kept.clear()
+        self.chunks, self._first_kept = chunks, chunk
+        self.rewind(chunk)
 
 
 @dataclass

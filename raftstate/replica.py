@@ -559,11 +559,12 @@ def _feed(fresh: Restoring, chunks: Iterable[bytes]) -> None:
     try:
         for chunk in chunks:
             fresh.feed(chunk)
+        fresh.check()
     finally:
+        # Before the collector runs again: the new rows would all be young to it, and the loop would pay for that.
+        gc.freeze()
         if collected:
             gc.enable()
-    fresh.check()
-    gc.freeze()
 
 
 async def _let_go(replaced: Any) -> None:

@@ -94,7 +94,7 @@ class Restorer:
         self._tables = {table.name: table for table in self._fresh.tables()}
         self._header: _Header | None = None
         self._count = 0
-        self._ended = False
+        self._ended = self._checked = False
 
     def feed(self, chunk: bytes) -> None:
         """Read one chunk."""
@@ -132,9 +132,19 @@ class Restorer:
         self._fresh.journal.clear()
 
     def check(self) -> None:
-        """Raise SnapshotDamaged unless all was read."""
+        """Raise SnapshotDamaged unless all was read. What is long is done here, so that `finish` is short."""
         if self._header is None or not self._ended:
             raise _damaged("it ends early")
+        if self._checked:
+            return
+        self._checked = True
+        # A walk that ran beside writes yields removed rows last; the oldest must stand first to be forgotten first.
+        requests = self._fresh.requests.rows
+        found = list(requests.values())
+        ordered = sorted(found, key=lambda request: request.index)
+        if ordered != found:
+            requests.clear()
+            requests.update((request.request_id, request) for request in ordered)
 
     def finish(self, at: int | None = None) -> Store:
         """Hand over what was read; return what it replaced, for `raftstate.state.retire`. Wake every watcher then.
@@ -145,13 +155,6 @@ class Restorer:
         assert self._header is not None
         fresh, header = self._fresh, self._header
         fresh.index, fresh.clock_us, fresh.offset = header.index, header.clock_us, header.offset
-        # A walk that ran beside writes yields removed rows last; the oldest must stand first to be forgotten first.
-        requests = fresh.requests.rows
-        found = list(requests.values())
-        ordered = sorted(found, key=lambda request: request.index)
-        if ordered != found:
-            requests.clear()
-            requests.update((request.request_id, request) for request in ordered)
         return self._install(fresh, at)
 
 
