@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping
 
 from proxy.balancer import LEAST_REQUEST, POLICIES, Balancer, BalancerOptions, Instance, Key, RetryBudget
+from proxy.balancing.routing import Chooses, Routing, hash_connection
 from proxy.errors import ConnectFailed, StreamClosed
 from proxy.http import HttpCounters, OutboundHttp
 from proxy.logs import LimitedLog
@@ -19,12 +20,13 @@ from proxy.metrics import Metrics, PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of
+from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of, source_of
 from proxy.pool import CONNECT_TIMEOUT_S, ForeignChannel, SessionPool
 from proxy.relay import SocketChannel
 from proxy.stream import Channel, Data, join
 from proxy.tasks import Tasks
-from raftstate.model.sidecar import SidecarSelf, SidecarUpstream
+from raftstate.model.plan import Plan, ResolverNode, target_id
+from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream
 
 log = logging.getLogger("lictor.proxy.outbound")
 
@@ -54,7 +56,37 @@ class UpstreamSettings:
             failures_to_eject=max(1, int(_number(config.get("failures_to_eject"), 1))),
             prefer_node=me.node if me and locality == "node" else "",
             prefer_zone=me.zone if me and locality in ("node", "zone") else "",
+            slow_start_s=_number(config.get("slow_start_ms"), 0.0) / 1000,
+            connect_timeout_s=self.connect_timeout_s,
         )
+        self._config = config
+        self._me = me
+
+    def balancer_of(self, node: ResolverNode | None) -> BalancerOptions:
+        """Return how the instances of a resolver's target are balanced: the upstream's own words go first."""
+        if node is None:
+            return self.balancer
+        said, options = node.balancing, self.balancer
+        if said.policy and "load_balancer" not in self._config:
+            options = options._replace(
+                policy=said.policy,
+                choice_count=said.choice_count,
+                ring_size_min=said.ring_size_min,
+                ring_size_max=said.ring_size_max,
+            )
+        if said.locality and "locality" not in self._config and self._me is not None:
+            node_too = self._me.node if said.locality == "node" else ""
+            options = options._replace(prefer_node=node_too, prefer_zone=self._me.zone)
+        if "connect_timeout_ms" not in self._config:
+            options = options._replace(connect_timeout_s=node.connect_timeout_s)
+        return options
+
+
+def _resolver(plan: Plan | None, target: str) -> ResolverNode | None:
+    """Return the resolver that names a target, else one that fails over to it."""
+    nodes = [node for node in plan.nodes.values() if isinstance(node, ResolverNode)] if plan is not None else []
+    own = next((node for node in nodes if node.target == target), None)
+    return own or next((node for node in nodes if target in node.failover), None)
 
 
 def _number(value: object, default: float) -> float:
@@ -72,6 +104,14 @@ class Upstream:
         self.spec: SidecarUpstream | None = None
         self.me: SidecarSelf | None = None
         self.balancer = Balancer(random.random)
+        """Of the service's instances; with a plan, of its first target's."""
+        self.balancers: dict[str, Balancer] = {}
+        """By target id."""
+        self.routing: Routing | None = None
+        """None while there is no plan: all calls go by the balancer."""
+        self.keys: frozenset[Key] = frozenset()
+        """All instances that calls may go to."""
+        self.random = random.random
         self.budget = RetryBudget()
         self.settings = UpstreamSettings({}, None)
         self.connections: set[Outgoing | HttpAppConnection] = set()
@@ -81,6 +121,7 @@ class Upstream:
         self.http_counters = HttpCounters()
         self._fleet = ServiceFleet(self)
         self._http: OutboundHttp | None = None
+        self._unroutable = ""
         self.blocked = ""
         """Why no call may be made at all (our own identity is revoked, draining); empty normally."""
         self.limited = LimitedLog(log)
@@ -88,23 +129,58 @@ class Upstream:
 
     def update(self, spec: SidecarUpstream | None, me: SidecarSelf | None) -> list[Key]:
         """Take the upstream's new state; connections to instances that went are ended. Returns those instances."""
-        self.spec, self.me = spec, me
-        if spec is None:
-            gone = self.balancer.update(())
-        else:
+        before, self.spec, self.me = self.spec, spec, me
+        if spec is not None:
             self.settings = UpstreamSettings(spec.config, me)
             self.http_options = options_of(spec.service or self.name, spec.config)
             if self._http is not None:
                 self._http.use(self.http_options)
-            self.balancer.options = self.settings.balancer
             self.stats = self.metrics.pair("outbound", me.service if me else "", spec.service or self.name)
-            gone = self.balancer.update(spec.endpoints)
+        gone = self._retarget(before, spec, me.datacenter if me else "")
         if gone:
-            dead = set(gone)
             for connection in list(self.connections):
-                if connection.instance in dead:
+                if connection.instance is not None and connection.instance.key in gone:
                     connection.cut(f"{connection.instance.key.instance} is no longer an instance of {self.name}")
-        return [instance.key for instance in gone]
+        return list(gone)
+
+    def _retarget(self, before: SidecarUpstream | None, spec: SidecarUpstream | None, datacenter: str) -> set[Key]:
+        """Give each target its balancer; return the instances that are no more.
+
+        An instance that calls merely are not to go to any more, because a plan changed, is none of those: what it has
+        under way may end there.
+        """
+        plan = spec.plan if spec is not None else None
+        targets: dict[str, tuple[Endpoint, ...]] = {}
+        if spec is not None and plan is not None:
+            targets = {id: spec.targets.get(id, ()) for id in plan.targets}
+        elif spec is not None:
+            targets = {target_id(spec.service, datacenter): spec.endpoints}
+        now = asyncio.get_running_loop().time()
+        old, self.balancers, gone = self.balancers, {}, set[Key]()
+        for id, endpoints in targets.items():
+            balancer = old.pop(id, None) or Balancer(self.random)
+            balancer.options = self.settings.balancer_of(_resolver(plan, id))
+            left = {instance.key for instance in balancer.update(endpoints, now)}
+            if (
+                before is None
+                or before.plan is None
+                or plan is None
+                or before.plan.targets.get(id) == plan.targets[id]
+            ):
+                gone |= left
+            self.balancers[id] = balancer
+        if spec is None or before is None or before.service != spec.service:
+            gone.update(key for balancer in old.values() for key in balancer.instances)
+        self.balancer = next(iter(self.balancers.values()), None) or Balancer(self.random)
+        self.keys = frozenset(key for balancer in self.balancers.values() for key in balancer.instances)
+        self.routing = None
+        self._unroutable = ""
+        if plan is not None:
+            try:
+                self.routing = Routing(plan, self.balancers, self.random)
+            except ValueError as error:
+                self._unroutable = str(error)
+        return gone - self.keys
 
     @property
     def http(self) -> OutboundHttp:
@@ -146,7 +222,9 @@ class Upstream:
             return self.spec.error
         if len(self.connections) > self.settings.max_connections:
             return f"more than {self.settings.max_connections} connections"
-        if not self.spec.endpoints and not self.spec.loopback_port:
+        if self._unroutable:
+            return self._unroutable
+        if not self.keys and not self.spec.loopback_port:
             return f"service {self.spec.service} has no instance"
         return ""
 
@@ -184,8 +262,8 @@ class Outgoing:
     """The way of one app connection to an instance. Until accepted it is the app connection's peer."""
 
     __slots__ = (
-        "_attempts", "_eof", "_held", "_live", "_replay", "_replay_bytes", "_stream", "_stream_full",
-        "_tried", "app", "instance", "peer", "reason", "upstream",
+        "_attempts", "_choice", "_eof", "_hash", "_held", "_live", "_replay", "_replay_bytes", "_stream",
+        "_stream_full", "_tried", "app", "instance", "peer", "reason", "upstream",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream, app: AppConnection) -> None:
@@ -205,6 +283,8 @@ class Outgoing:
         self._stream_full = False
         self._attempts = 0
         self._tried: set[Key] = set()
+        self._choice: Chooses = upstream.balancer
+        self._hash: int | None = None
 
     def start(self) -> None:
         upstream = self.upstream
@@ -215,6 +295,10 @@ class Outgoing:
             upstream.tasks.spawn(self._loopback(upstream.spec.loopback_port))
         else:
             upstream.budget.connection()
+            if upstream.routing is not None:
+                destination = upstream.routing.connection().destination
+                self._choice = destination
+                self._hash = hash_connection(destination.hash_policies, source_of(self.app))
             self._attempt()
 
     # Attempts
@@ -223,7 +307,7 @@ class Outgoing:
         upstream = self.upstream
         now = asyncio.get_running_loop().time()
         self._leave()
-        instance = upstream.balancer.pick(now, self._tried)
+        instance = self._choice.pick(now, self._tried, self._hash)
         if instance is None:
             self._fail("exhausted", self.reason or "no instance can be used")
             return
@@ -255,7 +339,7 @@ class Outgoing:
     async def _dial(self, instance: Instance) -> None:
         upstream = self.upstream
         try:
-            result = await upstream.pool.connect(instance.key, upstream.settings.connect_timeout_s)
+            result = await upstream.pool.connect(instance.key, instance.owner.options.connect_timeout_s)
         except ConnectFailed as error:
             if self._live and self.instance is instance:
                 self._failed(instance, str(error))
@@ -295,7 +379,7 @@ class Outgoing:
     def _failed(self, instance: Instance, reason: str) -> None:
         upstream = self.upstream
         self.reason = reason
-        if upstream.balancer.failed(instance, asyncio.get_running_loop().time()):
+        if instance.owner.failed(instance, asyncio.get_running_loop().time()):
             upstream.metrics.count("lictor_ejections_total", upstream=upstream.name)
             key = f"ejected {instance.key}"
             upstream.limited.warning(key, f"upstream {upstream.name}: {instance.key.instance} left out: {reason}")
@@ -315,7 +399,7 @@ class Outgoing:
         self._settle()
         app = self.app
         if self.instance is not None:
-            self.upstream.balancer.succeeded(self.instance)
+            self.instance.owner.succeeded(self.instance)
         if isinstance(channel, SocketChannel):
             replay, self._replay = self._replay, []
             if isinstance(channel, ForeignChannel):
@@ -404,7 +488,7 @@ class Outgoing:
             self._failed(instance, reason)
         else:
             self.reason = reason
-            self.upstream.balancer.refused(instance, asyncio.get_running_loop().time())
+            instance.owner.refused(instance, asyncio.get_running_loop().time())
             self._attempt()
 
     def stream_closed(self, stream: MuxStream) -> None:

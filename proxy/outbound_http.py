@@ -11,15 +11,18 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from proxy.balancer import Instance, Key
+from proxy.balancing.routing import Chooses, Way, change_lines, hash_request
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http import HttpOptions, OutboundConnection, OutboundOptions
-from proxy.http.outbound import Lease
+from proxy.http.head import RequestHead, ResponseHead
+from proxy.http.outbound import Aim, Lease
 from proxy.http.upstream import Owner, Upstream
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
-from proxy.stream import Data
+from proxy.stream import Channel, Data
+from raftstate.model.plan import HeaderChange
 
 if TYPE_CHECKING:
     from proxy.outbound import Upstream as Service
@@ -61,12 +64,21 @@ class ServiceFleet:
     def unavailable(self) -> str:
         return self.service.unavailable()
 
-    def pick(self, tried: set[Hashable]) -> Lease | None:
+    def aim(self, head: RequestHead, client: Channel) -> Aim | None:
+        """What the plan says of a request; None when there is none."""
+        routing = self.service.routing
+        return None if routing is None else RequestAim(self.service, routing.request(head), head, client)
+
+    def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
         service = self.service
         if service.spec is not None and service.spec.loopback_port:
             return LoopbackLease(self, service.spec.loopback_port)
-        loop = asyncio.get_running_loop()
-        instance = service.balancer.pick(loop.time(), cast("set[Key]", tried))
+        now = asyncio.get_running_loop().time()
+        exclude = cast("set[Key]", tried)
+        if isinstance(aim, RequestAim):
+            instance = aim.destination.pick(now, exclude, aim.hashed)
+        else:
+            instance = service.balancer.pick(now, exclude)
         if tried:
             service.metrics.count("lictor_retries_total", upstream=service.name)
         else:
@@ -133,6 +145,48 @@ class ServiceFleet:
         """Nothing is being sent."""
 
 
+class RequestAim:
+    """What the plan says of one request, and by what it is hashed."""
+
+    __slots__ = (
+        "_changes", "_way", "attempts_max", "destination", "edits", "hashed", "request_timeout_s", "retry_resets",
+        "retry_statuses",
+    )  # fmt: skip
+
+    def __init__(self, service: Service, way: Way, head: RequestHead, client: Channel) -> None:
+        self._way = way
+        self.request_timeout_s = way.request_timeout_s
+        self.attempts_max = way.attempts_max
+        self.retry_statuses = way.retry_statuses
+        self.retry_resets = way.retry_resets
+        self.hashed: int | None = None
+        self.destination: Chooses = way.destination
+        self._changes = way.response_changes
+        if policies := way.destination.hash_policies:
+            self.hashed, cookie = hash_request(policies, head, source_of(client), service.random)
+            if cookie:
+                self._changes = (*self._changes, HeaderChange(add={"Set-Cookie": cookie}))
+        self.edits = bool(self._changes)
+
+    def prepare(self, head: RequestHead) -> bytes:
+        """Change the request's headers; return the target to ask for."""
+        way = self._way
+        if way.request_changes:
+            head.fields, head.lines = change_lines(head.fields, head.lines, way.request_changes)
+        return way.target(head.target)
+
+    def edit(self, head: ResponseHead) -> None:
+        """Change the response's headers."""
+        head.fields, head.lines = change_lines(head.fields, head.lines, self._changes)
+
+
+def source_of(client: Channel) -> str:
+    """Return the address of the app's connection, or ``""``."""
+    transport = client.transport if isinstance(client, SocketChannel) else None
+    name = transport.get_extra_info("peername") if transport is not None else None
+    return str(name[0]) if isinstance(name, tuple) and name else ""
+
+
 class InstanceLease:
     """One request to one instance."""
 
@@ -155,13 +209,13 @@ class InstanceLease:
 
     async def connect(self, owner: Owner) -> Upstream:
         service = self._fleet.service
-        result = await service.pool.connect(self._instance.key, service.settings.connect_timeout_s)
+        result = await service.pool.connect(self._instance.key, self._instance.owner.options.connect_timeout_s)
         if isinstance(result, MuxSession):
             return self._open_stream(result, owner)
         upstream = Upstream(owner, service.http_options.http)
         upstream.channel = result
         result.attach(upstream)
-        service.balancer.succeeded(self._instance)
+        self._instance.owner.succeeded(self._instance)
         return upstream
 
     def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
@@ -173,7 +227,7 @@ class InstanceLease:
 
     def failed(self, reason: str) -> None:
         service = self._fleet.service
-        if service.balancer.failed(self._instance, asyncio.get_running_loop().time()):
+        if self._instance.owner.failed(self._instance, asyncio.get_running_loop().time()):
             service.metrics.count("lictor_ejections_total", upstream=service.name)
             key = self._instance.key
             service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
@@ -197,7 +251,7 @@ class InstanceLease:
         self._instance.active -= 1
         if upstream is None:
             return
-        if _retiring(upstream) or self._instance.key not in self._fleet.service.balancer.instances:
+        if _retiring(upstream) or self._instance.key not in self._fleet.service.keys:
             upstream.close()
         else:
             self._fleet.keep_idle(self.key, upstream)
@@ -219,7 +273,7 @@ class _StreamFate:
         self._upstream = upstream
 
     def stream_accepted(self, stream: MuxStream) -> None:
-        self._service.balancer.succeeded(self._instance)
+        self._instance.owner.succeeded(self._instance)
 
     def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
         self._upstream.abort(StreamRefused(code, f"{self._instance.key.instance}: {text}"))

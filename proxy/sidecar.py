@@ -242,7 +242,7 @@ class Sidecar:
         gone = [
             key for name, each in self._upstreams.items() for key in each.update(specs.get(name), self.config.self)
         ]
-        kept = {key for upstream in self._upstreams.values() for key in upstream.balancer.instances}
+        kept = {key for upstream in self._upstreams.values() for key in upstream.keys}
         for key in gone:
             if key not in kept:
                 self._pool.drop(key, f"{key.instance} is no longer an instance of {key.service}")
@@ -325,9 +325,10 @@ class Sidecar:
                 "service": upstream.spec.service if upstream.spec else "",
                 "error": upstream.unavailable(),
                 "connections": len(upstream.connections),
-                "panicking": upstream.balancer.panicking,
+                "panicking": any(balancer.panicking for balancer in upstream.balancers.values()),
                 "instances": [
                     {
+                        "target": target,
                         "instance": instance.key.instance,
                         "address": f"{instance.key.address}:{instance.key.port}",
                         "healthy": instance.endpoint.healthy,
@@ -336,7 +337,8 @@ class Sidecar:
                         "failures": instance.failures,
                         "ejected_for_s": round(max(0.0, instance.ejected_until - now), 3),
                     }
-                    for instance in upstream.balancer.instances.values()
+                    for target, balancer in upstream.balancers.items()
+                    for instance in balancer.instances.values()
                 ],
             }
             for upstream in self._upstreams.values()

@@ -15,3 +15,7 @@ class BadRequest(ProxyError):
 
 class BadResponse(ProxyError):
     """The app's message cannot be accepted; the client gets a 502, the text goes to the log."""
+
+
+class UnwantedStatus(BadResponse):
+    """The status of the app's response is one for which the request is to be sent elsewhere."""

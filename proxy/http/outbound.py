@@ -2,7 +2,8 @@
 
 A request is sent again, to another instance, only where that is safe: no byte of an answer has come, all that was
 sent of it is still at hand (:data:`REPLAY_BYTES`), and either no app can have seen it (the stream was refused, the
-instance not reached) or its method is idempotent (RFC 9110, section 9.2.2). Retries have a budget.
+instance not reached) or its method is idempotent (RFC 9110, section 9.2.2). A route may ask for more: attempts after
+certain statuses, and whatever the method. Retries have a budget.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Protocol
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.connection import HttpConnection
+from proxy.http.errors import UnwantedStatus
+from proxy.http.head import RequestHead, ResponseHead
 from proxy.http.options import HttpOptions, HttpStats
 from proxy.http.parser import Message
 from proxy.http.side import NEVER, HttpSide
@@ -63,14 +66,38 @@ class Lease(Protocol):
         ...
 
 
+class Aim(Protocol):
+    """What a plan says of one request; see :class:`proxy.balancing.routing.Way`."""
+
+    request_timeout_s: float
+    attempts_max: int
+    """0: as the upstream's options say."""
+    retry_statuses: frozenset[int]
+    retry_resets: bool
+    edits: bool
+    """Whether :meth:`edit` does anything."""
+
+    def prepare(self, head: RequestHead) -> bytes:
+        """Change the request's headers as the plan says; return the target to ask for."""
+        ...
+
+    def edit(self, head: ResponseHead) -> None:
+        """Change the response's headers."""
+        ...
+
+
 class Fleet(Protocol):
     """The instances of one upstream."""
+
+    def aim(self, head: RequestHead, client: Channel) -> Aim | None:
+        """Return what the plan says of a request; None when there is no plan."""
+        ...
 
     def unavailable(self) -> str:
         """Return why nothing can be sent now, or ``""``."""
         ...
 
-    def pick(self, tried: set[Hashable]) -> Lease | None:
+    def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
         """Choose the instance for a request, outside ``tried``."""
         ...
 
@@ -103,11 +130,12 @@ class OutboundHttp(HttpSide):
 class OutboundConnection(HttpConnection):
     """A connection of the app. Each of its requests may go to another instance."""
 
-    __slots__ = ("_attempts", "_flying", "_lease", "_outbound", "_reason", "_tried")
+    __slots__ = ("_aim", "_attempts", "_flying", "_lease", "_outbound", "_reason", "_tried")
 
     def __init__(self, side: OutboundHttp, channel: Channel, on_done: Callable[[], None] | None) -> None:
         super().__init__(side, channel, side.stats, on_done, replay_bytes_max=REPLAY_BYTES)
         self._outbound = side
+        self._aim: Aim | None = None
         self._lease: Lease | None = None
         self._flying = False
         self._attempts = 0
@@ -131,10 +159,15 @@ class OutboundConnection(HttpConnection):
         self._attempts = 0
         self._tried = set()
         self._reason = ""
-        self._launch(message, head.wire(head.target))
+        aim = self._aim = side.fleet.aim(head, self._channel)
+        self._launch(message, head.wire(head.target if aim is None else aim.prepare(head)))
 
-    def _connect(self, message: Message) -> None:
-        lease = self._lease = self._outbound.fleet.pick(self._tried)
+    def _connect(self, message: Message, *, anew: bool = False) -> None:
+        """Make an attempt; ``anew``: with an instance that was tried already if there is no other."""
+        lease = self._lease = self._outbound.fleet.pick(self._tried, self._aim)
+        if lease is None and anew:
+            self._tried.clear()
+            lease = self._lease = self._outbound.fleet.pick(self._tried, self._aim)
         if lease is None:
             self._reply(503, f"{self._options.service!r}: {self._reason or 'no instance can be used'}", "app-down")
             return
@@ -149,6 +182,39 @@ class OutboundConnection(HttpConnection):
             self._connecting = True
             self._outbound.pending += 1
             self._side.tasks.spawn(self._make(message, lease))
+
+    def _send(self, message: Message, upstream: Upstream) -> None:
+        aim = self._aim
+        if aim is None:
+            upstream.edit = upstream.screen = None
+        else:
+            upstream.edit = aim.edit if aim.edits else None
+            upstream.screen = self._unwanted if aim.retry_statuses else None
+        super()._send(message, upstream)
+
+    def _unwanted(self, status: int) -> bool:
+        """Whether another attempt is made instead of passing this status on; leave for it is then taken."""
+        aim = self._aim
+        if aim is None or status not in aim.retry_statuses or self._lease is None:
+            return False
+        return self._may_attempt() and not self._is_over() and self._outbound.fleet.may_retry()
+
+    def _attempts_max(self) -> int:
+        aim = self._aim
+        return aim.attempts_max if aim is not None and aim.attempts_max else self._outbound.outbound.attempts_max
+
+    def _may_attempt(self) -> bool:
+        return self._replay is not None and self._attempts < self._attempts_max()
+
+    def _limit_s(self) -> float:
+        aim = self._aim
+        return (
+            aim.request_timeout_s if aim is not None and aim.request_timeout_s else self._options.response_timeout_s
+        )
+
+    def _is_over(self) -> bool:
+        limit_s = self._limit_s()
+        return bool(limit_s) and self._loop.time() >= self._started + limit_s
 
     async def _make(self, message: Message, lease: Lease) -> None:
         upstream: Upstream | None = None
@@ -177,7 +243,7 @@ class OutboundConnection(HttpConnection):
         """An attempt came to nothing before any app can have answered: make another one, or say so."""
         self._drop_lease()
         self._reason = reason
-        if self._replay is None or self._attempts >= self._outbound.outbound.attempts_max:
+        if not self._may_attempt():
             self._reply(503, f"{self._options.service!r}: {reason}", "app-down")
         elif not self._outbound.fleet.may_retry():
             self._reply(503, f"{self._options.service!r}: {reason}; no more retries", "app-down")
@@ -189,6 +255,12 @@ class OutboundConnection(HttpConnection):
         assert head is not None
         if lease is None:
             return False
+        if isinstance(error, UnwantedStatus):
+            self._drop_lease()
+            self._reason = str(error)
+            self._connect(message, anew=True)
+            self._advance()
+            return True
         if isinstance(error, StreamRefused):
             final = lease.refusal(error)
             if final is not None:
@@ -200,7 +272,8 @@ class OutboundConnection(HttpConnection):
             return True
         if upstream.served == 1:
             lease.failed(str(error) if error else "closed the connection")
-        if upstream.heard or not head.idempotent or self._replay is None:
+        repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)
+        if upstream.heard or not repeatable or self._replay is None:
             self._drop_lease()
             return False
         if upstream.served > 1:
@@ -215,17 +288,16 @@ class OutboundConnection(HttpConnection):
         if lease is not None:
             lease.failed("did not answer in time")
         self._drop_lease()
-        limit_s = self._options.response_timeout_s
-        over = bool(limit_s) and self._loop.time() >= self._started + limit_s
-        may = head.idempotent and self._replay is not None and self._attempts < self._outbound.outbound.attempts_max
-        if not over and may and self._outbound.fleet.may_retry():
+        repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)
+        may = not self._is_over() and repeatable and self._may_attempt()
+        if may and self._outbound.fleet.may_retry():
             self._reason = "did not answer in time"
             self._connect(message)
         else:
             super()._timed_out(message)
 
     def _await_response(self) -> None:
-        limit_s, try_s = self._options.response_timeout_s, self._outbound.outbound.try_timeout_s
+        limit_s, try_s = self._limit_s(), self._outbound.outbound.try_timeout_s
         self.deadline = self._started + limit_s if limit_s else NEVER
         if try_s:
             self.deadline = min(self.deadline, self._loop.time() + try_s)

@@ -6,11 +6,12 @@ It parses responses and writes them anew, in the form the asking client can take
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from proxy.http.errors import BadResponse
+from proxy.http.errors import BadResponse, UnwantedStatus
 from proxy.http.head import Field, RequestHead, ResponseHead, read_response_head, trailer_lines
 from proxy.http.options import HttpOptions
 from proxy.mux.core import NOBODY
@@ -45,8 +46,8 @@ class Upstream:
 
     __slots__ = (
         "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_options", "_out", "_owner",
-        "_parser", "_reason", "_switched", "_until_eof", "busy", "channel", "head", "heard", "keep_client", "lost",
-        "peer", "request", "reusable", "served",
+        "_parser", "_reason", "_switched", "_until_eof", "busy", "channel", "edit", "head", "heard", "keep_client",
+        "lost", "peer", "request", "reusable", "screen", "served",
     )  # fmt: skip
 
     request: RequestHead
@@ -67,6 +68,10 @@ class Upstream:
         self.reusable = True
         self.keep_client = True
         """Whether the client's connection can stay open after this response; settled with the head."""
+        self.edit: Callable[[ResponseHead], None] | None = None
+        """Changes a final response's head before it is sent on."""
+        self.screen: Callable[[int], bool] | None = None
+        """Says of a final response's status that it is not wanted: the request will be sent elsewhere."""
         self._owner = owner
         self._options = options
         self._fields: list[Field] = []
@@ -238,7 +243,11 @@ class Upstream:
             if not request.http10:
                 self._out.append(head.wire())
             return
+        if self.screen is not None and self.screen(status):
+            raise UnwantedStatus(f"it answered {status}")
         self.head = head
+        if self.edit is not None:
+            self.edit(head)
         if not self._parser.should_keep_alive():
             self.reusable = False
         extra = b""

@@ -180,7 +180,7 @@ class _Compiler:
                 failover=self._failover(target, entry),
                 connect_timeout_s=parse_duration_s(entry.connect_timeout) or model.CONNECT_TIMEOUT_S,
                 request_timeout_s=parse_duration_s(entry.request_timeout),
-                balancing=_balancing(entry.load_balancer),
+                balancing=_balancing(entry.load_balancer, entry.prioritize_by_locality),
             )
         return self._add(node, resolver, forms.RESOLVER, target.service)
 
@@ -267,12 +267,15 @@ class _Compiler:
             raise BadEntry(forms.RESOLVER, service, field, text)
 
 
-def _balancing(one: forms.LoadBalancer | None) -> Balancing:
+def _balancing(one: forms.LoadBalancer | None, locality: dict[str, Any] | None) -> Balancing:
+    mode = next((value for key, value in (locality or {}).items() if key.lower() == "mode"), "")
+    near = "zone" if mode == "failover" else ""
     if one is None:
-        return Balancing()
+        return Balancing(locality=near)
     ring = one.ring_hash_config or forms.RingConfig()
     return Balancing(
         policy=one.policy,
+        locality=near,
         choice_count=(one.least_request_config or forms.LeastConfig()).choice_count,
         ring_size_min=ring.minimum_ring_size,
         ring_size_max=ring.maximum_ring_size,

@@ -125,6 +125,8 @@ class Balancing(Wire, frozen=True):
     """ring_hash: points on the ring, at least and at most."""
     ring_size_max: int = 8_388_608
     hash_policies: tuple[HashPolicy, ...] = ()
+    locality: str = ""
+    """``zone``: instances of the caller's zone go first; empty: nothing is said."""
 
 
 class RouterNode(Wire, frozen=True, tag="router", tag_field="Type"):

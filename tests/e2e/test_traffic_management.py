@@ -1,0 +1,317 @@
+"""Plans in real sidecars: requests are routed, split, resolved, retried and rewritten; changes drop nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from raftstate.chain import check_entry, compile_plan
+from raftstate.filter import compile_filter
+from raftstate.model.sidecar import Endpoint
+from tests.support.http_filter import Answer, App, Seen, simple
+from tests.support.loops import with_mesh
+from tests.support.sidecars import Member, Mesh, hang_up, naming, until
+
+SUBSETS = {v: {"Filter": f"Service.Meta.version == {v}"} for v in ("v1", "v2")}
+HTTP = {"Config": {"protocol": "http"}}
+
+
+class Stage:
+    """Instances of several services and versions behind one upstream of ``web``, which follows entries."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.client: Member
+        self.endpoints: list[Endpoint] = []
+        self.apps: dict[str, App] = {}
+        self.servers: dict[str, Member] = {}
+        self.entries: dict[tuple[str, str], dict[str, Any]] = {("proxy-defaults", "global"): HTTP}
+
+    async def server(self, service: str, instance: str, version: str = "", answer: Answer | None = None) -> Member:
+        app = self.apps[instance] = App(answer=answer or simple(instance.encode()))
+        listening = await self.mesh.app(app.handle)
+        return await self.add(service, instance, version, listening.port)
+
+    async def add(self, service: str, instance: str, version: str, port: int) -> Member:
+        server = self.servers[instance] = await self.mesh.member(service, instance, port=port)
+        await server.allow("web")
+        self.endpoints.append(msgspec.structs.replace(server.endpoint, meta={"version": version}))
+        return server
+
+    async def caller(self) -> None:
+        self.client = await self.mesh.member("web", "web-1", upstreams=("backend",))
+        await self.follow()
+
+    async def follow(self, **entries: Any) -> None:
+        """Write entries (``router_backend={...}``; None deletes), and send the sidecar what its agent would."""
+        for name, entry in entries.items():
+            kind, _, service = name.partition("_")
+            key = (f"service-{kind}", service)
+            self.entries.pop(key, None)
+            if entry is not None:
+                self.entries[key] = check_entry(*key, entry)
+        plan = compile_plan("backend", lambda kind, name: self.entries.get((kind, name)), "dc1")
+        targets = {}
+        for id, target in plan.targets.items():
+            holds = compile_filter(target.filter) if target.filter else lambda row: True
+            targets[id] = tuple(
+                one
+                for one in self.endpoints
+                if one.service == target.service and holds({"Service": {"Meta": one.meta}})
+            )
+        fields: dict[str, Any] = {"plan": plan, "targets": targets}
+        if plan.default:
+            fields = {"endpoints": targets[next(iter(targets))]}
+        await self.client.route("backend", **fields, protocol=plan.protocol)
+
+
+async def ask(client: Member, *requests: bytes) -> list[tuple[int, bytes, bytes]]:
+    """Send requests one after the other on one connection; return status, head and body of each."""
+    reader, writer = await client.dial()
+    answers = []
+    async with asyncio.timeout(20):
+        for request in requests:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+            answers.append((int(head.split()[1]), head, await reader.readexactly(int(fields[b"content-length"]))))
+    await hang_up(writer)
+    return answers
+
+
+def get(path: str = "/", **headers: str) -> bytes:
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return f"GET {path} HTTP/1.1\r\nHost: backend\r\n{more}\r\n".encode()
+
+
+def post() -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: backend\r\nContent-Length: 3\r\n\r\npay"
+
+
+async def bodies(stage: Stage, *requests: bytes) -> list[bytes]:
+    return [body for _, _, body in await ask(stage.client, *requests)]
+
+
+@with_mesh
+async def test_a_canary_gets_its_share_of_the_requests_and_a_change_drops_none(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", "v1")
+    await stage.server("backend", "b2", "v2")
+    await stage.caller()
+    assert set(await bodies(stage, *[get()] * 40)) == {b"b1", b"b2"}
+    splits = [{"Weight": 90, "ServiceSubset": "v1"}, {"Weight": 10, "ServiceSubset": "v2"}]
+    await stage.follow(resolver_backend={"Subsets": SUBSETS}, splitter_backend={"Splits": splits})
+    counted = Counter(await bodies(stage, *[get()] * 600))
+    assert 0.05 < counted[b"b2"] / 600 < 0.17, counted
+    # The canary's share changes while requests are under way: none is lost, and new ones go by the new entry.
+    running = True
+
+    async def keep_asking() -> list[tuple[int, bytes, bytes]]:
+        answers = []
+        while running:
+            answers += await ask(stage.client, *[get()] * 20)
+        return answers
+
+    askers = [asyncio.create_task(keep_asking()) for _ in range(3)]
+    for weight in (50, 100, 0, 90, 10, 0):
+        splits = [{"Weight": 100 - weight, "ServiceSubset": "v1"}, {"Weight": weight, "ServiceSubset": "v2"}]
+        await stage.follow(splitter_backend={"Splits": splits})
+        seen = len(stage.apps["b1"].seen) + len(stage.apps["b2"].seen)
+        await until(lambda seen=seen: len(stage.apps["b1"].seen) + len(stage.apps["b2"].seen) > seen + 30)  # type: ignore[misc]
+    running = False
+    assert {status for answers in await asyncio.gather(*askers) for status, _, _ in answers} == {200}
+    assert set(await bodies(stage, *[get()] * 50)) == {b"b1"}
+    await stage.follow(splitter_backend=None, resolver_backend=None)
+    assert set(await bodies(stage, *[get()] * 40)) == {b"b1", b"b2"}
+
+
+@with_mesh
+async def test_requests_are_routed_by_path_header_query_and_method_and_rewritten(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", "v1")
+    await stage.server("backend", "b2", "v2")
+    await stage.server("admin", "a1")
+    await stage.caller()
+    routes = [
+        {"Match": {"HTTP": {"Header": [{"Name": "X-Canary", "Exact": "yes"}]}},
+         "Destination": {"ServiceSubset": "v2"}},
+        {
+            "Match": {"HTTP": {"PathPrefix": "/admin/"}},
+            "Destination": {
+                "Service": "admin", "PrefixRewrite": "/",
+                "RequestHeaders": {"Set": {"X-Via": "mesh"}, "Add": {"X-More": "1"}, "Remove": ["X-Secret"]},
+                "ResponseHeaders": {"Set": {"X-Served-By": "admin"}, "Remove": ["server"]},
+            },
+        },
+        {"Match": {"HTTP": {"PathRegex": "/v[0-9]+/x"}}, "Destination": {"Service": "admin"}},
+        {"Match": {"HTTP": {"PathExact": "/old"}}, "Destination": {"Service": "admin", "PrefixRewrite": "/new"}},
+        {"Match": {"HTTP": {"QueryParam": [{"Name": "who", "Regex": "a.*"}]}}, "Destination": {"Service": "admin"}},
+        {"Match": {"HTTP": {"Methods": ["POST"]}}, "Destination": {"ServiceSubset": "v2"}},
+    ]  # fmt: skip
+    await stage.follow(
+        resolver_backend={"Subsets": SUBSETS, "DefaultSubset": "v1"}, router_backend={"Routes": routes}
+    )
+    assert await bodies(stage, get("/"), get("/", x_canary="yes"), get("/", x_canary="no"), post()) == [
+        b"b1", b"b2", b"b1", b"b2",
+    ]  # fmt: skip
+    answers = await ask(stage.client, get("/admin/users?x=1", x_secret="-", x_via="me"), get("/old"))
+    assert [body for _, _, body in answers] == [b"a1", b"a1"]
+    assert b"X-Served-By: admin\r\n" in answers[0][1]
+    assert b"X-Served-By" not in answers[1][1], "a kept stream forgets the changes of the request before"
+    users, old = stage.apps["a1"].seen
+    assert (users.target, old.target) == ("/users?x=1", "/new")
+    assert [users.header(name) for name in ("x-via", "x-more", "x-secret")] == [["mesh"], ["1"], []]
+    paths = ("/administrator", "/v12/x", "/v12/xy", "/old?q", "/?who=alice", "/?who=bob")
+    assert await bodies(stage, *map(get, paths)) == [b"b1", b"a1", b"b1", b"a1", b"a1", b"b1"]
+    assert stage.apps["a1"].seen[-2].target == "/new?q"
+
+
+@with_mesh
+async def test_a_subset_without_instances_fails_over_and_back(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", "v1")
+    await stage.server("backend", "b2", "v2")
+    await stage.server("spare", "s1")
+    await stage.caller()
+    targets = [{"ServiceSubset": "v2"}, {"Service": "spare"}]
+    resolver = {"DefaultSubset": "v1", "Subsets": SUBSETS, "Failover": {"v1": {"Targets": targets}}}
+    await stage.follow(resolver_backend=resolver)
+    assert set(await bodies(stage, *[get()] * 10)) == {b"b1"}
+    first, second, spare = stage.endpoints
+    stage.endpoints = [msgspec.structs.replace(first, healthy=False), second, spare]
+    await stage.follow()
+    assert set(await bodies(stage, *[get()] * 10)) == {b"b2"}
+    stage.endpoints = [spare]
+    await stage.follow()
+    assert set(await bodies(stage, *[get()] * 10)) == {b"s1"}
+    stage.endpoints = [first, second, spare]
+    await stage.follow()
+    assert set(await bodies(stage, *[get()] * 10)) == {b"b1"}
+    # Unreachable, which the catalog does not know yet: the request itself goes over.
+    await stage.servers["b1"].sidecar.close()
+    assert set(await bodies(stage, *[get()] * 10)) == {b"b2"}
+
+
+@with_mesh
+async def test_a_redirect_takes_new_requests_elsewhere_and_lets_old_ones_end(mesh: Mesh) -> None:
+    go = asyncio.Event()
+
+    async def slow(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nslow")
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=slow)
+    await stage.server("other", "o1")
+    await stage.caller()
+    pending = asyncio.create_task(bodies(stage, get("/slow")))
+    await until(lambda: bool(stage.apps["b1"].seen))
+    await stage.follow(resolver_backend={"Redirect": {"Service": "other"}})
+    assert await bodies(stage, get(), get()) == [b"o1", b"o1"]
+    go.set()
+    assert await pending == [b"slow"]
+    # Back again; now the instance goes from the catalog, and what is under way on it ends.
+    await stage.follow(resolver_backend=None)
+    go.clear()
+    cut = asyncio.create_task(ask(stage.client, get("/slow")))
+    await until(lambda: len(stage.apps["b1"].seen) == 2)
+    stage.endpoints = [one for one in stage.endpoints if one.service != "backend"]
+    await stage.follow()
+    assert [status for status, _, _ in await cut] == [503]
+
+
+@with_mesh
+async def test_retries_follow_the_route(mesh: Mesh) -> None:
+    async def failing(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        status = b"503 Busy" if len(app.seen) % 3 else b"200 OK"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\n\r\nb1")
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=failing)
+    await stage.caller()
+    assert [status for status, _, _ in await ask(stage.client, get(), get(), get())] == [503, 503, 200]
+    await stage.follow(
+        router_backend={
+            "Routes": [
+                {"Match": {"HTTP": {"PathPrefix": "/once"}}, "Destination": {"NumRetries": 1, "RetryOn": ["5xx"]}},
+                {"Destination": {"NumRetries": 2, "RetryOnStatusCodes": [503]}},
+            ]
+        }
+    )
+    seen = stage.apps["b1"].seen
+    seen.clear()
+    assert [status for status, _, _ in await ask(stage.client, get(), post())] == [200, 200]
+    assert [one.body for one in seen] == [b""] * 3 + [b"pay"] * 3
+    seen.clear()
+    assert [status for status, _, _ in await ask(stage.client, get("/once"))] == [503]
+    assert len(seen) == 2
+    upstream = stage.client.sidecar._upstreams["backend"]
+    assert upstream.http.in_flight == 0
+    assert all(one.active == 0 for balancer in upstream.balancers.values() for one in balancer.instances.values())
+
+
+@with_mesh
+async def test_a_route_bounds_the_time_of_its_requests(mesh: Mesh) -> None:
+    async def never(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(3600)
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=never)
+    await stage.caller()
+    await stage.follow(router_backend={"Routes": [{"Destination": {"RequestTimeout": "100ms"}}]})
+    assert [status for status, _, _ in await ask(stage.client, get())] == [504]
+
+
+@with_mesh
+async def test_a_cookie_keeps_its_caller_at_one_instance(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    for number in range(4):
+        await stage.server("backend", f"b{number}")
+    await stage.caller()
+    cookie = {"Field": "cookie", "FieldValue": "sid", "CookieConfig": {"TTL": "60s", "Path": "/"}}
+    for policy in ("ring_hash", "maglev"):
+        await stage.follow(resolver_backend={"LoadBalancer": {"Policy": policy, "HashPolicies": [cookie]}})
+        homes = set()
+        for _ in range(12):
+            ((_, head, home),) = await ask(stage.client, get())
+            line = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"set-cookie: "))
+            value = line.split(b": ", 1)[1].split(b";")[0].decode()
+            assert b"Max-Age=60; Path=/; HttpOnly" in line
+            answers = await ask(stage.client, *[get(cookie=f"a=b; {value}")] * 5)
+            assert {body for _, _, body in answers} == {home}
+            assert not any(b"set-cookie" in head.lower() for _, head, _ in answers)
+            homes.add(home)
+        assert len(homes) > 1
+
+
+@with_mesh
+async def test_connections_are_split_and_fail_over_too(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    stage.entries.clear()
+    for instance, version in (("b1", "v1"), ("b2", "v2")):
+        app = await mesh.app(naming(instance))
+        await stage.add("backend", instance, version, app.port)
+    await stage.caller()
+    splits = [{"Weight": 50, "ServiceSubset": "v1"}, {"Weight": 50, "ServiceSubset": "v2"}]
+    failover = {"*": {"Targets": [{"ServiceSubset": "v1"}]}}
+    await stage.follow(
+        resolver_backend={"Subsets": SUBSETS, "Failover": failover}, splitter_backend={"Splits": splits}
+    )
+    counted = Counter([await stage.client.ask() for _ in range(80)])
+    assert set(counted) == {b"b1\n", b"b2\n"}
+    assert min(counted.values()) > 20
+    reader, writer = await stage.client.dial()
+    writer.write(b"hi\n")
+    held = await reader.readline()
+    other = b"v1" if held == b"b2\n" else b"v2"
+    await stage.follow(splitter_backend={"Splits": [{"Weight": 100, "ServiceSubset": other.decode()}]})
+    assert {await stage.client.ask() for _ in range(10)} == {b"b1\n" if other == b"v1" else b"b2\n"}
+    writer.write(b"hi\n")
+    assert await reader.readline() == held, "a connection under way is left alone"
+    await hang_up(writer)
+    await stage.follow(splitter_backend={"Splits": [{"Weight": 100, "ServiceSubset": "v2"}]})
+    await stage.servers["b2"].sidecar.close()
+    assert {await stage.client.ask() for _ in range(10)} == {b"b1\n"}
