@@ -153,7 +153,13 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
         "api_type": "DELTA_GRPC",
         "transport_api_version": "V3",
         "set_node_on_first_message_only": True,
-        "grpc_services": [{"envoy_grpc": {"cluster_name": AGENT_CLUSTER}}],
+        "grpc_services": [
+            {
+                "envoy_grpc": {"cluster_name": AGENT_CLUSTER},
+                # Envoy's own back-off goes up to 30 s, in which it would not hear of a withdrawal.
+                "retry_policy": {"retry_back_off": {"base_interval": "0.2s", "max_interval": "2s"}},
+            }
+        ],
     }
     if token:
         ads["grpc_services"][0]["initial_metadata"] = [{"key": "x-consul-token", "value": token}]

@@ -1,0 +1,340 @@
+"""The real Envoy as a sidecar, configured by xDS, on a real cluster: alone, and beside Lictor's own sidecars."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import socketserver
+import ssl
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from cli.demo_stage import wait_until
+from cli.envoy import find_binary
+from cli.errors import CliError
+from tests.e2e.support_e2e import Mesh
+
+TIMEOUT_S = 10.0
+GREETING = b"welcome\n"
+ENVOY, LICTOR = "envoy", "lictor"
+
+
+@pytest.fixture(autouse=True)
+def _envoy_is_here() -> None:
+    try:
+        find_binary("")
+    except CliError as error:
+        pytest.skip(str(error))
+
+
+class _Echo(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.wfile.write(GREETING)
+        while line := self.rfile.readline():
+            self.wfile.write(b"%s %s" % (self.server.name, line))  # type: ignore[attr-defined]
+
+
+class _Web(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = json.dumps(dict(self.headers.items())).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *ignored: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(server: socketserver.TCPServer, name: str = "") -> Iterator[int]:
+    server.name = name.encode()  # type: ignore[attr-defined]
+    server.daemon_threads = True  # type: ignore[attr-defined]
+    server.block_on_close = False  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def echo(name: str = "one") -> Any:
+    """An app that speaks first, then echoes lines."""
+    return serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Echo), name)
+
+
+class Line:
+    """One connection to the echo app."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.partition(":")
+        self._socket = socket.create_connection((host, int(port)), TIMEOUT_S)
+        self._file = self._socket.makefile("rb")
+
+    def hear(self) -> bytes:
+        """Return a line, empty when the connection has ended."""
+        try:
+            return self._file.readline()
+        except ConnectionError:
+            return b""
+
+    def ask(self, text: bytes = b"hello\n") -> bytes:
+        try:
+            self._socket.sendall(text)
+        except ConnectionError:
+            return b""
+        return self.hear()
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+
+def call(address: str) -> bytes:
+    """Return the echo of one new connection, empty when it is refused; a refused caller hears nothing at all."""
+    line = Line(address)
+    try:
+        heard = line.hear()
+        assert heard in (GREETING, b"")
+        answer = line.ask()
+        assert bool(answer) <= bool(heard)
+        return answer or heard
+    finally:
+        line.close()
+
+
+def stand(mesh: Mesh, kind: str, name: str, port: int, *arguments: str, host: int = 0) -> str:
+    """Register an instance and stand a sidecar of a kind before it; returns the instance's id."""
+    instance = f"{name}-{host + 1}"
+    (mesh.directory / instance).mkdir(exist_ok=True)
+    mesh.api(host).put("/v1/agent/service/register", {"Name": name, "ID": instance, "Port": port})
+    flags = ["envoy", "-sidecar-for", instance] if kind == ENVOY else ["-service-id", instance]
+    mesh.sidecar(instance, host, [*flags, *arguments], {})
+    return instance
+
+
+def upstream(mesh: Mesh, instance: str, name: str) -> str:
+    """Return where the app behind a sidecar reaches an upstream."""
+    rows = mesh.api().get(f"/v1/agent/service/{instance}-sidecar-proxy").json()["Proxy"]["Upstreams"]
+    return f"127.0.0.1:{next(row['LocalBindPort'] for row in rows if row['DestinationName'] == name)}"
+
+
+def allow(mesh: Mesh, source: str, destination: str, *permissions: Any) -> None:
+    body = {"Permissions": permissions} if permissions else {"Action": "allow"}
+    mesh.api().put("/v1/connect/intentions/exact", body, {"source": source, "destination": destination})
+
+
+def forbid(mesh: Mesh, source: str, destination: str) -> None:
+    mesh.api().write("DELETE", "/v1/connect/intentions/exact", None, {"source": source, "destination": destination})
+
+
+@pytest.fixture
+def stage(lictor: Mesh) -> Iterator[Mesh]:
+    """A mesh from which the test's services and intentions are gone afterwards."""
+    yield lictor
+    for one in reversed(lictor.backgrounds):
+        one.end()
+    lictor.backgrounds.clear()
+    for host in (0, 1):
+        for instance in lictor.api(host).get("/v1/agent/services").json():
+            lictor.api(host).put(f"/v1/agent/service/deregister/{instance}")
+    for row in lictor.api().get("/v1/connect/intentions").json():
+        lictor.api().write("DELETE", f"/v1/connect/intentions/{row['ID']}")
+
+
+def test_intentions_open_and_close_the_way(stage: Mesh) -> None:
+    with echo() as port:
+        stand(stage, LICTOR, "store", port, host=1)
+        stand(stage, ENVOY, "vault", port, host=1)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store,vault")
+        stand(stage, LICTOR, "till", 0, "-upstreams", "vault")
+        ways = [("shop", "store"), ("shop", "vault"), ("till", "vault")]
+        addresses = [upstream(stage, f"{source}-1", destination) for source, destination in ways]
+        assert [call(address) for address in addresses] == [b""] * 3
+        for way in ways:
+            allow(stage, *way)
+        assert wait_until(lambda: all(call(address) == b"one hello\n" for address in addresses), TIMEOUT_S)
+        live = [Line(address) for address in addresses]
+        assert [(one.hear(), one.ask(b"1\n")) for one in live] == [(GREETING, b"one 1\n")] * 3
+        allow(stage, "other", "vault")
+        forbid(stage, "shop", "store")
+        assert wait_until(lambda: live[0].ask() == b"", TIMEOUT_S), "Lictor's sidecar cuts Envoy's call"
+        assert call(addresses[0]) == b""
+        assert [one.ask(b"2\n") for one in live[1:]] == [b"one 2\n"] * 2, "a grant to somebody else cuts nobody"
+        forbid(stage, "shop", "vault")
+        assert wait_until(lambda: call(addresses[1]) == b"", TIMEOUT_S)
+        assert wait_until(lambda: live[1].ask() == b"", TIMEOUT_S), "Envoy ends a live call that is no longer allowed"
+        assert call(addresses[2]) == b"one hello\n", "who is still allowed may come again"
+        forbid(stage, "till", "vault")
+        assert wait_until(lambda: call(addresses[2]) == b"", TIMEOUT_S)
+        for one in live:
+            one.close()
+
+
+def http_call(address: str, method: str, path: str) -> tuple[int, Any]:
+    host, _, port = address.partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)
+    try:
+        connection.request(method, path, headers={"x-forwarded-client-cert": "forged"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read() or b"null")
+    except (ConnectionError, http.client.HTTPException):
+        return 0, None
+    except ValueError:
+        return answer.status, None
+    finally:
+        connection.close()
+
+
+def test_requests_are_decided_by_method_and_path(stage: Mesh) -> None:
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Web)) as port:
+        stand(stage, ENVOY, "site", port, "-protocol", "http", host=1)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "site")
+        stand(stage, LICTOR, "till", 0, "-upstreams", "site")
+        for source in ("shop", "till"):
+            allow(stage, source, "site", {"Action": "allow", "HTTP": {"PathPrefix": "/api", "Methods": ["GET"]}})
+            address = upstream(stage, f"{source}-1", "site")
+            assert wait_until(lambda at=address: http_call(at, "GET", "/api/x")[0] == 200, TIMEOUT_S)
+            headers = {name.lower(): value for name, value in http_call(address, "GET", "/api/x")[1].items()}
+            cert = headers["x-forwarded-client-cert"]
+            assert "URI=spiffe://" in cert
+            assert cert.endswith(f"/svc/{source}")
+            assert "forged" not in cert
+            assert http_call(address, "POST", "/api/x") == (403, {"error": "destination 'site' denies this request"})
+            for path in ("/", "/api/../admin", "//admin", "/api/%2e%2e/admin", "/%61dmin", "/api%2f..%2fadmin"):
+                assert http_call(address, "GET", path)[0] in (400, 403), path
+
+
+def test_an_instance_that_comes_is_called_and_one_that_goes_is_not(stage: Mesh) -> None:
+    allow(stage, "shop", "store")
+    with echo("one") as first, echo("two") as second:
+        stand(stage, ENVOY, "store", first)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store")
+        address = upstream(stage, "shop-1", "store")
+        assert wait_until(lambda: call(address) == b"one hello\n", TIMEOUT_S)
+        stand(stage, LICTOR, "store", second, host=1)
+        assert wait_until(lambda: call(address) == b"two hello\n", TIMEOUT_S)
+        stage.end_background("store-1")
+        assert wait_until(lambda: {call(address) for _ in range(6)} == {b"two hello\n"}, TIMEOUT_S)
+
+
+def envoy_admin(mesh: Mesh, instance: str, path: str) -> str:
+    text = next(one for one in mesh.backgrounds if one.name == instance).text()
+    base = text.partition("admin     ")[2].split()[0]
+    with urllib.request.urlopen(base + path, timeout=TIMEOUT_S) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_rotation_of_the_authority_loses_no_call(stage: Mesh) -> None:
+    allow(stage, "shop", "store")
+    with echo() as port:
+        stand(stage, ENVOY, "store", port, host=1)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store")
+        address = upstream(stage, "shop-1", "store")
+        assert wait_until(lambda: call(address) == b"one hello\n", TIMEOUT_S)
+
+        def serials() -> set[str]:
+            """The serial numbers of what the Envoys show and trust."""
+            text = envoy_admin(stage, "shop-1", "certs") + envoy_admin(stage, "store-2", "certs")
+            return {line for line in text.splitlines() if "serial_number" in line}
+
+        before = serials()
+        live = Line(address)
+        assert live.hear() == GREETING
+        answers: set[bytes] = set()
+        stage.lictor("ca", "rotate", host=0, quiet=True)
+
+        def rotated() -> bool:
+            answers.update((call(address), live.ask()))
+            # Both leaves are new, and the old root is trusted beside the new one.
+            return len(serials() - before) >= 3
+
+        assert wait_until(rotated, 3 * TIMEOUT_S)
+        answers.update(call(address) for _ in range(5))
+        assert answers == {b"one hello\n"}
+        live.close()
+
+
+def test_a_revoked_certificate_is_refused_and_its_connection_ended(stage: Mesh) -> None:
+    allow(stage, "shop", "store")
+    leaf = stage.api().get("/v1/agent/connect/ca/leaf/shop").json()
+    files = stage.directory / "shop.pem"
+    files.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    tls.load_verify_locations(cadata=stage.api().get("/v1/agent/connect/ca/roots").json()["Roots"][0]["RootCert"])
+    tls.load_cert_chain(files)
+
+    def connect(port: int) -> Any:
+        raw = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)
+        return tls.wrap_socket(raw)
+
+    def asks(stream: Any) -> bytes:
+        try:
+            stream.sendall(b"hello\n")
+            return bytes(stream.recv(99))
+        except (OSError, ssl.SSLError):
+            return b""
+
+    with echo() as port:
+        stand(stage, ENVOY, "store", port)
+        public = stage.api().get("/v1/agent/service/store-1-sidecar-proxy").json()["Port"]
+        with connect(public) as live:
+            assert asks(live)
+            stage.lictor("identity", "revoke", "-serial", leaf["SerialNumber"], host=0, quiet=True)
+
+            def refused() -> bool:
+                with connect(public) as other:
+                    # It may hear the app's greeting: the handshake goes by the service, the serial by the first byte.
+                    return all(asks(other) in (b"", GREETING) for _ in range(2)) and not asks(other)
+
+            assert wait_until(refused, TIMEOUT_S)
+            assert wait_until(lambda: asks(live) == b"", TIMEOUT_S)
+        # No key is in a file of the sidecar's, nor shown to whoever may read its admin endpoint.
+        home = stage.directory / "store-1"
+        assert "PRIVATE KEY" not in "".join(path.read_text(errors="replace") for path in home.iterdir())
+        assert "PRIVATE KEY" not in envoy_admin(stage, "store-1", "config_dump")
+        stage.lictor("identity", "restore", "-serial", leaf["SerialNumber"], host=0, quiet=True)
+
+
+def streaming(mesh: Mesh) -> set[str]:
+    """Return the instances whose sidecars hold a stream to host A's agent."""
+    checks = mesh.api().get("/v1/agent/checks").json().values()
+    held = [one["ServiceID"] for one in checks if "holds its stream" in one["Output"] and one["Status"] == "passing"]
+    return {one.removesuffix("-sidecar-proxy") for one in held}
+
+
+def test_an_agent_that_restarts_disturbs_no_envoy(stage: Mesh) -> None:
+    allow(stage, "shop", "store")
+    with echo() as port:
+        stand(stage, ENVOY, "store", port)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store")
+        address = upstream(stage, "shop-1", "store")
+        assert wait_until(lambda: call(address) == b"one hello\n", TIMEOUT_S)
+        live = Line(address)
+        assert live.hear() == GREETING
+        stage.cluster("kill", "client-1")
+        assert live.ask() == b"one hello\n"
+        assert call(address) == b"one hello\n"
+        stage.cluster("start", "client-1")
+        # Both follow the new agent, which takes their sidecars for passing.
+        assert wait_until(lambda: streaming(stage) == {"shop-1", "store-1"}, TIMEOUT_S)
+        assert live.ask() == b"one hello\n"
+        forbid(stage, "shop", "store")
+        assert wait_until(lambda: call(address) == b"", TIMEOUT_S), "it is followed again"
+        assert wait_until(lambda: live.ask() == b"", TIMEOUT_S)
+        live.close()
