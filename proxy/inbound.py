@@ -223,6 +223,8 @@ class AppChannel(SocketChannel):
         self.early = Early(self)
         """Its peer where that is yet to come, for the app may speak before it is there."""
         self.peer = peer or self.early
+        if peer is not None:
+            self.early.done()
         self._stats = stats
         self._opened = opened
 

@@ -82,6 +82,31 @@ class Channel(Protocol):
         ...
 
 
+class _Nobody:
+    """Drops everything."""
+
+    peer: Channel
+
+    def write(self, data: Data) -> None:
+        pass
+
+    def write_eof(self) -> None:
+        pass
+
+    def abort(self, error: Exception | None = None) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+NOBODY: Channel = _Nobody()
+"""The peer of a stream that nobody took yet, or that nobody has any more."""
+
+
 def join(a: Channel, b: Channel) -> None:
     """Put two channels back to back."""
     a.peer = b
@@ -131,6 +156,11 @@ class Early:
             to.abort(self._error)
         elif self._ended:
             to.write_eof()
+        self.done()
+
+    def done(self) -> None:
+        """The channel has its peer. The two refer to each other; parted, they are freed without the collector."""
+        self.peer = NOBODY
 
 
 class ChannelStream:

@@ -16,6 +16,7 @@ from typing import Protocol
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.flow import GrowthBudget, MemoryBudget, ReceiveWindow, SendCredit
+from proxy.stream import NOBODY as NOBODY
 from proxy.stream import Channel, Data
 
 MAX_STREAMS = 4096
@@ -28,6 +29,10 @@ TURN_BYTES = 64 * 1024
 GROWTH_BYTES = 64 * 1024 * 1024
 """How much the receive windows of a session may grow in sum."""
 MAX_STREAM_ID = (1 << 31) - 1
+
+
+def _nothing() -> None:
+    """Nobody is to be woken any more."""
 
 
 class StreamOwner(Protocol):
@@ -232,7 +237,7 @@ class MuxCore:
         self.growth = GrowthBudget(GROWTH_BYTES)
         self.pongs = 0
         """Answers seen to our pings."""
-        self.on_pong: Callable[[], None] = lambda: None
+        self.on_pong: Callable[[], None] = _nothing
         self.max_streams = max_streams
         self._acceptor = acceptor
         self._wake = wake
@@ -312,6 +317,11 @@ class MuxCore:
                 peer = stream.peer
                 self.forget(stream)
                 peer.abort(error)
+
+    def release(self) -> None:
+        """The session is over: let go of the shell."""
+        self._wake = self.on_pong = _nothing
+        self._acceptor = None
 
     # From streams
 
@@ -422,27 +432,3 @@ class MuxCore:
         """A frame for a stream that is gone is normal (it crossed our reset); for one that never was, it is not."""
         if stream_id == 0 or stream_id > self._last_id or stream_id % 2 == 0:
             raise MuxError(f"frame {kind} on stream {stream_id}, which was never opened")
-
-
-class _Nobody:
-    """The peer of a stream that nobody took yet: drops everything."""
-
-    peer: Channel
-
-    def write(self, data: Data) -> None:
-        pass
-
-    def write_eof(self) -> None:
-        pass
-
-    def abort(self, error: Exception | None = None) -> None:
-        pass
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
-NOBODY: Channel = _Nobody()

@@ -32,6 +32,10 @@ FIRST_PINGS = 4
 WRITE_HIGH_BYTES = 512 * 1024
 
 
+def _nothing_lost(session: MuxSession, error: Exception | None) -> None:
+    """What a session that was lost already calls."""
+
+
 class MuxSession(asyncio.Protocol):
     """One session. Ends by :meth:`close`, :meth:`kill`, or with its connection; ``on_lost`` is called once."""
 
@@ -107,7 +111,12 @@ class MuxSession(asyncio.Protocol):
         if not self.closed:
             self.closed = True
             self.core.lose(StreamClosed(f"session with {self.name} was lost" + (f": {exc}" if exc else "")))
-        self._on_lost(self, self._error or exc)
+        on_lost, self._on_lost = self._on_lost, _nothing_lost
+        on_lost(self, self._error or exc)
+        # What refers to each other is parted, so that a session's buffers are freed now and not when the collector
+        # comes by, which is seldom.
+        self._transport = None
+        self.core.release()
 
     # For the sidecar
 

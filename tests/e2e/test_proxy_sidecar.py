@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import weakref
 
 import pytest
 
@@ -428,3 +429,25 @@ async def test_a_session_knows_how_far_its_peer_is(mesh: Mesh) -> None:
     for session in sessions:
         assert 0 < session.round_trip_s < 5
         assert session.core.growth.window_max == window_for(session.round_trip_s)
+
+
+@with_mesh
+async def test_a_lost_session_and_a_replaced_certificate_are_freed_without_the_collector(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    assert await client.ask() == b"hi\n"
+    material, public = client.sidecar.config.material, server.sidecar._public
+    assert material is not None
+    assert public is not None
+    sessions = [*client.sidecar._pool._live, *public.sessions]
+    gone = [weakref.ref(each) for each in (*sessions, *(session.core for session in sessions), material.client)]
+    assert len(gone) == 5
+    del sessions, material
+    gc.collect()
+    gc.disable()
+    try:
+        await client.push(leaf=mesh.ca.leaf("web", "web-1"))  # a session with the old certificate is retired
+        await until(lambda: not client.sidecar._pool._live and not public.sessions)
+        assert await client.ask() == b"hi\n"
+        await until(lambda: [each for each in gone if each() is not None] == [])
+    finally:
+        gc.enable()
