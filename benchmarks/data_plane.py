@@ -1,9 +1,14 @@
-"""Compare a pair of Lictor sidecars with a pair of HAProxy, and with no proxy at all, in one run on one machine.
+"""Compare pairs of Lictor sidecars, of HAProxy and of Envoy, and no proxy at all, in one run on one machine.
 
-    python -m benchmarks.data_plane [--seconds 3] [--rounds 3] [--only lictor,haproxy,direct]
+    python -m benchmarks.data_plane [--seconds 3] [--rounds 3] [--only direct,haproxy,envoy,lictor,lictor-to-envoy]
+    python -m benchmarks.data_plane --loads requests --only haproxy-http,envoy-http,lictor-http
 
-Needs nginx, haproxy, wrk and curl on the PATH. Client, both proxies and server share the machine's cores, so rates
-say little by themselves; compare within a run, and look at CPU seconds. Rounds are interleaved; medians are shown.
+The ``-http`` pairs speak HTTP on both sides and decide each request by method and path. In ``lictor-to-envoy`` the
+calling side is a Lictor sidecar and the called one an Envoy: one TLS connection for each of the app's.
+
+Needs nginx, haproxy, wrk and curl on the PATH, and the extra ``lictor[envoy]``. Client, both proxies and server share
+the machine's cores, so rates say little by themselves; compare within a run, and look at CPU seconds. Rounds are
+interleaved; medians are shown.
 """
 
 from __future__ import annotations
@@ -23,12 +28,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import data_plane_envoy as envoy_config
 from tests.support.certs import TestCA
 
 CONNECTIONS = 32
@@ -95,35 +102,46 @@ async def run_sidecar(path: str) -> None:
     await sidecar.run(updates())
 
 
-def lictor(directory: Path, ca: TestCA, app_port: int) -> Target:
+def lictor(
+    directory: Path, ca: TestCA, app_port: int, *, name: str = "lictor", http: bool = False, envoy_peer: bool = False
+) -> Target:
+    """A pair; with ``envoy_peer`` an Envoy takes the place of the called one."""
     import msgspec
 
-    from raftstate.model.intention import Intention
+    from raftstate.model.intention import HTTPMatch, Intention, Permission
     from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
 
     public, own_public, upstream = free_port(), free_port(), free_port()
+    protocol = "http" if http else "tcp"
+    intention = Intention(source_name="web", destination_name="backend", action="allow")
+    if http:
+        get = Permission("allow", HTTPMatch(path_prefix="/", methods=("GET",)))
+        intention = msgspec.structs.replace(intention, action="", permissions=(get,))
 
     def update(service: str, port: int, local: int, upstreams: tuple[SidecarUpstream, ...]) -> SidecarUpdate:
         me = SidecarSelf(
             proxy_id=f"{service}-1-sidecar-proxy", service=service, service_id=f"{service}-1", node="n",
             datacenter="dc1", trust_domain=ca.trust_domain, public_address="127.0.0.1", public_port=port,
-            local_address="127.0.0.1", local_port=local,
+            local_address="127.0.0.1", local_port=local, protocol=protocol,
         )  # fmt: skip
         return SidecarUpdate(
             version=1, self=me, leaf=ca.leaf(service, f"{service}-1"), roots=(ca.root_pem,), default_allow=False,
-            intentions=(Intention(source_name="web", destination_name="backend", action="allow"),),
-            revocations=(), upstreams=upstreams,
+            intentions=(intention,), revocations=(), upstreams=upstreams,
         )  # fmt: skip
 
     endpoint = Endpoint("n", "127.0.0.1", public, "backend", "backend-1")
-    to_backend = SidecarUpstream("backend", "backend", "127.0.0.1", upstream, endpoints=(endpoint,))
+    to_backend = SidecarUpstream("backend", "backend", "127.0.0.1", upstream, protocol, endpoints=(endpoint,))
     specs = {
         "server": (public, [], update("backend", public, app_port, ())),
         "client": (own_public, [["backend", "127.0.0.1", upstream]], update("web", own_public, 0, (to_backend,))),
     }
     processes = []
-    for name, (port, upstreams, first) in specs.items():
-        path = directory / f"lictor-{name}.json"
+    if envoy_peer:
+        del specs["server"]
+        config = envoy_config.inbound(ca, public, app_port, http=http)
+        processes.append(envoy_config.start(directory, f"{name}-server", config))
+    for side, (port, upstreams, first) in specs.items():
+        path = directory / f"{name}-{side}.json"
         path.write_text(
             json.dumps({"public_port": port, "upstreams": upstreams, "update": msgspec.to_builtins(first)})
         )
@@ -132,26 +150,42 @@ def lictor(directory: Path, ca: TestCA, app_port: int) -> Target:
     wait_for(upstream)
     wait_for(public)
     time.sleep(1)
-    return Target("lictor", upstream, processes)
+    return Target(name, upstream, processes)
+
+
+# Envoy
+
+
+def envoy(directory: Path, ca: TestCA, app_port: int, *, name: str = "envoy", http: bool = False) -> Target:
+    public, upstream = free_port(), free_port()
+    processes = [
+        envoy_config.start(directory, f"{name}-server", envoy_config.inbound(ca, public, app_port, http=http)),
+        envoy_config.start(directory, f"{name}-client", envoy_config.outbound(ca, upstream, public, http=http)),
+    ]
+    wait_for(upstream)
+    wait_for(public)
+    return Target(name, upstream, processes)
 
 
 # HAProxy
 
 
-def haproxy(directory: Path, ca: TestCA, app_port: int) -> Target:
+def haproxy(directory: Path, ca: TestCA, app_port: int, *, name: str = "haproxy", http: bool = False) -> Target:
     public, upstream = free_port(), free_port()
     (directory / "ca.pem").write_text(ca.root_pem)
     for service in ("web", "backend"):
         leaf = ca.leaf(service, f"{service}-1")
         (directory / f"{service}.pem").write_text(leaf.cert_pem + leaf.private_key_pem)
-    common = """
+    mode = "http\n    http-reuse always" if http else "tcp"
+    rule = "http-request deny unless { ssl_c_s_dn(cn) web } METH_GET { path_beg / }" if http else ""
+    common = f"""
 global
     nbthread 1
     maxconn 9000
     ssl-default-bind-options ssl-min-ver TLSv1.3 no-tls-tickets
     ssl-default-server-options ssl-min-ver TLSv1.3 no-tls-tickets
 defaults
-    mode tcp
+    mode {mode}
     timeout connect 5s
     timeout client 60s
     timeout server 60s
@@ -159,6 +193,7 @@ defaults
     server = f"""{common}
 listen in
     bind 127.0.0.1:{public} ssl crt {directory}/backend.pem ca-file {directory}/ca.pem verify required
+    {rule}
     server app 127.0.0.1:{app_port}
 """
     client = f"""{common}
@@ -167,13 +202,13 @@ listen out
     server peer 127.0.0.1:{public} ssl crt {directory}/web.pem ca-file {directory}/ca.pem verify required no-ssl-reuse
 """
     processes = []
-    for name, text in (("server", server), ("client", client)):
-        path = directory / f"haproxy-{name}.cfg"
+    for side, text in (("server", server), ("client", client)):
+        path = directory / f"{name}-{side}.cfg"
         path.write_text(text)
         processes.append(subprocess.Popen(["haproxy", "-f", str(path), "-db"]))
     wait_for(upstream)
     wait_for(public)
-    return Target("haproxy", upstream, processes)
+    return Target(name, upstream, processes)
 
 
 # The server behind
@@ -298,14 +333,22 @@ def running(directory: Path, names: list[str]) -> Iterator[list[Target]]:
                 process.kill()
 
 
-MAKERS = {"lictor": lictor, "haproxy": haproxy}
+MAKERS = {
+    "lictor": lictor,
+    "haproxy": haproxy,
+    "envoy": envoy,
+    "lictor-to-envoy": partial(lictor, name="lictor-to-envoy", envoy_peer=True),
+    "lictor-http": partial(lictor, name="lictor-http", http=True),
+    "haproxy-http": partial(haproxy, name="haproxy-http", http=True),
+    "envoy-http": partial(envoy, name="envoy-http", http=True),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="direct,haproxy,lictor")
+    parser.add_argument("--only", default="direct,haproxy,envoy,lictor")
     parser.add_argument("--loads", default="requests,connections,bulk", help="also: latency")
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
