@@ -17,7 +17,7 @@ from cli.errors import UsageError
 from cli.flags import suggest
 from cli.upstreams import UpstreamSpec, parse_upstream
 
-PROTOCOLS = ("tcp", "http")
+PROTOCOLS = ("tcp", "http", "http2", "grpc")
 _SERVICE_KEYS = ("name", "port", "id", "protocol", "public_port", "upstreams", "workers")
 MAX_WORKERS = 64
 _UPSTREAM_KEYS = ("name", "service", "port", "bind_port")

@@ -28,6 +28,9 @@ log = logging.getLogger("lictor.proxy.inbound")
 
 APP_CONNECT_TIMEOUT_S = 5.0
 MAX_INBOUND = 50_000
+HTTP2_PROTOCOLS = frozenset({"http2", "grpc"})
+"""Protocols of an app that takes HTTP/2; to others it is not offered, for nothing here translates."""
+HTTP_PROTOCOLS = HTTP2_PROTOCOLS | {"http"}
 MAX_DECISIONS = 10_000
 """Remembered decisions; instances come and go, and a policy may stand for weeks."""
 
@@ -378,7 +381,7 @@ class Desk:
     def needs_http(self, decision: Decision) -> bool:
         """Whether a call is to be served as HTTP."""
         me = self._config.self
-        return bool(decision.permissions) or (me is not None and me.protocol == "http")
+        return bool(decision.permissions) or (me is not None and me.protocol in HTTP_PROTOCOLS)
 
     async def dial_app(self, call: Call, peer: Channel | None = None) -> AppChannel:
         """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""

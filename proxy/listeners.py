@@ -15,7 +15,7 @@ import ssl
 from proxy.config import Configuration
 from proxy.errors import BadCertificate, PortUnavailable, StreamClosed
 from proxy.identity import check_peer
-from proxy.inbound import Call, Desk
+from proxy.inbound import HTTP2_PROTOCOLS, Call, Desk
 from proxy.logs import BurstLog
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames
@@ -209,12 +209,14 @@ class PublicListener:
             self._failed(address, "not-ready", "no certificate yet")
             return
         caller = ForeignCaller(self)
+        me = self._config.self
+        speaks_http2 = me is not None and me.protocol in HTTP2_PROTOCOLS
         try:
             # Not the protocol that this returns: uvloop gives its own TLS layer instead of ours.
             transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: caller,
                 connection,
-                ssl=material.server,
+                ssl=material.server_http2 if speaks_http2 else material.server,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
                 ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
             )

@@ -30,6 +30,8 @@ class TlsMaterial(NamedTuple):
     """Contexts for both sides, the bundle they trust, and who they speak for."""
 
     server: ssl.SSLContext
+    server_http2: ssl.SSLContext
+    """As ``server``, offering HTTP/2 first to a foreign peer: for an app that speaks it."""
     client: ssl.SSLContext
     client_plain: ssl.SSLContext
     """As ``client`` without offering mux: for peers known to speak plain mTLS, one connection for each app's."""
@@ -70,11 +72,13 @@ def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
     try:
         with _as_file(leaf.private_key_pem + "\n" + leaf.cert_pem) as path:
             server = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "http/1.1"))
+            server_http2 = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "h2", "http/1.1"))
             client = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN,))
             client_plain = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ())
     except (ssl.SSLError, ValueError) as error:
         raise BadConfiguration(f"the leaf or its key cannot be used: {error}") from error
-    return TlsMaterial(server, client, client_plain, bundle, identity, certificate.not_valid_after_utc.timestamp())
+    not_after_s = certificate.not_valid_after_utc.timestamp()
+    return TlsMaterial(server, server_http2, client, client_plain, bundle, identity, not_after_s)
 
 
 def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:

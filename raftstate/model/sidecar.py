@@ -30,7 +30,8 @@ class SidecarSelf(Wire, frozen=True):
     local_port: int
     """0 when the app takes no calls; the public listener then refuses every stream."""
     protocol: str = "tcp"
-    """``tcp`` or ``http``: what the app speaks. With ``tcp``, L7 permissions still make the sidecar parse HTTP."""
+    """``tcp``, ``http``, ``http2`` or ``grpc``: what the app speaks. With ``tcp``, L7 permissions still make the
+    sidecar parse HTTP."""
     zone: str = ""
     config: dict[str, object] = {}
 

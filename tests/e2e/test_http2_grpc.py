@@ -12,10 +12,12 @@ import grpc.aio
 import h2.config
 import h2.connection
 import h2.events
+import msgspec
 import pytest
 
 from raftstate.model.intention import HeaderMatch, HTTPMatch, Intention, Permission
 from tests.support.sidecars import Member, Mesh, hang_up, until
+from tests.support.tls_peers import context
 
 
 class Service(grpc.GenericRpcHandler):
@@ -355,3 +357,27 @@ async def test_a_stopped_sidecar_keeps_no_connection_to_an_app_that_does_not_han
         await until(lambda: not server.sidecar.live_calls())
         await server.sidecar.close()
         await gone.wait()
+
+
+@pytest.mark.parametrize(("protocol", "agreed"), [("grpc", "h2"), ("http2", "h2"), ("http", "http/1.1")])
+async def test_a_foreign_peer_agrees_on_http2_where_the_app_speaks_it(protocol: str, agreed: str) -> None:
+    async with setting() as (_, server, service, _), asyncio.timeout(30):
+        me = server.sidecar.config.self
+        assert me is not None
+        await server.push(self=msgspec.structs.replace(me, protocol=protocol))
+        ca = server.mesh.ca
+        tls = context(ca.leaf("web", "web-9"), ca.root_pem, alpn=("h2", "http/1.1"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.ports.public_port, ssl=tls)
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == agreed
+        if agreed == "h2":
+            client = Raw(reader, writer)
+            grpc_headers = (("content-type", "application/grpc"), ("te", "trailers"))
+            call = client.request(*grpc_headers, end=False)
+            client.conn.send_data(call, b"\0\0\0\0\x02hi", end_stream=True)
+            writer.write(client.conn.data_to_send())
+            assert (await client.next(h2.events.DataReceived, call)).data == b"\0\0\0\0\x02hi"
+            assert dict((await client.next(h2.events.TrailersReceived, call)).headers)["grpc-status"] == "0"
+            denied = client.request(*grpc_headers, path="/test.Echo/Other")
+            assert dict((await client.next(h2.events.ResponseReceived, denied)).headers)["grpc-status"] == "7"
+            assert service.calls == ["/test.Echo/Unary"]
+        await hang_up(writer)

@@ -87,7 +87,7 @@ def test_the_longer_form() -> None:
         (_file({"name": "a", "port": True}), "services[0].port"),
         (_file({"name": "a", "port": -1}), "not -1"),
         (_file({"port": 1}), "services[0].name: is missing"),
-        (_file({"name": "a", "protocol": "smtp"}), "services[0].protocol: must be one of tcp, http"),
+        (_file({"name": "a", "protocol": "smtp"}), "services[0].protocol: must be one of tcp, http, http2, grpc"),
         (_file({"name": "a", "upstreams": [{"name": "b", "bind": 1}]}), "services[0].upstreams[0].bind: unknown key"),
         (_file({"name": "a", "upstreams": {}}), "services[0].upstreams: must be a list"),
         (_file({"name": "a", "workers": 0}), "services[0].workers: must be a number from 1 to 64, not 0"),
