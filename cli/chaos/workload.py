@@ -7,12 +7,14 @@ import asyncio
 import base64
 import random
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 
 from cli.chaos.history import CAS, FOREVER, READ, WRITE, Operation
+from cli.client import REQUEST_ID_HEADER
 
 MODES = ("default", "consistent", "stale")
 PAUSE_AFTER_ERROR_S = 0.05
@@ -65,18 +67,23 @@ class Client:
         self.seed = seed
         self.rng = random.Random(f"{seed}/{name}")
         self.timeout = aiohttp.ClientTimeout(total=operation_timeout_s)
+        self.stopping = False
+        """Set it to have the client end after the operation under way: one that is cancelled would go unrecorded."""
 
     async def run(self, until_s: float) -> None:
         """Issue operations until the run is ``until_s`` seconds old."""
         async with aiohttp.ClientSession(timeout=self.timeout) as http:
-            while self.recorder.now_s() < until_s:
+            while not self._ends(until_s):
                 node = self.rng.choice(sorted(self.nodes))
                 for _ in range(self.rng.randint(1, 30)):
-                    if self.recorder.now_s() >= until_s:
+                    if self._ends(until_s):
                         break
                     if not await self._one(http, node):
                         await asyncio.sleep(PAUSE_AFTER_ERROR_S)
                         break
+
+    def _ends(self, until_s: float) -> bool:
+        return self.stopping or self.recorder.now_s() >= until_s
 
     async def _one(self, http: aiohttp.ClientSession, node: str) -> bool:
         draw = self.rng.random()
@@ -101,15 +108,17 @@ class Client:
     async def _write(self, http: aiohttp.ClientSession, node: str, url: str, op: Operation) -> bool:
         began_s = self.recorder.now_s()
         returned_s, succeeded = FOREVER, True
+        # aiohttp sends a PUT again when a kept connection broke under it; without an id it might be applied twice.
+        headers = {REQUEST_ID_HEADER: uuid.uuid4().hex}
         try:
-            async with http.put(url, data=op.value) as answer:
+            async with http.put(url, data=op.value, headers=headers) as answer:
                 text = await answer.text()
                 if answer.status == 200:
                     returned_s, succeeded = self.recorder.now_s(), text.strip() == "true"
                 else:
                     self.recorder.count_error(text)
         except (aiohttp.ClientError, TimeoutError) as error:
-            # A refused connection proves nothing: aiohttp sends a PUT again when a kept connection broke under it.
+            # Even a refused connection proves nothing: it may have been the second attempt.
             self.recorder.count_error(type(error).__name__)
         self.recorder.operations.append(
             Operation(

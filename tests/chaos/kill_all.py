@@ -2,8 +2,9 @@
 
     python -m tests.chaos.kill_all --rounds 100
 
-The servers' disks forget what was not synced (see `planted_server`), so that a kill is a power cut. A write whose
-outcome was unknown is sent again after the restart under its request id, and must have been applied once.
+The servers' disks forget what was not synced (see `planted_server`), so that a kill is a power cut. Each write is a
+compare-and-set of a key that must not exist yet. One whose outcome was unknown is sent again after the restart under
+its request id: were it applied twice, the second time would find the key and say no.
 Ends with 1 if anything acknowledged was lost, or anything was applied twice.
 """
 
@@ -33,39 +34,33 @@ LOAD_S = (0.3, 1.2)
 """Bounds of the time between a start and the next kill."""
 PAUSE_S = 0.05
 
-Row = tuple[str, int, int]
-"""(value, CreateIndex, ModifyIndex)"""
-
 
 @dataclass
 class Ledger:
     """What the clients know. Every write has a key of its own, so that none can hide behind another."""
 
-    acknowledged: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Key -> what it may hold: one value, or two when it was acknowledged only to a retry, which differs."""
+    acknowledged: set[str] = field(default_factory=set)
     unknown: list[str] = field(default_factory=list)
     retried: int = 0
+    doubled: set[str] = field(default_factory=set)
+    """Keys that a retry found to be there already: its first attempt was forgotten, and it was applied again."""
 
-    def faults(self, rows: dict[str, Row]) -> list[str]:
-        """Return what the rows found after a restart have lost or doubled."""
-        found = []
-        for key, values in self.acknowledged.items():
-            row = rows.get(key)
-            if row is None:
-                found.append(f"{key} was acknowledged and is lost")
-            elif row[0] not in values:
-                found.append(f"{key} holds {row[0]!r}, not {' or '.join(values)}")
-        return found + [f"{key} was applied twice" for key, row in rows.items() if row[1] != row[2]]
+    def faults(self, rows: dict[str, str]) -> list[str]:
+        """Return what the rows found after a restart, key -> value, have lost or doubled."""
+        found = [f"{key} was acknowledged and is lost" for key in sorted(self.acknowledged - set(rows))]
+        found += [f"{key} holds {rows[key]!r}" for key in sorted(rows) if rows[key] != key]
+        return found + [f"{key} was applied twice" for key in sorted(self.doubled)]
 
 
-async def _put(http: aiohttp.ClientSession, address: str, key: str, value: str) -> bool:
-    """Return whether the write was acknowledged; anything else leaves its outcome unknown."""
+async def _put(http: aiohttp.ClientSession, address: str, key: str) -> bool | None:
+    """Return whether the key was made by this write; None when its outcome is unknown."""
     headers = {REQUEST_ID_HEADER: f"{PREFIX}-{key.replace('/', '.')}"}
     try:
-        async with http.put(f"http://{address}/v1/kv/{key}", data=value, headers=headers) as answer:
-            return answer.status == 200
+        async with http.put(f"http://{address}/v1/kv/{key}?cas=0", data=key, headers=headers) as answer:
+            text = await answer.text()
+            return text.strip() == "true" if answer.status == 200 else None
     except (aiohttp.ClientError, TimeoutError):
-        return False
+        return None
 
 
 async def _writer(
@@ -75,8 +70,9 @@ async def _writer(
     number = 0
     while not stop.is_set():
         key = f"{PREFIX}/{name}/{number}"
-        if await _put(http, addresses[number % len(addresses)], key, "first"):
-            ledger.acknowledged[key] = ("first",)
+        made = await _put(http, addresses[number % len(addresses)], key)
+        if made is not None:
+            (ledger.acknowledged if made else ledger.doubled).add(key)
         else:
             ledger.unknown.append(key)
             await asyncio.sleep(PAUSE_S)
@@ -88,15 +84,15 @@ async def _settle(http: aiohttp.ClientSession, addresses: Sequence[str], ledger:
     unknown, ledger.unknown = ledger.unknown, []
     deadline = time.monotonic() + SETTLE_S
     for number, key in enumerate(unknown):
-        while not await _put(http, addresses[number % len(addresses)], key, "again"):
+        while (made := await _put(http, addresses[number % len(addresses)], key)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the cluster did not take {key} within {SETTLE_S:g} s after the restart")
             await asyncio.sleep(PAUSE_S)
-        ledger.acknowledged[key] = ("first", "again")
+        (ledger.acknowledged if made else ledger.doubled).add(key)
         ledger.retried += 1
 
 
-async def _rows(http: aiohttp.ClientSession, address: str, mode: str) -> dict[str, Row]:
+async def _rows(http: aiohttp.ClientSession, address: str, mode: str) -> dict[str, str]:
     deadline = time.monotonic() + SETTLE_S
     while True:
         async with http.get(f"http://{address}/v1/kv/{PREFIX}/?recurse&{mode}") as answer:
@@ -106,9 +102,7 @@ async def _rows(http: aiohttp.ClientSession, address: str, mode: str) -> dict[st
         if time.monotonic() > deadline:
             raise TimeoutError(f"{address} gave no {mode} answer within {SETTLE_S:g} s after the restart")
         await asyncio.sleep(PAUSE_S)
-    return {
-        row["Key"]: (base64.b64decode(row["Value"]).decode(), row["CreateIndex"], row["ModifyIndex"]) for row in found
-    }
+    return {row["Key"]: base64.b64decode(row["Value"]).decode() for row in found}
 
 
 async def play_round(supervisor: Supervisor, ledger: Ledger, number: int, load_s: float) -> list[str]:

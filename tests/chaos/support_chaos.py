@@ -7,7 +7,7 @@ import contextlib
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ def server_processes(
     servers: int = 3,
     program: Sequence[str] = LICTOR,
     toml: str = "",
+    prefixes: Mapping[str, Sequence[str]] | None = None,
     prepare: Callable[[Supervisor], None] | None = None,
 ) -> Iterator[Supervisor]:
     """Run servers as processes of their own, without clients, and kill whatever of them is left at the end.
 
-    `toml` is added to the cluster's file; `prepare` is called before anything starts.
+    `toml` is added to the cluster's file; `prefixes` stand before the commands of some nodes; `prepare` is called
+    before anything starts.
     """
     layout = Layout(directory)
     write_plan(layout, Plan(servers, 0, free_offset(servers, 0)))
@@ -43,7 +45,8 @@ def server_processes(
     if prepare is not None:
         prepare(supervisor)
     try:
-        supervisor.start(supervisor.names)
+        for name in supervisor.names:
+            supervisor.start([name], (prefixes or {}).get(name, ()))
         supervisor.wait_ready(supervisor.names, lambda _text: None)
         yield supervisor
     finally:
