@@ -12,7 +12,10 @@ import pytest
 
 from node.http.app import all_routes
 from node.http.context import HttpOptions
+from node.http.front.connection import Connection
 from node.http.front.heads import BODY_BYTES_MAX, HEAD_BYTES_MAX, HeadCache, parse_head
+from node.http.front.repeats import Body
+from node.http.front.routing import Router
 from tests.support.http_api import Node, eventually, serving
 from tests.support.raw_http import RawAnswer, RawClient
 
@@ -376,6 +379,35 @@ def test_every_streaming_route_is_known_to_the_listener() -> None:
             head = f"{method} {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
             assert (cache.head(head) is None) == path.startswith(streams), path
     assert cache.head(b"GET /v1/agent/%6Donitor HTTP/1.1\r\nHost: a\r\n\r\n") is None
+
+
+async def test_the_routes_found_are_the_ones_that_aiohttp_finds(tmp_path: Path) -> None:
+    async with both(tmp_path) as (node, _, _):
+        app = node.runner.app
+        router = Router(app)
+        paths = [route.path.replace("{id}", "x").partition("{")[0] for route in all_routes()]
+        paths += [
+            "/v1/kv/a/b",
+            "/v1/kv/a%2Fb",
+            "/v1/kv//",
+            "/v1/kv/../x",
+            "/v1/kv",
+            "/v1/kvx",
+            "/v1/health/service/a/b",
+        ]
+        for path in paths + [path + "x" for path in paths]:
+            for method in ("GET", "PUT", "POST", "DELETE"):
+                head = parse_head(f"{method} {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                assert head is not None
+                request = node.runner.front.request(head, Body(b""), Connection(node.runner.front))
+                theirs = await app.router.resolve(request)
+                for _ in range(2):
+                    ours = await router.match(request)
+                    assert (ours.route.handler, dict(ours)) == (theirs.route.handler, dict(theirs)) or (
+                        ours.http_exception is not None
+                        and theirs.http_exception is not None
+                        and ours.http_exception.status == theirs.http_exception.status
+                    ), (method, path)
 
 
 def test_heads_kept_are_bounded() -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 
-_BREAK = re.compile(r"[\r\n\x00]")
 _BODILESS = frozenset({204, 304})
 
 
 def head_bytes(status: int, reason: str, headers: Mapping[str, str]) -> bytes:
     """Return status line and header lines. Raises ValueError for a value that would end its line."""
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    if any(_BREAK.search(line) for line in lines):
+    text = f"HTTP/1.1 {status} {reason}\r\n"
+    for name, value in headers.items():
+        text += name + ": " + value + "\r\n"
+    ends = len(headers) + 1
+    if text.count("\n") != ends or text.count("\r") != ends or "\x00" in text:
         raise ValueError("a header's name or value holds a line break")
-    return "\r\n".join((f"HTTP/1.1 {status} {reason}", *lines, "", "")).encode()
+    return (text + "\r\n").encode()
 
 
 def encode(response: web.StreamResponse, *, closing: bool) -> tuple[bytes, bool]:

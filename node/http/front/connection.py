@@ -201,7 +201,7 @@ class Connection(asyncio.Protocol):
     async def _answer(self, head: Head, body: Body) -> None:
         front = self._front
         try:
-            response = await front.handle(front.request(head, body, self))
+            response = await front.handle(head, front.request(head, body, self))
             answer, ends = encode(response, closing=front.closing)
             if front.repeats:
                 repeats.keep(head, body, cast(web.Response, response))

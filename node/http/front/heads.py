@@ -35,13 +35,15 @@ _NOT_PLAIN = frozenset(
 class Head:
     """A plain request's head. Requests with the same bytes share it."""
 
-    __slots__ = ("body_size", "memo", "message", "size")
+    __slots__ = ("body_size", "match", "memo", "message", "size")
 
     def __init__(self, message: RawRequestMessage, size: int, body_size: int) -> None:
         self.message = message
         self.size = size
         """Bytes of the head, its last line's end included."""
         self.body_size = body_size
+        self.match: Any = None
+        """The route, once it has been found; see `routing.py`."""
         self.memo: Any = None
         """What a request with this head was answered, if that can be answered again; see `repeats.py`."""
 

@@ -14,6 +14,7 @@ from node.http.front.connection import Connection
 from node.http.front.guards import Admission, Deadlines, FrontOptions
 from node.http.front.heads import Head, HeadCache
 from node.http.front.repeats import Ask, Body
+from node.http.front.routing import Router
 from node.http.middleware import guard
 
 if TYPE_CHECKING:
@@ -32,9 +33,16 @@ def _never(name: str, params: Mapping[str, Any]) -> QueryResult | None:
 class Front:
     """Makes the protocol of each connection; called as a protocol factory."""
 
-    def __init__(self, server: web.Server, options: FrontOptions, streams: tuple[str, ...], ask: Ask | None) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        server: web.Server,
+        options: FrontOptions,
+        streams: tuple[str, ...],
+        ask: Ask | None,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.handle = cast(Any, server.request_handler)
+        self.handle = Router(app).handle
         self.make_slow = server
         self._make_request = cast(Any, server.request_factory)
         self.repeats = ask is not None
@@ -124,7 +132,7 @@ class FrontRunner(web.AppRunner):
         # stands before its handler: where tokens are asked for, one might have been withdrawn.
         plain = list(self.app.middlewares) == [guard]
         ask = self.app[CONTEXT].backend.query_now if plain else None
-        self._front = Front(cast(web.Server, super().server), self._options, self._streams, ask)
+        self._front = Front(self.app, cast(web.Server, super().server), self._options, self._streams, ask)
 
     async def shutdown(self) -> None:
         """End streams, then the connections that are not aiohttp's."""
