@@ -17,13 +17,23 @@ import msgspec
 
 from node.agent.leaf import LeafEntry, LeafManager
 from node.agent.options import AgentOptions
+from node.agent.traffic import (
+    BadFilter,
+    default_protocol,
+    endpoints_of,
+    own_config,
+    protocol_of,
+    upstream_config,
+    upstream_protocol,
+)  # fmt: skip
 from node.agent.upstreams import Resolution, resolve
 from node.agent.views import View, Views
 from proxy.authz import compile_policy
-from raftstate.model.catalog import CRITICAL, WARNING, CatalogService, InstanceHealth, ServiceInstance, Upstream
+from raftstate.model.catalog import CatalogService, InstanceHealth, ServiceInstance, Upstream
 from raftstate.model.connect import CARoots, Revocation
 from raftstate.model.identity import Identity
 from raftstate.model.intention import Intention, precedence
+from raftstate.model.plan import Plan
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
 
 FIRST_LINE_WAIT_S = 3.0
@@ -45,13 +55,14 @@ class StreamHolder:
 
 @dataclass(slots=True)
 class _UpstreamState:
-    """One upstream's views. ``endpoints`` belongs to the service it resolves to now."""
+    """One upstream's views. ``chain`` and ``instances`` belong to the service it resolves to now."""
 
     upstream: Upstream
     named: View | None = None
     on_port: View | None = None
-    endpoints: View | None = None
-    defaults: View | None = None
+    chain: View | None = None
+    instances: dict[str, View] = field(default_factory=dict)
+    """By service: those to which the plan leads."""
     resolution: Resolution = field(default_factory=Resolution)
 
 
@@ -67,6 +78,8 @@ class SidecarFeed:
         self._version = 0
         self._sent: dict[str, Any] = {}
         self._held: list[tuple[View, Callable[[], None]]] = []
+        self._defaults: View | None = None
+        self._everyone: View | None = None
         self._identity = Identity(service=self._proxy.destination_service_name, instance=self._instance)
 
     @property
@@ -85,7 +98,9 @@ class SidecarFeed:
         leaf.holders += 1
         stop_leaf = leaf.listen(self._wake.set)
         try:
-            roots, defaults = self._hold("connect.roots"), self._hold_defaults(service)
+            roots = self._hold("connect.roots")
+            self._defaults = self._hold("config.get", {"kind": "service-defaults", "name": service})
+            self._everyone = self._hold("config.get", {"kind": "proxy-defaults", "name": "global"})
             match = {"name": service, "instance": self._instance}
             intentions = self._hold("intentions.match", {"by": "destination", **match})
             revocations = self._hold("connect.revocations")
@@ -96,7 +111,7 @@ class SidecarFeed:
             deadline = asyncio.get_running_loop().time() + FIRST_LINE_WAIT_S
             while not self._closed:
                 self._wake.clear()
-                sections = self._sections(roots, defaults, intentions, revocations, leaf, sources, upstreams)
+                sections = self._sections(roots, intentions, revocations, leaf, sources, upstreams)
                 now = asyncio.get_running_loop().time()
                 complete = all(value is not None for value in sections.values())
                 if not self._sent and not complete and now < deadline:
@@ -138,9 +153,6 @@ class SidecarFeed:
         self._held.append((view, view.listen(self._wake.set)))
         return view
 
-    def _hold_defaults(self, service: str) -> View:
-        return self._hold("config.get", {"kind": "service-defaults", "name": service})
-
     def _let_go(self, view: View) -> None:
         for held in self._held:
             if held[0] is view:
@@ -161,7 +173,6 @@ class SidecarFeed:
     def _sections(
         self,
         roots: View,
-        defaults: View,
         intentions: View,
         revocations: View,
         leaf: LeafEntry,
@@ -171,7 +182,7 @@ class SidecarFeed:
         bundle = next(iter(roots.typed(CARoots)), None) if roots.known else None
         found: list[SidecarUpstream | None] = [self._upstream(state, sources) for state in upstreams]
         return {
-            "self": self._self(bundle, defaults) if bundle is not None and defaults.known else None,
+            "self": self._self(bundle) if bundle is not None and self._entries_known else None,
             "leaf": leaf.leaf,
             "roots": _bundle(bundle) if bundle is not None and bundle.roots else None,
             "intentions": intentions.memo("by precedence", lambda: _by_precedence(intentions))
@@ -182,8 +193,14 @@ class SidecarFeed:
             "upstreams": None if None in found else tuple(found),
         }
 
-    def _self(self, bundle: CARoots, defaults: View) -> SidecarSelf:
+    @property
+    def _entries_known(self) -> bool:
+        views = (self._defaults, self._everyone)
+        return all(view is not None and view.known for view in views)
+
+    def _self(self, bundle: CARoots) -> SidecarSelf:
         row, proxy = self._row, self._proxy
+        defaults, everyone = _entry(self._defaults), _entry(self._everyone)
         return SidecarSelf(
             proxy_id=row.id,
             service=proxy.destination_service_name,
@@ -195,9 +212,9 @@ class SidecarFeed:
             public_port=row.port,
             local_address=proxy.local_service_address or "127.0.0.1",
             local_port=proxy.local_service_port,
-            protocol=_protocol(proxy.config) or _default_protocol(defaults) or "tcp",
+            protocol=protocol_of(proxy.config) or default_protocol(defaults, everyone) or "tcp",
             zone=row.locality.get("Zone", "") or row.locality.get("zone", "") or self._options.zone,
-            config=proxy.config,
+            config=own_config(proxy.config, defaults, everyone),
         )
 
     def _upstream(self, state: _UpstreamState, sources: View | None) -> SidecarUpstream | None:
@@ -207,35 +224,70 @@ class SidecarFeed:
         if any(view is not None and not view.known for view in awaited):
             return None
         resolution = self._resolve(state, sources)
-        if resolution.service != state.resolution.service or resolution.loopback_port or state.endpoints is None:
-            for view in (state.endpoints, state.defaults):
-                if view is not None:
-                    self._let_go(view)
-            state.endpoints = state.defaults = None
+        if resolution != state.resolution or (state.chain is None and resolution.service):
+            self._leave(state)
             if resolution.service and not resolution.loopback_port:
-                state.endpoints = self._hold("health.connect", {"service": resolution.service})
-                state.defaults = self._hold_defaults(resolution.service)
+                params = {"service": resolution.service, "datacenter": self._options.datacenter}
+                state.chain = self._hold("discovery.chain", params)
+                state.instances[resolution.service] = self._hold_instances(resolution.service)
         state.resolution = resolution
-        endpoints: tuple[Endpoint, ...] = ()
-        protocol = _protocol(upstream.config)
-        if (view := state.endpoints) is not None and state.defaults is not None:
-            if not (view.known and state.defaults.known):
-                return None
-            endpoints = view.memo("endpoints", lambda: _endpoints(view))
-            protocol = (
-                protocol or view.memo("protocol", lambda: _protocol_of(view)) or _default_protocol(state.defaults)
-            )
-        return SidecarUpstream(
+        if not self._entries_known:
+            return None
+        made = SidecarUpstream(
             name=upstream.upstream_name or upstream.destination_name,
             service=resolution.service,
             bind_address=upstream.local_bind_address,
             bind_port=upstream.local_bind_port,
-            protocol=protocol or "tcp",
-            endpoints=endpoints,
+            protocol=protocol_of(upstream.config) or "tcp",
             loopback_port=resolution.loopback_port,
             error=resolution.error,
-            config=upstream.config,
+            config=upstream_config(upstream.config, resolution.service, _entry(self._defaults)),
         )
+        return made if state.chain is None else self._planned(state, state.chain, made)
+
+    def _planned(self, state: _UpstreamState, chain: View, made: SidecarUpstream) -> SidecarUpstream | None:
+        """Return the upstream with what the plan for its service says; None while that is not known."""
+        plan = next(iter(chain.typed(Plan)), None)
+        if plan is None:
+            return None
+        if plan.error:
+            return msgspec.structs.replace(made, error=plan.error)
+        wanted = {target.service for target in plan.targets.values()}
+        for service in wanted - state.instances.keys():
+            state.instances[service] = self._hold_instances(service)
+        if not all(state.instances[service].known for service in wanted):
+            return None
+        for service in state.instances.keys() - wanted:
+            self._let_go(state.instances.pop(service))
+        views = [state.instances[service] for service in sorted(wanted)]
+        said = {_said_protocol(view) for view in views}
+        protocol = upstream_protocol(made.config, said.pop() if len(said) == 1 else "", plan)
+        if plan.default:
+            (view,) = views
+            endpoints = view.memo("endpoints", lambda: endpoints_of(view.typed(InstanceHealth)))
+            return msgspec.structs.replace(made, protocol=protocol, endpoints=endpoints)
+        try:
+            targets = {id: self._target(state, plan, id) for id in plan.targets}
+        except BadFilter as error:
+            return msgspec.structs.replace(made, error=f"a subset of {made.service!r} has no instances: {error}")
+        return msgspec.structs.replace(made, protocol=protocol, plan=plan, targets=targets)
+
+    def _target(self, state: _UpstreamState, plan: Plan, id: str) -> tuple[Endpoint, ...]:
+        target = plan.targets[id]
+        view = state.instances[target.service]
+        return view.memo(
+            ("target", target.filter, target.only_passing), lambda: endpoints_of(view.typed(InstanceHealth), target)
+        )
+
+    def _hold_instances(self, service: str) -> View:
+        return self._hold("health.connect", {"service": service})
+
+    def _leave(self, state: _UpstreamState) -> None:
+        for view in (state.chain, *state.instances.values()):
+            if view is not None:
+                self._let_go(view)
+        state.chain = None
+        state.instances.clear()
 
     def _resolve(self, state: _UpstreamState, sources: View | None) -> Resolution:
         upstream = state.upstream
@@ -265,41 +317,19 @@ def _by_precedence(view: View) -> tuple[Intention, ...]:
     )
 
 
-def _endpoints(view: View) -> tuple[Endpoint, ...]:
-    found = []
-    for row in view.typed(InstanceHealth):
-        service, proxy = row.service, row.service.proxy
-        status = row.status()
-        found.append(
-            Endpoint(
-                node=service.node,
-                address=row.dial_address(),
-                port=service.port,
-                service=proxy.destination_service_name if proxy is not None else service.service,
-                service_id=proxy.destination_service_id if proxy is not None else service.id,
-                weight=service.weights.warning if status == WARNING else service.weights.passing,
-                zone=service.locality.get("Zone", "") or row.node.meta.get("zone", ""),
-                healthy=status != CRITICAL,
-                meta=service.meta,
-            )
-        )
-    return tuple(sorted(found, key=lambda one: (one.node, one.service_id, one.port)))
+def _entry(view: View | None) -> dict[str, Any] | None:
+    """Return the configuration entry that a view follows, if there is one."""
+    entry = next(iter(view.rows.values()), None) if view is not None else None
+    return entry if isinstance(entry, dict) else None
 
 
-def _protocol(config: dict[str, Any]) -> str:
-    value = config.get("protocol", config.get("Protocol", ""))
-    return value if isinstance(value, str) else ""
-
-
-def _default_protocol(view: View) -> str:
-    """Return the protocol that the service's ``service-defaults`` entry says."""
-    entry = next(iter(view.rows.values()), None)
-    return _protocol(entry) if isinstance(entry, dict) else ""
+def _said_protocol(view: View) -> str:
+    return view.memo("protocol", lambda: _protocol_of(view))
 
 
 def _protocol_of(view: View) -> str:
     """Return what the instances behind an upstream speak, when they all say the same."""
     said = {
-        _protocol(row.service.proxy.config) for row in view.typed(InstanceHealth) if row.service.proxy is not None
+        protocol_of(row.service.proxy.config) for row in view.typed(InstanceHealth) if row.service.proxy is not None
     }
     return said.pop() if len(said) == 1 else ""

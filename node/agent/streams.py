@@ -168,7 +168,8 @@ class SidecarStreams:
             )
         if (own := self._local.services.get(sidecar_id)) is not None and own.row.kind != KIND_CONNECT_PROXY:
             raise BadDefinition(f"{sidecar_id} is a service of its own here: give the sidecar another ID")
-        service = self._local.services[target].row.service
+        app = self._local.services[target].row
+        service = app.service
         if proxy.destination_service_name != service:
             raise BadDefinition(
                 f"{target!r} is an instance of {service!r}, not of {proxy.destination_service_name!r}: "
@@ -180,7 +181,16 @@ class SidecarStreams:
         )
         following = CheckDefinition(check_id=check_id, name="Sidecar Stream", status=PASSING, sidecar=True)
         return msgspec.structs.replace(
-            definition, kind=KIND_CONNECT_PROXY, check=None, checks=(following, alias), connect=None
+            definition,
+            kind=KIND_CONNECT_PROXY,
+            check=None,
+            checks=(following, alias),
+            connect=None,
+            # As Consul's sidecar registrations do: subsets are made of what stands here.
+            tags=definition.tags or app.tags,
+            meta=definition.meta or app.meta,
+            weights=definition.weights or app.weights,
+            locality=definition.locality or app.locality,
         )
 
     def end(self, sidecar_id: str) -> None:

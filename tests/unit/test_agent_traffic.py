@@ -1,0 +1,109 @@
+"""What a sidecar is sent of configuration entries: the plan with each target's instances, defaults of its service."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from node.agent.traffic import endpoints_of, own_config, upstream_config, upstream_protocol
+from raftstate.chain import compile_plan
+from raftstate.model.catalog import CRITICAL, WARNING, Check, InstanceHealth, Node, ServiceInstance, ServiceProxy
+from raftstate.model.plan import Target
+from tests.support.http_api import serving
+from tests.unit.test_http_walkthrough import CLIENT_SIDECAR, SERVER_SIDECAR, open_stream
+
+SUBSETS = {v: {"Filter": f"Service.Meta.version == {v}"} for v in ("v1", "v2")}
+
+
+async def test_entries_reach_the_stream_with_the_instances_of_each_target(tmp_path: Path) -> None:
+    async with serving(tmp_path) as node:
+        meta = {"Meta": {"version": "v1"}, "Weights": {"Passing": 7, "Warning": 1}}
+        await node.put(
+            "/v1/agent/service/register", {"Name": "echo-server", "ID": "echo-server-1", "Port": 8080, **meta}
+        )
+        await node.put("/v1/agent/service/register", {"Name": "echo-client", "ID": "echo-client-1"})
+        named = json.loads(json.dumps(CLIENT_SIDECAR))
+        named["Proxy"]["Upstreams"] = [{"DestinationName": "echo-server", "LocalBindPort": 21000}]
+        server = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
+        client = await open_stream(node, "echo-client-1-sidecar-proxy", named)
+
+        def upstream(known: dict[str, Any]) -> dict[str, Any]:
+            found: dict[str, Any] = (known.get("Upstreams") or [{}])[0]
+            return found
+
+        await client.until(lambda known: len(upstream(known).get("Endpoints", ())) == 1)
+        await node.put("/v1/config", {"Kind": "proxy-defaults", "Name": "global", "Config": {"protocol": "http"}})
+        await client.until(lambda known: upstream(known)["Protocol"] == "http")
+        await server.until(lambda known: known.get("Self", {}).get("Protocol") == "http")
+        resolver = {"Kind": "service-resolver", "Name": "echo-server", "Subsets": SUBSETS, "DefaultSubset": "v1"}
+        await node.put("/v1/config", resolver)
+        await client.until(lambda known: upstream(known).get("Plan") is not None)
+        await client.until(lambda known: "v1.echo-server.default.default.dc1" in upstream(known)["Targets"])
+        (endpoint,) = upstream(client.known)["Targets"]["v1.echo-server.default.default.dc1"]
+        assert (endpoint["ServiceID"], endpoint["Meta"], endpoint["Weight"]) == (
+            "echo-server-1", {"version": "v1"}, 7,
+        )  # fmt: skip
+        assert upstream(client.known)["Endpoints"] == []
+        await node.put("/v1/config", {**resolver, "DefaultSubset": "v2"})
+        await client.until(lambda known: upstream(known)["Targets"] == {"v2.echo-server.default.default.dc1": []})
+        await node.put("/v1/config", {"Kind": "service-resolver", "Name": "echo-server", "ConnectTimeout": "2s"})
+        await client.until(lambda known: [*upstream(known)["Targets"]] == ["echo-server.default.default.dc1"])
+        limits = {"MaxConnections": 3, "MaxPendingRequests": 0}
+        defaults = {"Defaults": {"Limits": limits}, "Overrides": [{"Name": "echo-server", "ConnectTimeoutMs": 250}]}
+        await node.put("/v1/config", {"Kind": "service-defaults", "Name": "echo-client", "UpstreamConfig": defaults})
+        wanted = {"connect_timeout_ms": 250, "limits": {"max_connections": 3, "max_pending_requests": 0}}
+        await client.until(lambda known: upstream(known)["Config"] == wanted)
+        async with node.http.delete(node.url + "/v1/config/service-resolver/echo-server") as answer:
+            assert answer.status == 200
+        await client.until(lambda known: upstream(known).get("Plan") is None)
+        assert len(upstream(client.known)["Endpoints"]) == 1
+        server.response.close()
+        client.response.close()
+
+
+def test_a_target_has_the_instances_that_its_filter_takes() -> None:
+    def row(number: int, version: str, status: str) -> InstanceHealth:
+        proxy = ServiceProxy(destination_service_name="web", destination_service_id=f"web-{number}")
+        service = ServiceInstance(
+            "n", f"p-{number}", "web-proxy", port=number, meta={"version": version}, proxy=proxy
+        )
+        return InstanceHealth(Node("n", "10.0.0.1"), service, (Check("n", "c", status=status),))
+
+    rows = [row(1, "v1", "passing"), row(2, "v2", WARNING), row(3, "v2", CRITICAL)]
+    second = Target("v2.web", "web", "v2", "Service.Meta.version == v2")
+    assert [(one.service_id, one.healthy) for one in endpoints_of(rows, second)] == [
+        ("web-2", True), ("web-3", False),
+    ]  # fmt: skip
+    strict = Target("v2.web", "web", "v2", "Service.Meta.version == v2", only_passing=True)
+    assert [one.healthy for one in endpoints_of(rows, strict)] == [False, False]
+    assert len(endpoints_of(rows)) == 3
+
+
+def test_what_is_nearer_goes_first() -> None:
+    everyone = {"Config": {"protocol": "grpc", "local_request_timeout_ms": 1}}
+    assert own_config({}, {"LocalRequestTimeoutMs": 2}, everyone)["local_request_timeout_ms"] == 2
+    assert own_config({"local_request_timeout_ms": 3}, {"LocalRequestTimeoutMs": 2}, None) == {
+        "local_request_timeout_ms": 3
+    }
+    defaults = {
+        "UpstreamConfig": {
+            "Defaults": {"Protocol": "http", "Limits": {"MaxConnections": 1, "MaxPendingRequests": 2}},
+            "Overrides": [{"Name": "b", "Limits": {"MaxConnections": 5}, "PassiveHealthCheck": {"MaxFailures": 4}}],
+        }
+    }
+    assert upstream_config({"limits": {"max_pending_requests": 9}}, "b", defaults) == {
+        "protocol": "http", "limits": {"max_connections": 5, "max_pending_requests": 9}, "failures_to_eject": 4,
+    }  # fmt: skip
+    assert upstream_config({"protocol": "tcp"}, "c", defaults)["protocol"] == "tcp"
+
+
+def test_a_plan_that_routes_says_how_requests_are_read() -> None:
+    entries: dict[tuple[str, str], dict[str, Any]] = {("service-defaults", "b"): {"Protocol": "http"}}
+    plain = compile_plan("b", lambda *key: entries.get(key), "dc1")
+    assert upstream_protocol({}, "", plain) == "http"
+    assert upstream_protocol({"protocol": "tcp"}, "grpc", plain) == "tcp"
+    assert upstream_protocol({}, "grpc", plain) == "grpc"
+    entries["service-router", "b"] = {"Routes": []}
+    routed = compile_plan("b", lambda *key: entries.get(key), "dc1")
+    assert upstream_protocol({"protocol": "tcp"}, "tcp", routed) == "http"
