@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from node.xds import rbac, types
+from node.xds import plan, rbac, types
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
-from raftstate.model.sidecar import SidecarUpstream
+from raftstate.model.sidecar import Endpoint, SidecarUpstream
 
 CONNECT_TIMEOUT = "5s"
 BOUND = 1_000_000
@@ -15,7 +16,7 @@ BOUND = 1_000_000
 
 
 def cluster_name(upstream: SidecarUpstream) -> str:
-    """Return the name of an upstream's cluster, listener and routes."""
+    """Return the name of an upstream's listener and routes, and of its cluster when it has one."""
     return f"upstream:{upstream.name}"
 
 
@@ -25,11 +26,24 @@ def local_app(snapshot: Snapshot) -> Rule:
     return _static(types.LOCAL_APP, own.local_address, own.local_port, http=True)
 
 
-def upstream_cluster(upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
-    """Return an upstream's cluster. Who answers must be of the upstream's service."""
+def upstream_clusters(upstream: SidecarUpstream, snapshot: Snapshot) -> dict[str, Rule]:
+    """Return an upstream's clusters: one, or with a plan one for each of its resolvers."""
     name = cluster_name(upstream)
     if upstream.loopback_port:
-        return _static(name, snapshot.self.local_address, upstream.loopback_port, http=is_http(upstream.protocol))
+        http = is_http(upstream.protocol)
+        return {name: _static(name, snapshot.self.local_address, upstream.loopback_port, http=http)}
+    if upstream.plan is None:
+        return {name: _cluster(name, [upstream.service or "nobody"], upstream, snapshot)}
+    found = {}
+    for node_name, node in plan.resolvers(upstream.plan).items():
+        one = plan.node_cluster(name, node_name)
+        whom = plan.services(upstream.plan, node) or ["nobody"]
+        found[one] = _cluster(one, whom, upstream, snapshot) | plan.balancing(node)
+    return found
+
+
+def _cluster(name: str, services: list[str], upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
+    """Return a cluster. Who answers at an instance must be of the instance's service."""
     cluster: Rule = {
         "name": name,
         "type": "EDS",
@@ -54,29 +68,57 @@ def upstream_cluster(upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
             "interval": "1s",
             "max_ejection_percent": 100,
         },
-        "transport_socket": _tls_to(upstream, snapshot),
+        "transport_socket": _tls_to(services[0], snapshot),
     }
+    if len(services) > 1:
+        cluster["transport_socket_matches"] = [
+            {"name": one, "match": {"service": one}, "transport_socket": _tls_to(one, snapshot)} for one in services
+        ]
     if is_http(upstream.protocol):
         cluster["typed_extension_protocol_options"] = _protocols()
     return cluster
 
 
-def endpoints(upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
-    """Return the upstream's instances as the agent knows them, without those whose identity is revoked."""
-    rows = [
-        {
-            "endpoint": {"address": address(one.address, one.port)},
-            "health_status": "HEALTHY" if one.healthy else "UNHEALTHY",
-            "load_balancing_weight": max(one.weight, 1),
-            "metadata": {"filter_metadata": {"lictor": {"instance": one.service_id, "node": one.node}}},
-        }
-        for one in upstream.endpoints
-        if not rbac.is_revoked(one.service, one.service_id, snapshot.revocations)
-    ]
-    found: Rule = {"cluster_name": cluster_name(upstream)}
-    if rows:
-        found["endpoints"] = [{"lb_endpoints": rows}]
+def upstream_endpoints(upstream: SidecarUpstream, snapshot: Snapshot) -> dict[str, Rule]:
+    """Return the instances of each of an upstream's clusters, as the agent knows them."""
+    name = cluster_name(upstream)
+    if upstream.loopback_port:
+        return {}
+    if upstream.plan is None:
+        return {name: _assignment(name, [upstream.endpoints], snapshot)}
+    found = {}
+    for node_name, node in plan.resolvers(upstream.plan).items():
+        one = plan.node_cluster(name, node_name)
+        groups = [upstream.targets.get(target, ()) for target in (node.target, *node.failover)]
+        found[one] = _assignment(one, groups, snapshot)
     return found
+
+
+def _assignment(name: str, groups: Sequence[Sequence[Endpoint]], snapshot: Snapshot) -> Rule:
+    """Return a cluster's instances in groups of falling priority, without those whose identity is revoked."""
+    found: Rule = {"cluster_name": name}
+    rows: list[Rule] = []
+    for group in groups:
+        live = [one for one in group if not rbac.is_revoked(one.service, one.service_id, snapshot.revocations)]
+        if live:  # Envoy wants priorities without gaps
+            rows.append({"priority": len(rows), "lb_endpoints": [_endpoint(one) for one in live]})
+    if rows:
+        found["endpoints"] = rows
+    if len(groups) > 1:
+        found["policy"] = {"overprovisioning_factor": plan.ONLY_WHEN_NONE_IS_LEFT}
+    return found
+
+
+def _endpoint(one: Endpoint) -> Rule:
+    about = {"instance": one.service_id, "node": one.node}
+    return {
+        "endpoint": {"address": address(one.address, one.port)},
+        "health_status": "HEALTHY" if one.healthy else "UNHEALTHY",
+        "load_balancing_weight": max(one.weight, 1),
+        "metadata": {
+            "filter_metadata": {"lictor": about, "envoy.transport_socket_match": {"service": one.service}},
+        },
+    }
 
 
 def secrets(snapshot: Snapshot, access: rbac.Access, *, http: bool) -> dict[str, Rule]:
@@ -121,8 +163,8 @@ def secret(name: str) -> Rule:
     return {"name": name, "sds_config": types.ADS}
 
 
-def _tls_to(upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
-    uri = rbac.spiffe_uri(upstream.service or "nobody", snapshot)
+def _tls_to(service: str, snapshot: Snapshot) -> Rule:
+    uri = rbac.spiffe_uri(service, snapshot)
     context = typed(
         "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
         common_tls_context=common_tls(

@@ -6,6 +6,7 @@ import json
 
 from node.xds import rbac, types
 from node.xds.clusters import cluster_name, common_tls, secret
+from node.xds.plan import DEFAULT_RETRY, http_routes, tcp_way
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
 from raftstate.model.sidecar import SidecarUpstream
@@ -54,7 +55,8 @@ def upstream_listener(upstream: SidecarUpstream) -> Rule:
     if is_http(upstream.protocol):
         http = _http(name, {"rds": {"config_source": types.ADS, "route_config_name": name}}, [])
     else:
-        http = _tcp_proxy(name, name)
+        way = None if upstream.plan is None or upstream.loopback_port else tcp_way(upstream.plan, name)
+        http = _tcp_proxy(name, name, way)
     return {
         "name": name,
         "address": address(upstream.bind_address or "127.0.0.1", upstream.bind_port),
@@ -65,9 +67,10 @@ def upstream_listener(upstream: SidecarUpstream) -> Rule:
 
 def upstream_routes(upstream: SidecarUpstream) -> Rule:
     """Return the routes of an HTTP upstream."""
-    # Only what the other side cannot have begun to answer is tried again.
-    retry = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 2}
-    return _route_table(cluster_name(upstream), cluster_name(upstream), {"retry_policy": retry})
+    name = cluster_name(upstream)
+    if upstream.plan is None or upstream.loopback_port:
+        return _route_table(name, name, {"retry_policy": DEFAULT_RETRY})
+    return _routes(name, http_routes(upstream.plan, name))
 
 
 def rbac_filters(snapshot: Snapshot, access: rbac.Access) -> dict[str, Rule]:
@@ -110,13 +113,13 @@ def _discovered(name: str, type_url: str) -> Rule:
     return {"name": name, "config_discovery": {"config_source": types.ADS, "type_urls": [type_url]}}
 
 
-def _tcp_proxy(cluster: str, prefix: str) -> Rule:
+def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
     config = typed(
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
         stat_prefix=prefix,
-        cluster=cluster,
         idle_timeout="0s",
         max_connect_attempts=1 if cluster == types.LOCAL_APP else 5,
+        **(way or {"cluster": cluster}),
     )
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
 
@@ -175,8 +178,8 @@ def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = No
 
 
 def _route_table(name: str, cluster: str, more: Rule) -> Rule:
-    route = {"cluster": cluster, "timeout": "0s", **more}
-    return {
-        "name": name,
-        "virtual_hosts": [{"name": name, "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}],
-    }
+    return _routes(name, [{"match": {"prefix": "/"}, "route": {"cluster": cluster, "timeout": "0s", **more}}])
+
+
+def _routes(name: str, routes: list[Rule]) -> Rule:
+    return {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]}

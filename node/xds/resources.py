@@ -54,9 +54,8 @@ def resources(snapshot: Snapshot, generation: int = 0) -> Resources:
     )
     for upstream in snapshot.upstreams:
         name = clusters.cluster_name(upstream)
-        found[types.CLUSTER][name] = clusters.upstream_cluster(upstream, snapshot)
-        if not upstream.loopback_port:
-            found[types.ENDPOINTS][name] = clusters.endpoints(upstream, snapshot)
+        found[types.CLUSTER] |= clusters.upstream_clusters(upstream, snapshot)
+        found[types.ENDPOINTS] |= clusters.upstream_endpoints(upstream, snapshot)
         found[types.LISTENER][name] = listeners.upstream_listener(upstream)
         if is_http(upstream.protocol):
             found[types.ROUTES][name] = listeners.upstream_routes(upstream)

@@ -21,7 +21,7 @@ from cli.envoy import find_binary
 from cli.errors import CliError
 from tests.e2e.support_e2e import Mesh
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 20.0
 GREETING = b"welcome\n"
 ENVOY, LICTOR = "envoy", "lictor"
 
