@@ -6,12 +6,14 @@ this process, so that ``kill -9`` loses it, as a power cut would what the kernel
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import raftstate.disk
+from raftstate.disk_aio import DiskAio, SyncDone
 from raftstate.raft import RaftCore
 from raftstate.state.machine import Applied, StateMachine
 
@@ -32,7 +34,8 @@ class PowerCutFiles:
         self._cached.setdefault(fd, []).append((offset, bytes(data)))
         return len(data)
 
-    def _write_back(self, fd: int) -> None:
+    def write_back(self, fd: int) -> None:
+        """Have the file hold what was written to it."""
         for offset, data in self._cached.pop(fd, ()):
             while data:
                 written = os.pwrite(fd, data, offset)
@@ -40,23 +43,28 @@ class PowerCutFiles:
 
     def fdatasync(self, fd: int) -> None:
         """Write what is remembered; a kill does not take it back."""
-        self._write_back(fd)
+        self.write_back(fd)
         os.fdatasync(fd)
 
     def ftruncate(self, fd: int, length: int) -> None:
         """As the system's, on all that was written."""
-        self._write_back(fd)
+        self.write_back(fd)
         os.ftruncate(fd, length)
 
     def close(self, fd: int) -> None:
         """Write back, which the kernel may do at any time."""
-        self._write_back(fd)
+        self.write_back(fd)
         os.close(fd)
 
 
 def skip_the_fsync() -> None:
     """The journal does not wait for the disk."""
+
+    def pretend(self: DiskAio, fd: int, done: SyncDone) -> None:
+        asyncio.get_running_loop().call_soon(done, None)
+
     raftstate.disk._RealFile.sync = lambda self: None  # type: ignore[method-assign]
+    DiskAio.sync = pretend  # type: ignore[method-assign]
 
 
 def ack_before_quorum() -> None:
@@ -105,8 +113,15 @@ def main(arguments: list[str]) -> int:
     """Plant the bug named first, then be `lictor` with the rest."""
     from cli.main import main as lictor
 
-    raftstate.disk.SYNC_BESIDE = False  # the kernel's own way would pass these files by
-    raftstate.disk.os = PowerCutFiles()  # type: ignore[assignment, attr-defined]
+    files = PowerCutFiles()
+    raftstate.disk.os = files  # type: ignore[assignment, attr-defined]
+    sync_beside = DiskAio.sync
+
+    def written_and_synced(self: DiskAio, fd: int, done: SyncDone) -> None:
+        files.write_back(fd)
+        sync_beside(self, fd, done)
+
+    DiskAio.sync = written_and_synced  # type: ignore[method-assign]
     BUGS[arguments[0]]()
     return lictor(arguments[1:])
 
