@@ -43,6 +43,7 @@ class FrameConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
+        self._flushing = False
         self._writable = asyncio.Event()
         self._writable.set()
         self._lossy = False
@@ -93,12 +94,15 @@ class FrameConnection(asyncio.Protocol):
     # -- use -------------------------------------------------------------------------------------------------------
 
     def send(self, frame: Frame) -> None:
-        """Queue a frame; all frames of one turn of the loop go out in one write."""
+        """Send a frame: the first one of a turn of the loop at once, those after it together."""
         if self.closed or self._cut():
             return
-        if not self._out:
-            self._loop.call_soon(self._flush)
-        self._out.append(encode_frame(frame))
+        if self._flushing or self._transport is None:
+            self._out.append(encode_frame(frame))
+            return
+        self._flushing = True
+        self._loop.call_soon(self._flush)
+        self._write(encode_frame(frame))
 
     @property
     def can_write(self) -> bool:
@@ -163,10 +167,15 @@ class FrameConnection(asyncio.Protocol):
             waiting.set_result(None)
 
     def _flush(self) -> None:
+        self._flushing = False
         out, self._out = self._out, []
-        if self.closed or not out or self._transport is None:
+        if out:
+            self._write(out[0] if len(out) == 1 else b"".join(out))
+
+    def _write(self, data: bytes) -> None:
+        if self.closed or self._transport is None:
             return
-        self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        self._transport.write(data)
         if self._transport.get_write_buffer_size() > WRITE_BUFFER_MAX:
             log.warning("rpc: closed connection of %s: it does not read", self.peer.node)
             self.abort()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from node.errors import BadRequest, Busy, NodeError, TimedOut, to_wire
@@ -189,10 +190,11 @@ class ServerConnection(FrameConnection):
             call.pieces = self._uploads[request.call] = Upload(self.pause_reading, self.resume_reading)
         if (feeding := self._methods.feeding.get(request.method)) is not None and self._feed(feeding, call, request):
             return
+        work: Callable[[], Awaitable[None]]
         if (unary := self._methods.unary.get(request.method)) is not None:
-            work = self._answer(request.call, unary, call)
+            work = partial(self._answer, request.call, unary, call)
         elif (streaming := self._methods.streaming.get(request.method)) is not None:
-            work = self._stream(request.call, streaming, call)
+            work = partial(self._stream, request.call, streaming, call)
         else:
             self._uploads.pop(request.call, None)
             self._fail(request.call, BadRequest(f"unknown method {request.method!r}: upgrade this server"))
@@ -234,9 +236,10 @@ class ServerConnection(FrameConnection):
         if upload is not None:  # else the call ended before its upload did
             upload.put(frame.body if isinstance(frame, Item) else None)
 
-    async def _guard(self, number: int, work: Awaitable[None]) -> None:
+    async def _guard(self, number: int, work: Callable[[], Awaitable[None]]) -> None:
+        # Made here, not by the caller: a task that is cancelled before its first step would leave it unawaited.
         try:
-            await work
+            await work()
         except NodeError as error:
             self._fail(number, error)
         except TimeoutError:
