@@ -29,8 +29,8 @@ from node.protocol import (
     decode,
     encode,
 )
+from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
 from node.rpc.client import ClientConnection
-from node.server import SIGN_TIMEOUT_S, as_applied, as_result
 from node.server_link import ServerLink
 from node.store_reads import WAIT_S_MAX
 from node.views import Rows, as_delta, merge

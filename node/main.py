@@ -10,7 +10,7 @@ import logging
 import resource
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -27,13 +27,14 @@ from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
 from node.http.front.guards import FrontOptions
 from node.logs import set_up_logging
-from node.server_process import ServerNode
 from node.tokens import TokenGuard, load_secret
 from node.version import lictor_version
 from raftstate.errors import RaftError
 
 if TYPE_CHECKING:
     from aiohttp.web_runner import BaseSite
+
+    from node.server_process import ServerNode
 
 log = logging.getLogger("lictor.node")
 
@@ -48,6 +49,7 @@ class NodeProcess:
         self._on_stop = on_stop
         self._undo: list[Callable[[], Any]] = []
         self.side: ServerNode | ClientNode | None = None
+        self._hand_over: Callable[[float], Awaitable[Any]] | None = None
 
     async def start(self) -> None:
         """Start everything; what was started is stopped again when a later part fails."""
@@ -60,7 +62,11 @@ class NodeProcess:
     async def _start(self) -> None:
         config, node = self.config, self.node
         if node.is_server:
-            self.side = ServerNode(config, node, on_failure=lambda error: self._on_stop(f"raft has stopped: {error}"))
+            from node.server_process import ServerNode  # what only servers need would cost an agent 3 MiB
+
+            server = ServerNode(config, node, on_failure=lambda error: self._on_stop(f"raft has stopped: {error}"))
+            self.side = server
+            self._hand_over = server.hand_over
         else:
             self.side = ClientNode(config, node)
         self._undo.append(self.side.stop)
@@ -146,8 +152,8 @@ class NodeProcess:
 
     async def stop(self) -> None:
         """Hand leadership over while the API still answers, then take everything down, last started first."""
-        if isinstance(self.side, ServerNode):
-            await self.side.hand_over(HAND_OVER_TIMEOUT_S)
+        if self._hand_over is not None:
+            await self._hand_over(HAND_OVER_TIMEOUT_S)
         while self._undo:
             await self._undo.pop()()
 

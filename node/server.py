@@ -19,7 +19,6 @@ from node.backend import (
     Contact,
     QueryResult,
     ReadMode,
-    RefusalInfo,
     ViewEvent,
 )
 from node.errors import BadRequest, TimedOut
@@ -34,8 +33,8 @@ from node.protocol import (
     decode,
     encode,
 )
+from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
 from node.store_reads import WAIT_S_MAX, StoreReads
-from node.views import VALUE_TYPES
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
 
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from raftstate.state.commands import Command
     from raftstate.state.machine import StateMachine
 
-SIGN_TIMEOUT_S = 10.0
 SEEN_WAIT_S = 2.0
 """How long a read waits for this server to catch up with what its client has seen elsewhere."""
 SNAPSHOT_TIMEOUT_S = 600.0
@@ -294,14 +292,3 @@ class ServerBackend:
         """See Backend.snapshot_restore."""
         assert self.verbs is not None, "a server has its verbs from its start"
         await self.verbs.snapshot_restore(chunks, forwarded=False)
-
-
-def as_applied(reply: ApplyReply) -> Applied:
-    """Return the outcome that a reply carries."""
-    return Applied(reply.index, reply.value, RefusalInfo(*reply.refusal) if reply.refusal else None)
-
-
-def as_result(reply: QueryReply, mode: ReadMode, name: str) -> QueryResult:
-    """Return the answer that a reply carries; rows come as model types where they are of one."""
-    value = msgspec.msgpack.decode(reply.value, type=VALUE_TYPES.get(name, object))
-    return QueryResult(reply.index, reply.known_leader, reply.last_contact_ms, value, mode, reply.applied_index)
