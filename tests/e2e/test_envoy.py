@@ -232,6 +232,39 @@ def test_an_instance_that_comes_is_called_and_one_that_goes_is_not(stage: Mesh) 
         assert wait_until(lambda: {call(address) for _ in range(6)} == {b"two hello\n"}, TIMEOUT_S)
 
 
+def test_requests_take_the_way_that_configuration_entries_say(stage: Mesh) -> None:
+    def configure(kind: str, name: str, **more: Any) -> None:
+        stage.api().put("/v1/config", {"Kind": kind, "Name": name, **more})
+
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Web)) as port:
+        for service in ("site", "news"):
+            configure("service-defaults", service, Protocol="http")
+            allow(stage, "shop", service)
+        to_news = {"Match": {"HTTP": {"PathPrefix": "/news"}}, "Destination": {"Service": "news"}}
+        configure("service-router", "site", Routes=[to_news])
+        stand(stage, ENVOY, "site", port, host=1)
+        stand(stage, ENVOY, "news", port, host=1)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "site")
+        address = upstream(stage, "shop-1", "site")
+
+        def answered_by(path: str) -> str:
+            """Return the service whose sidecar passed a request on."""
+            status, headers = http_call(address, "GET", path)
+            cert = {name.lower(): value for name, value in (headers or {}).items()}.get("x-forwarded-client-cert", "")
+            return cert.partition("By=")[2].partition(";")[0].rpartition("/")[2] if status == 200 else ""
+
+        try:
+            assert wait_until(lambda: answered_by("/") == "site", TIMEOUT_S)
+            assert wait_until(lambda: answered_by("/news/1") == "news", TIMEOUT_S)
+            forbid(stage, "shop", "news")
+            assert wait_until(lambda: answered_by("/news/1") == "", TIMEOUT_S)
+            assert answered_by("/") == "site"
+        finally:
+            stage.api().write("DELETE", "/v1/config/service-router/site")
+            for service in ("site", "news"):
+                stage.api().write("DELETE", f"/v1/config/service-defaults/{service}")
+
+
 def envoy_admin(mesh: Mesh, instance: str, path: str) -> str:
     text = next(one for one in mesh.backgrounds if one.name == instance).text()
     base = text.partition("admin     ")[2].split()[0]
