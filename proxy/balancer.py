@@ -103,6 +103,8 @@ class Balancer:
         self._troubled_until = 0.0
         """Latest end of an ejection or avoidance; before it the slow path of pick looks at each instance."""
         self._warming_until = 0.0
+        self._even = True
+        """All instances have the same weight."""
         self._table: Ring[Instance] | Maglev[Instance] | None = None
         """For the hashing policies: all instances by hash. Made when it is first needed."""
         self._table_of: tuple[object, ...] = ()
@@ -125,6 +127,7 @@ class Balancer:
             instance.endpoint = endpoint
             self.instances[key] = instance
         self._healthy = [i for i in self.instances.values() if i.endpoint.healthy and i.endpoint.weight > 0]
+        self._even = len({instance.endpoint.weight for instance in self.instances.values()}) <= 1
         if shape != {key: instance.endpoint.weight for key, instance in self.instances.items()}:
             self._table = None
         return list(before.values())
@@ -164,6 +167,16 @@ class Balancer:
         warming = now if now < self._warming_until and options.slow_start_s else None
         if options.policy == ROUND_ROBIN:
             return self._next_in_turn(usable, warming)
+        if self._even and warming is None and options.choice_count == 2:
+            # The usual case, in constant time.
+            count = len(usable)
+            at = int(self._random() * count)
+            first = usable[at]
+            if options.policy != LEAST_REQUEST:
+                return first
+            further = int(self._random() * (count - 1))
+            second = usable[further + 1 if further >= at else further]
+            return first if first.active <= second.active else second
         first = self._weighted(usable, warming)
         if options.policy != LEAST_REQUEST:
             return first
