@@ -50,10 +50,10 @@ def _cluster(name: str, services: list[str], upstream: SidecarUpstream, snapshot
         "connect_timeout": CONNECT_TIMEOUT,
         "eds_cluster_config": {"eds_config": types.ADS},
         "lb_policy": "LEAST_REQUEST",
-        # As Lictor's balancer: health is ignored only when no instance is healthy.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        # As Lictor's balancer: health is ignored when no instance is healthy (0 would mean never), and a check that
+        # turns critical ends no call: it may be the agent over there that is gone, not the instance.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
         "ignore_health_on_host_removal": True,
-        "close_connections_on_host_health_failure": True,
         "circuit_breakers": _bounds(),
         "outlier_detection": {
             "split_external_local_origin_errors": True,

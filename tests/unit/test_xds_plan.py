@@ -117,3 +117,9 @@ def test_without_a_plan_that_works_requests_are_answered_with_its_error() -> Non
     assert route["direct_response"]["status"] == 503
     assert "a circle" in route["direct_response"]["body"]["inline_string"]
     assert list(found[types.CLUSTER]) == [types.LOCAL_APP]
+
+
+def test_when_every_check_is_critical_calls_are_made_all_the_same() -> None:
+    cluster = resources(make_snapshot(upstreams=(upstream("web", "tcp", "web-1"),)))[types.CLUSTER][WAY]
+    assert cluster["common_lb_config"]["healthy_panic_threshold"]["value"] > 0, "0 turns Envoy's panic mode off"
+    assert not cluster.get("close_connections_on_host_health_failure"), "a lost agent must not end live calls"
