@@ -44,6 +44,8 @@ class Referee:
         self.floor = 0
         """The highest index that any finished operation has seen or made."""
         self.acknowledged: dict[str, int] = {}
+        self._committed_in: dict[int, int] = {}
+        """index -> the term that its first applier was in, which is no lower than the one it was committed in."""
         self._checked: dict[str, int] = {}
         """server -> applied index up to which its terms were checked."""
 
@@ -98,6 +100,7 @@ class Referee:
             term = core.term_at(index)
             assert term is not None
             self.term_applied(server, index, term)
+            self._committed_in.setdefault(index, core.term)
         self._checked[server] = core.applied
         at = core.membership_index
         if at > core.commit:
@@ -112,9 +115,14 @@ class Referee:
             )
 
     def _check_complete(self, server: str, core: RaftCore) -> None:
-        for index, term in self.terms_applied.items():
-            mine = core.term_at(index)
-            if term < core.term and mine != term and index > core.first_index:
+        """Paper, figure 3: what was committed in a term is in the log of the leader of every later term.
+
+        An entry of an old term may be committed in a late one, so its own term says nothing: a server that was
+        elected for a term in between, and slept until now, need not have it.
+        """
+        for index, committed_in in self._committed_in.items():
+            mine, term = core.term_at(index), self.terms_applied[index]
+            if committed_in < core.term and mine != term and index > core.first_index:
                 raise Violation(
                     f"leader completeness: {server} leads term {core.term} with term {mine} "
                     f"at applied index {index}, which has term {term}"
