@@ -36,9 +36,9 @@ from raftstate.raft_driven import prepare_log
 from raftstate.raft_election import Outbox
 from raftstate.raft_install import Installing, members_of
 from raftstate.raft_members import Member, Members
-from raftstate.raft_ports import Log, Snapshots
+from raftstate.raft_ports import Apply, Log, Outside, Snapshots
 from raftstate.raft_reads import ReadDone
-from raftstate.raft_replication import Apply, ProposeDone
+from raftstate.raft_replication import ProposeDone
 
 __all__ = ["Member", "Members", "Outbox", "RaftConfig", "RaftCore"]
 
@@ -73,7 +73,7 @@ class RaftCore(Installing):
         snapshot = snapshots.latest()
         prepare_log(log, snapshot, bootstrap)
         base = (snapshot.index, members_of(snapshot)) if snapshot else (0, Members())
-        super().__init__(server, log, apply, config or RaftConfig(), clock, rng, base, snapshots)
+        super().__init__(Outside(server, log, snapshots, apply, config or RaftConfig(), clock, rng, base))
 
     # -- time ------------------------------------------------------------------------------------------------------
 

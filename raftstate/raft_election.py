@@ -6,15 +6,12 @@ within the minimum election timeout helps no other candidate) is thesis 4.2.3 an
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from raftstate.messages import Message, PreVote, PreVoteReply, RequestVote, TimeoutNow, VoteReply
-from raftstate.raft_config import RaftConfig
 from raftstate.raft_driven import CANDIDATE, FOLLOWER, LEADER, MEMBERS, Driven
 from raftstate.raft_members import Members, decode_members
-from raftstate.raft_ports import Log
+from raftstate.raft_ports import Outside
 
 NEVER = float("-inf")
 
@@ -35,35 +32,28 @@ class Outbox:
 class Election(Driven):
     """Who leads: campaigning, voting, following, stepping down."""
 
-    def __init__(
-        self,
-        server: str,
-        log: Log,
-        config: RaftConfig,
-        clock: Callable[[], float],
-        rng: random.Random,
-        base: tuple[int, Members],
-    ) -> None:
-        self.config = config
+    def __init__(self, outside: Outside) -> None:
+        self.config = outside.config
         self._free: list[tuple[str, Message]] = []
         self._held: list[tuple[str, Message]] = []
         self._pre_votes: set[str] | None = None
         """Who granted the pre-vote under way."""
         self._votes: set[str] = set()
         """Who voted for us in this term; a set, because a message may be delivered twice."""
-        self._memberships: list[tuple[int, Members]] = [base]
+        self._memberships: list[tuple[int, Members]] = [outside.base]
         """(index, membership from there on), oldest first; the last one counts."""
         self._slack_given = False
         self._heard_at = NEVER
-        super().__init__(server, log, clock, rng, base[0])
-        self._min_timeout_s, self._max_timeout_s = config.election_timeout_min_s, config.election_timeout_max_s
-        for command, index, _ in self.entries(base[0] + 1, len(log)):
+        super().__init__(outside.server, outside.log, outside.clock, outside.rng, outside.base[0])
+        self._min_timeout_s = self.config.election_timeout_min_s
+        self._max_timeout_s = self.config.election_timeout_max_s
+        for command, index, _ in self.entries(outside.base[0] + 1, len(outside.log)):
             if command[:1] == MEMBERS:
                 self._memberships.append((index, decode_members(command[1:])))
         now = self.enter()
         # A promise not to vote may have been given just before a crash; only a new server has given none.
         self._heard_at = now if self.term or self.first_index else NEVER
-        self._deadline = now if self.members.voters == (server,) else now + self._election_timeout()
+        self._deadline = now if self.members.voters == (self.id,) else now + self._election_timeout()
 
     @property
     def members(self) -> Members:

@@ -6,18 +6,15 @@ makes local snapshots (`raft_snapshotter.py`).
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from raftstate.messages import InstallSnapshot, SnapshotReply
-from raftstate.raft_config import RaftConfig
 from raftstate.raft_members import Member, Members, decode_members, encode_members
-from raftstate.raft_ports import Log, Snapshots
+from raftstate.raft_ports import Outside
 from raftstate.raft_progress import Progress, SnapshotSend
-from raftstate.raft_replication import Apply, Replication
+from raftstate.raft_replication import Replication
 
 
 @dataclass
@@ -46,23 +43,13 @@ class _Receiving:
 class Installing(Replication):
     """What happens when a follower is so far behind that its next entry is compacted away."""
 
-    def __init__(
-        self,
-        server: str,
-        log: Log,
-        apply: Apply,
-        config: RaftConfig,
-        clock: Callable[[], float],
-        rng: random.Random,
-        base: tuple[int, Members],
-        snapshots: Snapshots,
-    ) -> None:
-        self._snapshots = snapshots
+    def __init__(self, outside: Outside) -> None:
+        self._snapshots = outside.snapshots
         self._receiving: _Receiving | None = None
         self._install: Install | None = None
         self.snapshot_wanted = False
         """A follower needs a newer snapshot than there is: the driver should make one soon."""
-        super().__init__(server, log, apply, config, clock, rng, base)
+        super().__init__(outside)
 
     # -- leader ----------------------------------------------------------------------------------------------------
 

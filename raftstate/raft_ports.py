@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, overload
+
+from raftstate.raft_config import RaftConfig
+from raftstate.raft_members import Members
 
 Entry = tuple[bytes, int, int]
 """(command, index, term): pysyncobj's order."""
@@ -41,6 +46,10 @@ class Position(Protocol):
     def term(self) -> int: ...
 
 
+Apply = Callable[[int, bytes], Any]
+"""The state machine: (index, data) -> value. Called once per index, in order."""
+
+
 class Snapshots(Protocol):
     """The snapshot store: writes a snapshot in chunks, finds the newest good one, reads it back in chunks.
 
@@ -50,3 +59,17 @@ class Snapshots(Protocol):
     def begin(self, index: int, term: int, members: dict[str, Any]) -> Any: ...
     def latest(self, min_index: int = 0) -> Any: ...
     def open(self, meta: Any) -> Iterator[bytes]: ...
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What a core is given: who it is, and all that it may touch. `base`: the newest snapshot's index and members."""
+
+    server: str
+    log: Log
+    snapshots: Snapshots
+    apply: Apply
+    config: RaftConfig
+    clock: Callable[[], float]
+    rng: random.Random
+    base: tuple[int, Members]

@@ -5,25 +5,21 @@ Raft paper 5.3 and 5.4.2; flow control as in etcd's raft. Replies carry a term a
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from raftstate.errors import CommandTooLarge, NotLeader, RaftError, TooBusy, UnknownOutcome
 from raftstate.messages import AppendEntries, AppendReply, Heartbeat, HeartbeatReply
 from raftstate.raft_backup import RestoreInLog
-from raftstate.raft_config import RaftConfig
 from raftstate.raft_driven import MEMBERS, REGULAR, RESTORE
 from raftstate.raft_election import Election
 from raftstate.raft_members import Members, decode_members, encode_members
-from raftstate.raft_ports import Log
+from raftstate.raft_ports import Outside
 from raftstate.raft_progress import Progress
 from raftstate.raft_reads import ReadDone, Reads
 
 ProposeDone = Callable[[Any, Any], None]
 """Called once with (value, None) when applied, or (None, error) when the outcome cannot be known here."""
-Apply = Callable[[int, bytes], Any]
-"""The state machine: (index, data) -> value. Called once per index, in order."""
 
 
 def _no_restore(*_: object) -> NoReturn:
@@ -33,17 +29,8 @@ def _no_restore(*_: object) -> NoReturn:
 class Replication(Election):
     """The log: the leader's sending of it, the follower's taking of it, and what becomes of committed entries."""
 
-    def __init__(
-        self,
-        server: str,
-        log: Log,
-        apply: Apply,
-        config: RaftConfig,
-        clock: Callable[[], float],
-        rng: random.Random,
-        base: tuple[int, Members],
-    ) -> None:
-        self._apply = apply
+    def __init__(self, outside: Outside) -> None:
+        self._apply = outside.apply
         self.backup = RestoreInLog(_no_restore, _no_restore)
         """Replaced by the driver if its state machine can be replaced."""
         self._progress: dict[str, Progress] = {}
@@ -61,7 +48,7 @@ class Replication(Election):
         self._lease_given_up = False
         self._installing = False
         """Whether a snapshot is being restored: nothing may be applied meanwhile."""
-        super().__init__(server, log, config, clock, rng, base)
+        super().__init__(outside)
 
     # -- leader: taking proposals ----------------------------------------------------------------------------------
 
