@@ -23,6 +23,11 @@ log = logging.getLogger("lictor.rpc")
 DIAL_TIMEOUT_S = 2.0
 RACE_AFTER_S = 0.15
 """A dial that has not ended by then gets a rival to another server."""
+RACE_AFTER_S_MAX = 1.0
+PATIENCE_MAX = 4.0
+"""A round of dials that brought nothing doubles the time given to the next, up to this factor. Servers to which all
+agents come back at once need longer than usual for each: if nobody waited longer, all would give up just before they
+were served, and begin anew for ever."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 1.0
 ANSWER_TIMEOUT_S = 1.0
 """A server that does not answer a heartbeat in this time is replaced."""
@@ -105,7 +110,7 @@ class ServerLink:
     async def _keep(self) -> None:
         failures = 0
         while True:
-            connection = await self._find()
+            connection = await self._find(min(2.0**failures, PATIENCE_MAX))
             if connection is None:
                 failures += 1
                 if failures == 1:
@@ -132,8 +137,9 @@ class ServerLink:
         if connection is self._connection:
             self._lost.set()
 
-    async def _find(self) -> ClientConnection | None:
+    async def _find(self, patience: float) -> ClientConnection | None:
         """Try all servers, the one just lost last; a slow one gets rivals, and the first that answers wins."""
+        race_after_s = min(RACE_AFTER_S * patience**2, RACE_AFTER_S_MAX)
         order = list(self.servers.items())
         self._rng.shuffle(order)
         order.sort(key=lambda item: item[0] == self._avoid)
@@ -141,9 +147,9 @@ class ServerLink:
         running: set[asyncio.Task[ClientConnection]] = set()
         try:
             for name, address in order:
-                dialling = self._dial(name, address, DIAL_TIMEOUT_S)
+                dialling = self._dial(name, address, DIAL_TIMEOUT_S * patience)
                 running.add(asyncio.get_running_loop().create_task(dialling))
-                done, running = await asyncio.wait(running, timeout=RACE_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
+                done, running = await asyncio.wait(running, timeout=race_after_s, return_when=asyncio.FIRST_COMPLETED)
                 if (winner := self._winner(done)) is not None:
                     return winner
             while running:

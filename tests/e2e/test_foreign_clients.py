@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -137,6 +138,47 @@ def test_haproxy_balances_over_srv_records_through_a_killed_leader(cluster: Mesh
         caller.join(10)
     assert caller.bad == []
     assert caller.answers["two"] > 10
+
+
+class Digger(threading.Thread):
+    """Asks DNS without end, with dig, and keeps every answer that is not one of those expected."""
+
+    def __init__(self, port: int, name: str, expected: set[str]) -> None:
+        super().__init__(daemon=True)
+        self.command = ["dig", "@127.0.0.1", "-p", str(port), "+short", "+tries=1", "+timeout=5", name, "SRV"]
+        self.expected, self.good, self.bad = expected, 0, list[str]()
+        self.over = threading.Event()
+
+    def ask(self) -> set[str]:
+        """Return the ports of the answer; dig fails when it gets none."""
+        done = subprocess.run(self.command, capture_output=True, text=True, timeout=20, check=False)
+        return {line.split()[2] for line in done.stdout.splitlines()} if done.returncode == 0 else {done.stdout}
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            found = self.ask()
+            if found and found <= self.expected and "1" in found:
+                self.good += 1
+            else:
+                self.bad.append(str(found))
+
+
+def test_dig_is_answered_through_a_killed_leader(cluster: Mesh) -> None:
+    need("dig")
+    register(cluster, 1, "dug", "dug-1", 1)
+    digger = Digger(dns_port(cluster), "_dug._tcp.service.consul", {"1", "2"})
+    assert wait_until(lambda: digger.ask() == {"1"}, 15.0)
+    digger.start()
+    with leader_killed(cluster):
+        before = digger.good
+        register(cluster, 1, "dug", "dug-2", 2)
+        assert wait_until(lambda: digger.ask() == {"1", "2"}, 15.0)
+        assert wait_until(lambda: digger.good > before + 5, 20.0)
+        cluster.api(1).put("/v1/agent/check/fail/service:dug-2")
+        assert wait_until(lambda: digger.ask() == {"1"}, 15.0)
+    digger.over.set()
+    digger.join(30)
+    assert digger.bad == []
 
 
 PROMETHEUS = """

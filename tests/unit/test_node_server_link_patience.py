@@ -1,0 +1,51 @@
+"""A link whose servers are slow, because everyone comes back to them at once, gives them more time and gets in."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+
+import pytest
+
+from node import server_link
+from node.config import Liveness
+from node.errors import Unreachable
+from node.rpc.client import ClientConnection
+from node.server_link import ServerLink
+
+
+class SlowToAccept(ServerLink):
+    """Every dial would need ``needed_s``; what it was given is noted."""
+
+    needed_s = 0.0
+
+    def __init__(self) -> None:
+        servers = [(f"server-{n}", f"127.0.0.1:{n}") for n in (1, 2, 3)]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        super().__init__(servers, context, "dc1", Liveness(), rng=random.Random(1))
+        self.given: list[float] = []
+        self.served = asyncio.Event()
+
+    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+        self.given.append(timeout_s)
+        if timeout_s >= self.needed_s:
+            self.served.set()
+            await asyncio.get_running_loop().create_future()
+        await asyncio.sleep(timeout_s)
+        raise Unreachable(f"{name} did not answer in {timeout_s} s")
+
+
+async def test_slow_servers_are_given_more_time_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_link, "DIAL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(server_link, "RACE_AFTER_S", 0.001)
+    monkeypatch.setattr(server_link, "BACKOFF_S_MAX", 0.01)
+    link = SlowToAccept()
+    link.needed_s = 0.03  # three times what the first dial is given
+    link.start()
+    async with asyncio.timeout(10):
+        await link.served.wait()
+    await link.stop()
+    assert link.given[:3] == [0.01] * 3  # a server that is merely lost is still given up soon
+    assert link.given == sorted(link.given)
+    assert link.given[-1] == pytest.approx(0.04)
