@@ -13,6 +13,7 @@ Operator verbs (`Backend.operator`), with their parameters and values:
     status.leader {}                     -> "ip:port" of the leader's RPC address, "" if none
     status.peers {}                      -> ["ip:port", ...]
     autopilot.health {}                  -> Consul's autopilot health object
+    autopilot.configuration {}           -> Consul's autopilot configuration object, as it is acted on
     ca.rotate {}                         -> the new CARoot
     faults.block {peers: [node, ...], one_way}   -> {"Blocked": [...]}   this node only; only with fault_injection
     node.servers {}                      -> this node's view of the servers and which one it talks to

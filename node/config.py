@@ -222,7 +222,7 @@ def _liveness(table: TableReader) -> Liveness:
         heartbeat_s=table.duration_s("heartbeat", "1s", 0.05, 600),
         node_ttl_s=table.duration_s("node_ttl", "5s", 0.2, 3600),
         deregister_after_s=table.duration_s("deregister_after", "72h", 60, 8760 * 3600),
-        remove_server_after_s=table.duration_s("remove_server_after", "72h", 10, 8760 * 3600),
+        remove_server_after_s=table.duration_s("remove_server_after", "72h", 1, 8760 * 3600),
     )
     if liveness.node_ttl_s < 2 * liveness.heartbeat_s:
         table.fault("node_ttl", "must be at least twice the heartbeat, or one lost message fails a healthy node")

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
-from node.autopilot import removable
+from node.autopilot import DEFAULTS, removable
 from node.ca.authority import Authority
 from node.ca.signing import rfc3339
 from node.config import Liveness
@@ -35,6 +35,7 @@ log = logging.getLogger("lictor.leader")
 TICK_S = 0.25
 STALL_S = 1.0
 SLOW_TICK_S = 60.0
+CLEANUP_TICK_S = 1.0
 PROPOSE_TIMEOUT_S = 10.0
 PROPOSALS_MAX = 64
 """Verdicts on their way at once: a rack that vanishes is many nodes."""
@@ -107,7 +108,7 @@ class LeaderDuties:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        next_slow = 0.0
+        next_slow = next_cleanup = 0.0
         while True:
             self._wake.clear()
             if not self._replica.is_leader:
@@ -122,6 +123,8 @@ class LeaderDuties:
                 if loop.time() >= next_slow:
                     next_slow = loop.time() + SLOW_TICK_S
                     await self._authority.retire_old_roots()
+                if loop.time() >= next_cleanup:
+                    next_cleanup = loop.time() + CLEANUP_TICK_S
                     await self._remove_dead_server(loop.time())
             except (NodeError, RaftError) as error:
                 log.warning("leader: %s", error)
@@ -190,7 +193,9 @@ class LeaderDuties:
 
     async def _remove_dead_server(self, now: float) -> None:
         dead_for_s = {server: now - at for server, (well, at, _) in self._servers.items() if not well}
-        gone = removable(self._replica.status(), dead_for_s, after_s=self._liveness.remove_server_after_s)
+        config = self._store.autopilot.rows.get("", DEFAULTS)
+        after_s = self._liveness.remove_server_after_s
+        gone = removable(self._replica.status(), dead_for_s, after_s=after_s, config=config)
         if gone is not None:
             log.warning("leader: server %s has been dead for %g s and leaves the membership", gone, dead_for_s[gone])
             await self._replica.remove_server(gone)

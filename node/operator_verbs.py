@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OPERATOR_TIMEOUT_S = 30.0
 ADD_TIMEOUT_S = 60.0
 SNAPSHOT_TIMEOUT_S = 600.0
+READING = frozenset({"raft.configuration", "autopilot.health", "autopilot.configuration"})
+"""The leader's verbs that change nothing."""
 RAFT_PROTOCOL = "3"
 """What Consul shows; clients only print it."""
 
@@ -40,9 +42,10 @@ class OperatorVerbs:
         faults: FaultFilter,
         *,
         health: Callable[[], dict[str, Any]],
+        autopilot: Callable[[], dict[str, Any]],
     ) -> None:
         self._replica, self._route, self._authority, self._faults = replica, route, authority, faults
-        self._health = health
+        self._health, self._autopilot = health, autopilot
         self._leaders: dict[str, Verb] = {
             "raft.configuration": self._configuration,
             "raft.add_peer": self._add_peer,
@@ -50,6 +53,7 @@ class OperatorVerbs:
             "raft.leave": self._leave,
             "raft.transfer_leader": self._transfer_leader,
             "autopilot.health": self._autopilot_health,
+            "autopilot.configuration": self._autopilot_configuration,
             "ca.rotate": self._ca_rotate,
         }
         self._own: dict[str, Verb] = {
@@ -77,7 +81,7 @@ class OperatorVerbs:
             here,
             lambda leader, left_s: leader.call(protocol.OPERATOR, forward, left_s),
             timeout_s=ADD_TIMEOUT_S if request.verb == "raft.add_peer" else OPERATOR_TIMEOUT_S,
-            write=request.verb not in ("raft.configuration", "autopilot.health"),
+            write=request.verb not in READING,
             forwarded=request.forwarded,
         )
 
@@ -131,6 +135,10 @@ class OperatorVerbs:
     async def _autopilot_health(self, params: dict[str, Any]) -> Any:
         await self._replica.read_barrier("default")
         return self._health()
+
+    async def _autopilot_configuration(self, params: dict[str, Any]) -> Any:
+        await self._replica.read_barrier("default")
+        return self._autopilot()
 
     async def _ca_rotate(self, params: dict[str, Any]) -> Any:
         return await self._authority.rotate()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from node.errors import Unreachable
 from node.rpc.client import ClientConnection, dial
@@ -63,6 +63,10 @@ class PeerConnections:
         self._dialling.pop(key, None)
         if not task.cancelled():
             task.exception()  # told to whoever awaits it; nobody need
+
+    async def warm(self, servers: Iterable[tuple[str, str]]) -> None:
+        """See that there is a connection to each of these (node, address); those that can't be reached are left."""
+        await asyncio.gather(*(self.get(node, address) for node, address in servers), return_exceptions=True)
 
     def drop_all_but(self, node: str) -> None:
         """Close the connections to all other servers; calls in progress on them fail with Unreachable."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node import pki
-from node.autopilot import health
+from node.autopilot import DEFAULTS, health, shown
 from node.ca.authority import Authority
 from node.config import SERVER, ClusterConfig, NodeConfig
 from node.errors import PkiError
@@ -28,6 +28,7 @@ from node.version import lictor_version
 from raftstate.disk import RealDisk
 from raftstate.errors import RaftError
 from raftstate.journal import Journal
+from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.catalog import PASSING, SERF_HEALTH
 from raftstate.raft_config import RaftConfig
 from raftstate.raft_members import Member, Members
@@ -38,6 +39,8 @@ from raftstate.transport import TlsPeerTransport
 from raftstate.watch import Watches
 
 log = logging.getLogger("lictor.server")
+
+WARM_EVERY_S = 1.0
 
 
 class ServerNode:
@@ -111,7 +114,9 @@ class ServerNode:
             apply=self.backend.apply,
         )
         self.backend.authority = authority
-        verbs = OperatorVerbs(self.replica, route, authority, self.faults, health=self._health)
+        verbs = OperatorVerbs(
+            self.replica, route, authority, self.faults, health=self._health, autopilot=self._autopilot_shown
+        )
         self.backend.verbs = verbs
         self.duties = LeaderDuties(self.backend, self.replica, authority, config.liveness)
         self.rpc = ServerRpc(self.backend, verbs, self.duties)
@@ -138,6 +143,7 @@ class ServerNode:
         self.rpc.start()
         self.duties.start()
         self._tasks.spawn(self._own_heartbeat())
+        self._tasks.spawn(self._keep_peers_near())
         self._tasks.spawn(self._come_in(marker, others))
         self._running = True
         log.info("server: %s listens for its peers at %s", node.name, node.rpc_endpoint)
@@ -210,6 +216,13 @@ class ServerNode:
         assert isinstance(machine, StateMachine)
         return machine.store
 
+    def _autopilot(self) -> AutopilotConfig:
+        stored: AutopilotConfig = self._store.autopilot.rows.get("", DEFAULTS)
+        return stored
+
+    def _autopilot_shown(self) -> dict[str, Any]:
+        return shown(self._autopilot(), self.config.liveness)
+
     def _health(self) -> dict[str, Any]:
         checks = self._store.checks.rows
 
@@ -217,7 +230,24 @@ class ServerNode:
             check = checks.get((server, SERF_HEALTH))
             return check is not None and check.status == PASSING
 
-        return health(self.replica.status(), alive, self.duties.stable_since(), version=lictor_version())
+        return health(
+            self.replica.status(),
+            alive,
+            self.duties.stable_since(),
+            version=lictor_version(),
+            config=self._autopilot(),
+        )
+
+    async def _keep_peers_near(self) -> None:
+        """Whoever leads next, what is forwarded then finds a connection: no handshake lengthens a hand-over."""
+        while True:
+            try:
+                members = self.replica.members()
+            except RaftError:
+                members = ()
+            others = [(member.id, member.address) for member in members if member.id != self.node.name]
+            await self.peers.warm(others)
+            await asyncio.sleep(WARM_EVERY_S * self._rng.uniform(0.8, 1.2))
 
     async def _own_heartbeat(self) -> None:
         while True:

@@ -36,7 +36,7 @@ async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
             check_expressions(kind, name, check_entry(kind, name, entry))
         except BadEntry as error:
             raise BadRequest(str(error)) from error
-    command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=_cas(request))
+    command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=cas_index(request))
     return json_response(request, await write(ctx, request, command))
 
 
@@ -50,7 +50,7 @@ def _take(body: dict[str, Any], name: str) -> str:
     return ""
 
 
-def _cas(request: web.Request) -> int | None:
+def cas_index(request: web.Request) -> int | None:
     given = request.query.get("cas")
     if given is None:
         return None
@@ -81,7 +81,7 @@ async def list_kind(ctx: Context, request: web.Request) -> web.StreamResponse:
 @routes.add("DELETE", "/v1/config/{kind}/{name:.+}")
 async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Delete an entry; with ``?cas=`` only if it is as old as that."""
-    cas = _cas(request)
+    cas = cas_index(request)
     command = commands.DeleteConfigEntry(request.match_info["kind"], request.match_info["name"], cas)
     done = await write(ctx, request, command)
     return json_response(request, done if cas is not None else {})

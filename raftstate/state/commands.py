@@ -14,6 +14,7 @@ import msgspec
 
 from raftstate.errors import RaftError
 from raftstate.model.acl import Token
+from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.catalog import Check, Node, ServiceInstance
 from raftstate.model.connect import CARoot
 from raftstate.model.intention import Intention
@@ -111,6 +112,14 @@ class SetCAConfig(_Command, frozen=True):
     force_without_cross_signing: bool = False
     trust_domain: str = ""
     """Taken when none is stored yet; ignored later."""
+    cas_index: int | None = None
+    """Set only if the stored configuration has this ModifyIndex; 0: only if there is none."""
+
+
+class SetAutopilot(_Command, frozen=True):
+    """Set how servers are judged and cleaned up. Value: whether it was set (False: ``cas_index`` did not match)."""
+
+    config: AutopilotConfig
     cas_index: int | None = None
     """Set only if the stored configuration has this ModifyIndex; 0: only if there is none."""
 
@@ -304,7 +313,7 @@ Command = (
     | SetCAConfig | AddCARoot | RetireCARoot | Revoke | Restore
     | KVSet | KVDelete | KVDeleteTree | KVCas | KVLock | KVUnlock
     | SessionCreate | SessionDestroy | SessionRenew | Txn
-    | SetConfigEntry | DeleteConfigEntry | UpsertToken | DeleteToken | ForgetRequests
+    | SetAutopilot | SetConfigEntry | DeleteConfigEntry | UpsertToken | DeleteToken | ForgetRequests
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from raftstate.state import acl, catalog, config_entries, connect, intentions, kv, sessions
+from raftstate.state import acl, autopilot, catalog, config_entries, connect, intentions, kv, sessions
 from raftstate.state import commands as c
 from raftstate.state.changes import WatchKey, reap
 from raftstate.state.digest import digest_of
@@ -71,6 +71,7 @@ HANDLERS: dict[type, Callable[[Step, Any], Any]] = {
     c.UpsertIntention: intentions.upsert,
     c.DeleteIntention: intentions.delete,
     c.SetCAConfig: connect.set_ca_config,
+    c.SetAutopilot: autopilot.put,
     c.AddCARoot: connect.add_ca_root,
     c.RetireCARoot: connect.retire_ca_root,
     c.Revoke: connect.revoke,

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from raftstate.model.acl import Token
+from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.connect import CAConfig, CARoot, Revocation
 from raftstate.model.intention import Intention
 from raftstate.model.wire import Wire
@@ -64,6 +65,16 @@ class CAConfigs(Table[str, CAConfig]):
         super().__init__("ca-config", CAConfig, journal)
 
     def key_of(self, row: CAConfig) -> str:
+        return ""
+
+
+class Autopilot(Table[str, AutopilotConfig]):
+    """Autopilot's settings: one row or none."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__("autopilot", AutopilotConfig, journal)
+
+    def key_of(self, row: AutopilotConfig) -> str:
         return ""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from raftstate.errors import RaftError
-from raftstate.state import acl, config_entries, connect, intentions, kv, sessions
+from raftstate.state import acl, autopilot, config_entries, connect, intentions, kv, sessions
 from raftstate.state import catalog_queries as catalog
 from raftstate.state.answer import Answer, answer
 from raftstate.state.digest import digest_of
@@ -61,6 +61,7 @@ QUERIES: dict[str, Callable[..., Answer]] = {
     "config.get": config_entries.get,
     "config.list": config_entries.list_kind,
     "discovery.chain": config_entries.chain,
+    "operator.autopilot": autopilot.get,
     "acl.token": acl.token,
     "acl.tokens": acl.tokens,
     "internal.digest": _digest,

@@ -8,6 +8,7 @@ from raftstate.state.catalog_tables import Checks, Nodes, Services
 from raftstate.state.changes import Changes, Floors, WatchKey
 from raftstate.state.kv_tables import Entries, LockDelays, Sessions, Tombstones
 from raftstate.state.policy_tables import (
+    Autopilot,
     CAConfigs,
     CARoots,
     ConfigEntries,
@@ -35,6 +36,7 @@ class Store:
         self.services = Services(self.journal)
         self.checks = Checks(self.journal)
         self.intentions = Intentions(self.journal)
+        self.autopilot = Autopilot(self.journal)
         self.ca_config = CAConfigs(self.journal)
         self.ca_roots = CARoots(self.journal)
         self.sealed_keys = SealedKeys(self.journal)

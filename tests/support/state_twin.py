@@ -9,6 +9,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from raftstate.chain import BadEntry, compile_plan
+from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.catalog import (
     PASSING,
     STATUSES,
@@ -128,6 +129,11 @@ commands: st.SearchStrategy[c.Command] = st.one_of(
     st.builds(c.DeleteIntention, st.sampled_from(["", *(f"i{number}" for number in range(20))])),
     st.builds(c.DeleteIntention, st.just(""), st.sampled_from(REFERENCES), st.sampled_from(REFERENCES)),
     st.builds(c.SetCAConfig, trust_domain=st.sampled_from(("td1", "td2", "")), cas_index=_cas),
+    st.builds(
+        c.SetAutopilot,
+        st.builds(AutopilotConfig, cleanup_dead_servers=st.booleans(), min_quorum=st.sampled_from((-1, 0, 3))),
+        _cas,
+    ),
     st.builds(
         c.AddCARoot,
         st.builds(CARoot, id=_root_id, name=st.just("root"), root_cert=st.just("pem")),

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from node.autopilot import health, removable
+from node.autopilot import health, removable, state
 from node.data_dir import DataDir, DataDirBusy
 from node.errors import NodeError, Refused, UnknownOutcome, from_wire, to_wire
 from node.logs import KeyValueFormatter, quoted
+from raftstate.model.autopilot import AutopilotConfig
 from raftstate.raft_members import Member
 from raftstate.replica import RaftStatus
 
@@ -110,6 +111,26 @@ def test_a_dead_server_goes_only_when_enough_stay() -> None:
     )
     assert removable(status(*FIVE), {"s1": 1e9}, after_s=60) is None, "the leader is not dead"
     assert removable(status(*THREE, ("s9", False)), {"s9": 61.0}, after_s=60) == "s9", "a learner holds no vote"
+    behind = {"s2": 0, "s3": 9999, "s4": 9999, "s5": 9999}
+    assert removable(status(*FIVE, lag=behind), {"s5": 61.0}, after_s=60) is None, "no majority would follow the log"
+
+
+def test_operators_say_how_dead_servers_are_cleaned_up() -> None:
+    off = AutopilotConfig(cleanup_dead_servers=False)
+    assert removable(status(*FIVE), {"s5": 61.0}, after_s=60, config=off) is None
+    two = AutopilotConfig(min_quorum=2)
+    assert removable(status(*THREE), {"s3": 61.0}, after_s=60, config=two) == "s3"
+    none = AutopilotConfig(min_quorum=0)
+    assert removable(status(*THREE), {"s2": 61.0, "s3": 61.0}, after_s=60, config=none) is None, "never below quorum"
+    many = AutopilotConfig(min_quorum=5)
+    assert removable(status(*FIVE), {"s5": 61.0}, after_s=60, config=many) is None
+    near = AutopilotConfig(max_trailing_logs=10)
+    report = health(status(*THREE, lag={"s2": 11, "s3": 0}), lambda name: True, {}, version="1", config=near)
+    assert [server["Healthy"] for server in report["Servers"]] == [True, False, True]
+    seen = state(report)
+    assert seen["Voters"] == ["s1", "s2", "s3"]
+    assert seen["Leader"] == "s1"
+    assert [seen["Servers"][name]["Status"] for name in ("s1", "s2")] == ["leader", "voter"]
 
 
 def test_errors_keep_their_kind_on_the_wire() -> None:
