@@ -43,10 +43,11 @@ class Cluster:
 
     def run(self, *words: str) -> str:
         command = [self.lictor, *words, "-dir", str(self.directory)]
-        return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        return done.stdout
 
     def address(self, name: str) -> tuple[str, int]:
-        host, port = self.nodes[name]["http"].rsplit(":", 1)
+        host, port = str(self.nodes[name]["http"]).rsplit(":", 1)
         return host, int(port)
 
     def process(self, name: str) -> psutil.Process:

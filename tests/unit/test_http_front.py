@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from node.errors import BadRequest
 from node.http.app import all_routes
 from node.http.context import HttpOptions
 from node.http.front.connection import Connection
@@ -336,17 +337,39 @@ async def test_a_blocking_query_answers_when_something_changes_and_ends_with_its
         await eventually(lambda: len(watches) <= idle)
 
 
-async def test_a_handlers_failure_is_told_and_ends_the_connection(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(ConnectionError("planted"), 500), (TimeoutError("planted"), 504), (asyncio.CancelledError("planted"), None)],
+)
+async def test_a_handlers_failure_is_told_and_ends_the_connection(
+    tmp_path: Path, raised: BaseException, status: int | None
+) -> None:
     async with both(tmp_path) as (node, fast, _):
 
         async def broken(*_: object, **__: object) -> object:
-            raise ConnectionError("planted")
+            raise raised
 
         node.backend.query = broken  # type: ignore[method-assign, assignment]
         async with await RawClient.open(fast) as client:
             client.send(READ + READ)
-            answer = await client.answer()
-            assert (answer.status, answer.header("Connection"), await client.ended()) == (500, "close", b"")
+            if status is not None:
+                answer = await client.answer()
+                assert (answer.status, answer.header("Connection")) == (status, "close")
+            assert await client.ended() == b""
+            await eventually(lambda: own(node) == 1)  # the one that wrote what `both` shows
+
+
+async def test_a_failure_to_ask_again_is_the_handlers_to_tell(tmp_path: Path) -> None:
+    async with both(tmp_path) as (node, fast, _):
+
+        def broken(*_: object) -> None:
+            raise BadRequest("planted")
+
+        async with await RawClient.open(fast) as client:
+            node.runner.front.ask = broken
+            for _ in range(3):
+                client.send(READ)
+                assert (await client.answer()).status == 200
 
 
 async def test_a_request_in_progress_is_answered_while_the_listener_ends(tmp_path: Path) -> None:

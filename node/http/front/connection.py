@@ -205,6 +205,11 @@ class Connection(asyncio.Protocol):
             answer, ends = encode(response, closing=front.closing)
             if front.repeats:
                 repeats.keep(head, body, cast(web.Response, response))
+        except asyncio.CancelledError:
+            self.close()  # nothing can be said of this request, and nothing may be answered in its place
+            raise
+        except web.HTTPException as error:
+            answer, ends = encode(error, closing=front.closing)
         except TimeoutError:
             answer, ends = encode(failure(504), closing=True)
         except Exception:

@@ -17,6 +17,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http import SERVER_SOFTWARE
 
 from node.backend import QueryResult
+from node.errors import NodeError
 from node.http.front.heads import Head
 from node.http.respond import JSON_TYPE, query_headers
 
@@ -80,7 +81,10 @@ _SERVER = f"\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
 
 def again(memo: Memo, ask: Ask) -> bytes | None:
     """Return the answer if it can be given at once and its rows are those of before."""
-    result = ask(memo.name, memo.params)
+    try:
+        result = ask(memo.name, memo.params)
+    except NodeError:
+        return None  # the handler will meet it too, and the guard around it has the words
     if result is None or not (result.raw is memo.raw or result.raw == memo.raw):
         return None
     headers = query_headers(result.index, result.known_leader, result.last_contact_ms, "stale")
