@@ -76,19 +76,24 @@ class Driver:
             core = self._core
             if core.next_deadline() <= self._clock():
                 core.tick()
+            # First what others wait for: while the disks work, there is time to apply.
+            self._move()
             more = core.apply_some()
             self._after()
-            out = core.take_outbox()
-            for peer, message in out.free:
-                self._send(peer, message)
-            self._held += out.held
-            self._sync(out.term)
+            self._move()
         except BaseException as error:  # noqa: BLE001 - whatever it is, a core in an unknown state must not go on
             self.fail(error)
             return
         if more:
             self.poke()
         self._set_timer()
+
+    def _move(self) -> None:
+        out = self._core.take_outbox()
+        for peer, message in out.free:
+            self._send(peer, message)
+        self._held += out.held
+        self._sync(out.term)
 
     def _set_timer(self) -> None:
         """Have `_pump` called when the core has something to do. A timer that comes too early is left as it is.
