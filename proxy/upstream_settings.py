@@ -1,0 +1,64 @@
+"""How the calls of one upstream are made: what its registration says, then its plan, then the defaults. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from proxy.balancer import LEAST_REQUEST, POLICIES, BalancerOptions
+from raftstate.model.plan import CONNECT_TIMEOUT_S, Plan, ResolverNode
+from raftstate.model.sidecar import SidecarSelf
+
+MAX_CONNECTIONS = 20_000
+
+
+class UpstreamSettings:
+    """What an upstream's ``config`` says, with defaults; unknown keys are left to others (Consul has many)."""
+
+    def __init__(self, config: Mapping[str, object], me: SidecarSelf | None) -> None:
+        policy = str(config.get("load_balancer") or LEAST_REQUEST)
+        limits = config.get("limits")
+        limits = limits if isinstance(limits, dict) else {}
+        self.connect_timeout_s = _number(config.get("connect_timeout_ms"), CONNECT_TIMEOUT_S * 1000) / 1000
+        self.max_connections = int(_number(limits.get("max_connections"), MAX_CONNECTIONS))
+        locality = str(config.get("locality") or "")
+        self.balancer = BalancerOptions(
+            policy=policy if policy in POLICIES else LEAST_REQUEST,
+            panic_threshold=min(1.0, _number(config.get("panic_threshold"), 0.0)),
+            failures_to_eject=max(1, int(_number(config.get("failures_to_eject"), 1))),
+            prefer_node=me.node if me and locality == "node" else "",
+            prefer_zone=me.zone if me and locality in ("node", "zone") else "",
+            slow_start_s=_number(config.get("slow_start_ms"), 0.0) / 1000,
+            connect_timeout_s=self.connect_timeout_s,
+        )
+        self._config = config
+        self._me = me
+
+    def balancer_of(self, node: ResolverNode | None) -> BalancerOptions:
+        """Return how the instances of a resolver's target are balanced: the upstream's own words go first."""
+        if node is None:
+            return self.balancer
+        said, options = node.balancing, self.balancer
+        if said.policy and "load_balancer" not in self._config:
+            options = options._replace(
+                policy=said.policy,
+                choice_count=said.choice_count,
+                ring_size_min=said.ring_size_min,
+                ring_size_max=said.ring_size_max,
+            )
+        if said.locality and "locality" not in self._config and self._me is not None:
+            node_too = self._me.node if said.locality == "node" else ""
+            options = options._replace(prefer_node=node_too, prefer_zone=self._me.zone)
+        if "connect_timeout_ms" not in self._config:
+            options = options._replace(connect_timeout_s=node.connect_timeout_s)
+        return options
+
+
+def resolver_of(plan: Plan | None, target: str) -> ResolverNode | None:
+    """Return the resolver that names a target, else one that fails over to it."""
+    nodes = [node for node in plan.nodes.values() if isinstance(node, ResolverNode)] if plan is not None else []
+    own = next((node for node in nodes if node.target == target), None)
+    return own or next((node for node in nodes if target in node.failover), None)
+
+
+def _number(value: object, default: float) -> float:
+    return float(value) if isinstance(value, int | float) and value >= 0 else default
