@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.balancer import Balancer
 from proxy.balancing.routing import Routing, change_lines, hash_request
 from raftstate.chain import check_entry, compile_plan
-from raftstate.model.plan import HashPolicy, HeaderChange, Match, Plan, ResolverNode, Route, RouterNode, Target
+from raftstate.model.plan import HashPolicy, HeaderChange, Match, Node, Plan, ResolverNode, Route, RouterNode, Target
 from raftstate.model.sidecar import Endpoint
 
 HTTP = {"Protocol": "http"}
@@ -133,7 +133,7 @@ def test_a_split_of_nothing_takes_nothing() -> None:
     ],
 )
 def test_a_prefix_is_rewritten(match: Match, rewrite: str, target: str, asked: str) -> None:
-    nodes = {"r": RouterNode((Route(match, "t", prefix_rewrite=rewrite),)), "t": ResolverNode("t")}
+    nodes: dict[str, Node] = {"r": RouterNode((Route(match, "t", prefix_rewrite=rewrite),)), "t": ResolverNode("t")}
     table = Routing(
         Plan("web", "http", "r", nodes, {"t": Target("t", "web")}), {"t": Balancer(lambda: 0.5)}, lambda: 0.5
     )
