@@ -80,11 +80,16 @@ def rbac_filters(snapshot: Snapshot, access: rbac.Access) -> dict[str, Rule]:
     network, http = types.NETWORK_RBAC_TYPE, types.HTTP_RBAC_TYPE
     found = {
         types.REVOKED_RBAC: {"@type": network, "stat_prefix": "revoked", "rules": deny},
-        types.HTTP_RBAC: {"@type": http, "rules": allow},
+        _http_rbac(access): {"@type": http, "rules": allow},
     }
     if not access.http:
         found[types.NETWORK_RBAC] = {"@type": network, "stat_prefix": "intentions", "rules": allow}
     return {name: {"name": name, "typed_config": config} for name, config in found.items()}
+
+
+def _http_rbac(access: rbac.Access) -> str:
+    """Return the filter's name: policies on headers never reach a listener that lets ``_`` pass for ``-``."""
+    return f"{types.HTTP_RBAC}-headers" if access.headers else types.HTTP_RBAC
 
 
 def _peer_state() -> Rule:
@@ -128,6 +133,10 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
     routes = {"route_config": _route_table("inbound", types.LOCAL_APP, {})}
     denial = json.dumps({"error": f"destination {snapshot.self.service!r} denies this request"}) + "\n"
     more: Rule = {
+        # Always, because a policy that looks at paths reaches the listener that is there before its successor comes.
+        # Escaped slashes are left to the policies, which never allow them.
+        "normalize_path": True,
+        "merge_slashes": True,
         "forward_client_cert_details": "SANITIZE_SET",
         "set_current_client_cert_details": {"uri": True},
         "local_reply_config": {
@@ -149,11 +158,9 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
             ]
         },
     }
-    if access.http:
-        more |= {"normalize_path": True, "merge_slashes": True, "path_with_escaped_slashes_action": "REJECT_REQUEST"}
     if access.headers:
         more["common_http_protocol_options"] = {"headers_with_underscores_action": "REJECT_REQUEST"}
-    return _http("inbound", routes, [_discovered(types.HTTP_RBAC, types.HTTP_RBAC_TYPE)], more)
+    return _http("inbound", routes, [_discovered(_http_rbac(access), types.HTTP_RBAC_TYPE)], more)
 
 
 def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = None) -> Rule:

@@ -309,7 +309,8 @@ def test_a_revoked_certificate_is_refused_and_its_connection_ended(stage: Mesh) 
     files.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     tls.check_hostname = False
-    tls.load_verify_locations(cadata=stage.api().get("/v1/agent/connect/ca/roots").json()["Roots"][0]["RootCert"])
+    roots = stage.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
+    tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
     tls.load_cert_chain(files)
 
     def connect(port: int) -> Any:

@@ -133,3 +133,23 @@ def test_only_a_withdrawal_begins_a_new_generation() -> None:
     changed = resources(make_snapshot(allow, more), 3)[types.LISTENER]
     assert changed == resources(make_snapshot(allow), 3)[types.LISTENER]
     assert changed != resources(make_snapshot(allow), 4)[types.LISTENER]
+
+
+def test_a_policy_of_requests_meets_only_listeners_that_read_them_its_way() -> None:
+    """The policy and the listener come one after the other: the policy may reach the listener that was there."""
+    by_path = Intention("web", "backend", permissions=(Permission("allow", HTTPMatch(path_prefix="/a")),))
+    role = HTTPMatch(header=(HeaderMatch("x-role", exact="ops"),))
+    by_header = Intention("web", "backend", permissions=(Permission("allow", role),))
+    found = [
+        resources(make_snapshot(*intentions, protocol="http"))
+        for intentions in ((Intention("web", "backend", action="allow"),), (by_path,), (by_header,))
+    ]
+    plain, path, header = (one[types.LISTENER] for one in found)
+    assert plain == path
+    assert "'normalize_path': True" in str(plain)
+    assert "headers_with_underscores_action" not in str(plain)
+    assert "headers_with_underscores_action" in str(header)
+    assert types.HTTP_RBAC in found[0][types.EXTENSION].keys() & found[1][types.EXTENSION].keys()
+    new = set(found[2][types.EXTENSION]) - set(found[0][types.EXTENSION])
+    assert all(name in str(header) and name not in str(plain) for name in new)
+    assert new
