@@ -77,6 +77,13 @@ def _workers(args: Args, entry: ProxyService | None) -> int:
     return workers
 
 
+def _endpoint(args: Args) -> str:
+    endpoint = args.text("otlp-endpoint")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UsageError(f"lictor connect: -otlp-endpoint {endpoint} must begin with http:// or https://")
+    return endpoint
+
+
 def connect(args: Args) -> int:
     """Run a sidecar until it is told to end, or the child command ends."""
     name, instance, entry = _names(args)
@@ -98,6 +105,8 @@ def connect(args: Args) -> int:
         admin_port=args.number("admin-port", OFF),
         drain_s=args.seconds("drain", 5.0),
         workers=_workers(args, entry),
+        access_log=args.text("access-log"),
+        otlp_endpoint=_endpoint(args),
         command=tuple(args.rest),
     )
     return run_sidecar(plan, api, verbose=args.on("verbose"))
@@ -158,6 +167,10 @@ FAMILIES = {
                      parse=port),
                 Flag("drain", "how long live calls may take to end (default 5s)", "TIME", parse=duration),
                 Flag("workers", "processes that serve, sharing the ports (default 1)", "N", parse=whole),
+                Flag("access-log", "a line of JSON for each call, appended to it (-: printed); SIGHUP opens it anew",
+                     "FILE"),
+                Flag("otlp-endpoint", "send spans of traced requests to this collector, such as http://127.0.0.1:4318",
+                     "URL"),
                 Flag("verbose", "log more", switch=True),
                 *API_FLAGS,
             ),

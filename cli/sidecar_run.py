@@ -43,6 +43,9 @@ class SidecarPlan:
     drain_s: float = 5.0
     workers: int = 1
     """Processes that serve."""
+    access_log: str = ""
+    """File, or ``-``: a line of JSON for each call. SIGHUP opens it anew."""
+    otlp_endpoint: str = ""
     command: tuple[str, ...] = ()
 
     @property
@@ -57,6 +60,8 @@ class SidecarPlan:
             public_port=self.public_port,
             upstreams=tuple((spec.name, _LOOPBACK, self._bind_port(spec)) for spec in self.upstreams),
             admin_port=self.admin_port,
+            access_log=self.access_log,
+            otlp_endpoint=self.otlp_endpoint,
         )
 
     def _bind_port(self, spec: UpstreamSpec) -> int:
@@ -117,7 +122,10 @@ class Runner:
         self.plan = plan
         self.api = api
         options = plan.options()
-        self.sidecar = Sidecar(options) if plan.workers == 1 else WorkerGroup(options, plan.workers)
+        try:
+            self.sidecar = Sidecar(options) if plan.workers == 1 else WorkerGroup(options, plan.workers)
+        except ProxyError as error:
+            raise CliError(str(error)) from None
         self.ready = asyncio.Event()
         self.stopping = asyncio.Event()
         self.ports = BoundPorts(0)
@@ -191,6 +199,10 @@ class Runner:
             loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP and self.plan.access_log:
+            self.sidecar.reopen_log()
+            if self._child is None:
+                return
         if self._child is not None:
             # At a terminal Ctrl-C reaches the whole foreground group, the child included; once is enough.
             if number != signal.SIGINT or not sys.stdin.isatty():

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from proxy.access import INBOUND, Entry, Observer, path_of, trace_of
 from proxy.authz import Decision, Request
 from proxy.config import Configuration
 from proxy.errors import StreamClosed
@@ -52,6 +53,7 @@ class Call:
         "identity",
         "outside",
         "peer",
+        "started",
         "stats",
     )
 
@@ -72,6 +74,7 @@ class Call:
         self._early: list[Data] = []
         self._early_eof = False
         self._task: asyncio.Task[None] | None = None
+        self.started = desk.now() if desk.observer is not None else 0.0
         outside.peer = self
         desk.calls.add(self)
         self.stats.total += 1
@@ -181,6 +184,8 @@ class Call:
         if self.gone:
             return
         self.gone = True
+        if self._desk.observer is not None and not self.http:
+            self._desk.tell_connection(self)
         self.stats.active -= 1
         self._desk.calls.discard(self)
         if self._task is not None and not self._task.done() and self._task is not asyncio.current_task():
@@ -253,6 +258,8 @@ class Desk:
         timer for each would cost more than the rest of the call's admission."""
         self.draining = False
         self.tasks = tasks
+        self.observer: Observer | None = None
+        """Who is told of calls that have ended; set before any is taken."""
         self._http: HttpEntry | None = None
         self._http_counters: dict[str, HttpCounters] = {}
         """By source service."""
@@ -279,8 +286,63 @@ class Desk:
             options = HttpOptions(service=me.service, uri=spiffe.uri(), response_timeout_s=timeout_s)
         if self._http is None:
             self._http = HttpEntry(options)
+            if self.observer is not None:
+                self._http.http1.told = self._http.http2.told = self._told
         self._http.use(options)
         return self._http
+
+    # Telling
+
+    @staticmethod
+    def now() -> float:
+        """Return the loop's time."""
+        return asyncio.get_running_loop().time()
+
+    def tell_connection(self, call: Call) -> None:
+        """A call that was relayed has ended."""
+        app = call.app
+        self._tell(
+            call.identity, "tcp", "app" if app is not None else "cut", app.received if app else 0, call.started
+        )
+
+    def _tell(self, identity: Identity, protocol: str, origin: str, received: int, started: float) -> None:
+        me = self._config.self
+        if self.observer is None or me is None:
+            return
+        seconds = self.now() - started if started else 0.0
+        source = (identity.service, identity.instance)
+        mine = (me.service, me.service_id)
+        self.observer(Entry(INBOUND, protocol, *source, *mine, "", "", 0, origin, received, seconds))
+
+    def _told(
+        self,
+        party: tuple[str, str],
+        protocol: str,
+        request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
+        answer: tuple[int, str, int],
+        seconds: float,
+    ) -> None:
+        me = self._config.self
+        if self.observer is None or me is None:
+            return
+        method, target, fields = request
+        what = (method.decode("latin-1"), path_of(target))
+        code, origin, received = answer
+        self.observer(
+            Entry(
+                INBOUND,
+                protocol,
+                *party,
+                me.service,
+                me.service_id,
+                *what,
+                code,
+                origin,
+                received,
+                seconds,
+                trace_of(fields),
+            )
+        )
 
     def drain(self) -> None:
         """Take no more calls; HTTP connections end with the request that is under way on them."""
@@ -346,6 +408,7 @@ class Desk:
 
     def _refuse(self, identity: Identity, code: int, text: str) -> tuple[int, str]:
         cause = frames.CODE_NAMES[code]
+        self._tell(identity, "tcp", cause, 0, 0.0)
         self.refused(cause, f"call from {identity.service} ({identity.instance or 'no instance'}): {text}")
         return code, text
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
+from collections.abc import Sequence
 
+from proxy.access import OUTBOUND, Entry, Observer, path_of, trace_of
 from proxy.balancer import Balancer, Instance, Key, RetryBudget
 from proxy.balancing.routing import Chooses, Routing, hash_connection
 from proxy.errors import ConnectFailed, StreamClosed
@@ -67,6 +70,8 @@ class Upstream:
         self.http_counters = HttpCounters()
         self._fleet = ServiceFleet(self)
         self._http: OutboundHttp | None = None
+        self.observer: Observer | None = None
+        """Who is told of calls that have ended; set before any is taken."""
         self._unroutable = ""
         self.blocked = ""
         """Why no call may be made at all (our own identity is revoked, draining); empty normally."""
@@ -133,7 +138,35 @@ class Upstream:
         """The HTTP side, made when it is first needed."""
         if self._http is None:
             self._http = OutboundHttp(self.http_options, self._fleet, self.http_counters)
+            if self.observer is not None:
+                self._http.told = self._told
         return self._http
+
+    def tell_connection(self, instance: str, received: int, seconds: float) -> None:
+        """A connection of the app has ended, on which ``instance`` (empty: none) sent so many bytes."""
+        me, service = self.me, self.spec.service if self.spec else self.name
+        source = (me.service, me.service_id) if me else ("", "")
+        origin = "app" if instance else "cut"
+        if self.observer is not None:
+            self.observer(Entry(OUTBOUND, "tcp", *source, service, instance, "", "", 0, origin, received, seconds))
+
+    def _told(
+        self,
+        party: tuple[str, str],
+        protocol: str,
+        request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
+        answer: tuple[int, str, int],
+        seconds: float,
+    ) -> None:
+        me = self.me
+        source = (me.service, me.service_id) if me else ("", "")
+        method, target, fields = request
+        what = (method.decode("latin-1"), path_of(target))
+        code, origin, received = answer
+        if self.observer is not None:
+            self.observer(
+                Entry(OUTBOUND, protocol, *source, *party, *what, code, origin, received, seconds, trace_of(fields))
+            )
 
     def protocol_factory(self) -> AppConnection | HttpAppConnection:
         """Return the protocol of a connection that our app makes."""
@@ -183,13 +216,15 @@ class Upstream:
 class AppConnection(SocketChannel):
     """A connection that our app made to an upstream's listener."""
 
-    __slots__ = ("_stats", "outgoing")
+    __slots__ = ("_started", "_stats", "_upstream", "outgoing")
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__()
         self.outgoing = Outgoing(upstream, self)
         self.peer = self.outgoing
         self._stats = upstream.stats
+        self._upstream = upstream if upstream.observer is not None else None
+        self._started = time.monotonic() if self._upstream is not None else 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -201,6 +236,11 @@ class AppConnection(SocketChannel):
         self._stats.active -= 1
         self._stats.bytes_in += self.received
         self._stats.bytes_out += self.sent
+        if self._upstream is not None:
+            instance = self.outgoing.instance
+            self._upstream.tell_connection(
+                instance.key.instance if instance is not None else "", self.sent, time.monotonic() - self._started
+            )
         self.outgoing.ended()
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from proxy import config as sections
 from proxy import http_metrics
+from proxy.access import AccessLog, Observers, SpanExporter
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
@@ -55,6 +56,10 @@ class SidecarOptions:
     """On loopback; -1: none, 0: the first free one from 19000."""
     shared: bool = False
     """This is one of several worker processes that listen on the same ports."""
+    access_log: str = ""
+    """File to which a line of JSON is appended for each call; ``-``: standard output; empty: none."""
+    otlp_endpoint: str = ""
+    """Base address of an OTLP/HTTP collector to which spans of traced requests go; empty: none."""
     buffer_bytes: int = BUFFER_BYTES
     """What is held at most, in sum, for peers and apps that read slowly; each worker process has its own."""
 
@@ -81,6 +86,10 @@ class Sidecar:
         self._memory = MemoryBudget(options.buffer_bytes)
         self._pool = SessionPool(self.metrics, self._tasks, memory=self._memory)
         self._desk = Desk(self.config, self.metrics, self._tasks)
+        self._log: AccessLog | None = None
+        self._spans: SpanExporter | None = None
+        self._observer = self._make_observer()
+        self._desk.observer = self._observer
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
         self._sockets: dict[str, socket.socket] = {}
@@ -89,6 +98,29 @@ class Sidecar:
         self._drained = asyncio.Event()
         self._running = False
         self._draining_task: asyncio.Task[None] | None = None
+
+    def _make_observer(self) -> Observers | None:
+        options = self.options
+        if options.access_log:
+            try:
+                self._log = AccessLog(options.access_log, self._tasks)
+            except OSError as error:
+                raise ProxyError(f"the access log {options.access_log} can't be written: {error.strerror}") from error
+        if options.otlp_endpoint:
+            self._spans = SpanExporter(options.otlp_endpoint, self._service_name, self._tasks)
+        observers = [each for each in (self._log, self._spans) if each is not None]
+        return Observers(observers) if observers else None
+
+    def _service_name(self) -> str:
+        return self.config.self.service if self.config.self else ""
+
+    def reopen_log(self) -> None:
+        """Open the access log anew, after it was moved away."""
+        if self._log is not None:
+            try:
+                self._log.reopen()
+            except OSError as error:
+                log.warning("the access log can't be opened anew, the old file stays in use: %s", error)
 
     # Life
 
@@ -215,6 +247,8 @@ class Sidecar:
         self._drained.set()
         await self._tasks.close()
         self._desk.close()  # last: a dial that was under way may have come through
+        if self._log is not None:
+            self._log.close()
         await asyncio.sleep(0)  # sockets are closed on the loop's next turn
 
     def live_calls(self) -> int:
@@ -224,7 +258,9 @@ class Sidecar:
     # Upstreams
 
     def _make_upstream(self, name: str) -> Upstream:
-        return Upstream(name, self._pool, self.metrics, self._tasks)
+        upstream = Upstream(name, self._pool, self.metrics, self._tasks)
+        upstream.observer = self._observer
+        return upstream
 
     async def _serve_upstream(self, name: str) -> None:
         if name not in self._servers:
@@ -300,6 +336,11 @@ class Sidecar:
         )
         gauges["lictor_buffered_bytes"] = lambda: [((), self._memory.held)]
         gauges["lictor_buffer_overruns_total"] = lambda: [((), self._memory.overruns)]
+        if (access := self._log) is not None:
+            gauges["lictor_access_log_dropped_total"] = lambda: [((), access.dropped)]
+        if (spans := self._spans) is not None:
+            gauges["lictor_spans_exported_total"] = lambda: [((), spans.exported)]
+            gauges["lictor_spans_dropped_total"] = lambda: [((), spans.dropped)]
         gauges["lictor_ready"] = lambda: [((), 1 if self.ready else 0)]
 
     def _http_counters(self) -> Iterable[tuple[Labels, HttpCounters]]:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 
 from proxy.errors import ProxyError
 from proxy.sidecar import Sidecar, SidecarOptions
-from proxy.worker_wire import Applied, Ask, Begin, Configure, Drain, Link, Report, ToWorker
+from proxy.worker_wire import Applied, Ask, Begin, Configure, Drain, Link, Reopen, Report, ToWorker
 from raftstate.model.sidecar import SidecarUpdate
 
 log = logging.getLogger("lictor.proxy")
@@ -26,7 +26,9 @@ class Worker:
 
     def __init__(self, link: Link, begin: Begin) -> None:
         self._link = link
-        self._sidecar = Sidecar(SidecarOptions(shared=True))
+        self._sidecar = Sidecar(
+            SidecarOptions(shared=True, access_log=begin.access_log, otlp_endpoint=begin.otlp_endpoint)
+        )
         self._sidecar.adopt(
             socket.socket(fileno=begin.public_fd),
             {name: socket.socket(fileno=fd) for name, fd in begin.upstream_fds.items()},
@@ -61,6 +63,8 @@ class Worker:
                 self._link.send(Applied(message.number))
             elif isinstance(message, Drain):
                 self._sidecar.start_drain(message.timeout_s)
+            elif isinstance(message, Reopen):
+                self._sidecar.reopen_log()
             elif isinstance(message, Ask):
                 self._link.send(self._report(message.number))
 

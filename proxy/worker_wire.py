@@ -27,6 +27,8 @@ class Begin(msgspec.Struct, tag="begin"):
     public_fd: int
     upstream_fds: dict[str, int]
     log_level: int = 20
+    access_log: str = ""
+    otlp_endpoint: str = ""
 
 
 class Configure(msgspec.Struct, tag="configure"):
@@ -48,6 +50,10 @@ class Ask(msgspec.Struct, tag="ask"):
     number: int
 
 
+class Reopen(msgspec.Struct, tag="reopen"):
+    """Open the access log anew."""
+
+
 class Applied(msgspec.Struct, tag="applied"):
     """The update is in force in this worker."""
 
@@ -65,7 +71,7 @@ class Report(msgspec.Struct, tag="report"):
     sessions: dict[str, Any] = {}
 
 
-ToWorker = Begin | Configure | Drain | Ask
+ToWorker = Begin | Configure | Drain | Ask | Reopen
 FromWorker = Applied | Report
 
 

@@ -34,7 +34,7 @@ from proxy.sidecar import (
     SidecarOptions,
 )
 from proxy.tasks import Tasks
-from proxy.worker_wire import Applied, Ask, Begin, Configure, Drain, FromWorker, Link, Report
+from proxy.worker_wire import Applied, Ask, Begin, Configure, Drain, FromWorker, Link, Reopen, Report
 from raftstate.model.sidecar import SidecarUpdate
 
 log = logging.getLogger("lictor.proxy")
@@ -252,7 +252,13 @@ class WorkerGroup:
         reader, writer = await asyncio.open_connection(sock=ours)
         worker = _Worker(index, process, Link(reader, writer, FromWorker))
         level = logging.getLogger().getEffectiveLevel()
-        worker.link.send(Begin(index, public, upstreams, log_level=level))
+        options = self.options
+        worker.link.send(
+            Begin(
+                index, public, upstreams, log_level=level,
+                access_log=options.access_log, otlp_endpoint=options.otlp_endpoint,
+            )
+        )  # fmt: skip
         worker.link.send(Configure(self._number, self._whole))
         self._workers[index] = worker
         return worker
@@ -329,6 +335,11 @@ class WorkerGroup:
     def _close_sockets(self) -> None:
         for sock in (*self._public, *(sock for socks in self._upstreams.values() for sock in socks)):
             sock.close()
+
+    def reopen_log(self) -> None:
+        """Open the access log anew, after it was moved away."""
+        for worker in self._workers.values():
+            worker.link.send(Reopen())
 
     # Seen from outside
 

@@ -31,8 +31,8 @@ class HttpConnection:
     """A client's connection: its channel's peer. Mutated only by calls of the event loop."""
 
     __slots__ = (
-        "_active", "_backlog", "_channel", "_client_ended", "_closing", "_connecting", "_done", "_ended", "_full",
-        "_head_due", "_lingered", "_loop", "_on_done", "_options", "_parser", "_reading_paused", "_replay",
+        "_active", "_answered", "_backlog", "_channel", "_client_ended", "_closing", "_connecting", "_done", "_ended",
+        "_full", "_head_due", "_lingered", "_loop", "_on_done", "_options", "_parser", "_reading_paused", "_replay",
         "_replay_bytes", "_replay_bytes_max", "_side", "_started", "_stats", "_tunnelled", "_upstream",
         "_upstream_full", "deadline", "peer",
     )  # fmt: skip
@@ -78,6 +78,8 @@ class HttpConnection:
         """The deadline is that of a head in the making."""
         self._done = False
         self._started = self._loop.time()
+        self._answered = 0
+        """Bytes of the active request's response; counted where somebody is told."""
         self.deadline = self._after(self._options.idle_timeout_s)
         """When :meth:`expire` is due, by the loop's clock."""
         self.peer: Channel = NOBODY
@@ -100,6 +102,10 @@ class HttpConnection:
 
     def _let_go(self, upstream: Upstream) -> None:
         """The response is complete; ``upstream`` can take another request unless ``lost``."""
+        raise NotImplementedError
+
+    def _party(self) -> tuple[str, str]:
+        """Return service and instance of the far side, as far as known."""
         raise NotImplementedError
 
     def _timed_out(self, message: Message) -> None:
@@ -287,6 +293,7 @@ class HttpConnection:
 
     def _start(self, message: Message) -> None:
         self._active = message
+        self._answered = 0
         self._started = self._loop.time()
         self._ended = self._head_due = False
         if message.refusal is not None or message.head is None:
@@ -348,6 +355,8 @@ class HttpConnection:
 
     def response_output(self, upstream: Upstream, pieces: list[bytes]) -> None:
         if upstream is self._upstream:
+            if self._side.told is not None:
+                self._answered += sum(map(len, pieces))
             for piece in joined(pieces):
                 self._channel.write(piece)
 
@@ -446,8 +455,12 @@ class HttpConnection:
 
     def _count(self, status: int, origin: str) -> None:
         message = self._active
-        method = message.head.method.decode() if message is not None and message.head is not None else ""
-        self._stats.request(method, status, self._loop.time() - self._started, origin)
+        head = message.head if message is not None else None
+        seconds = self._loop.time() - self._started
+        self._stats.request(head.method.decode() if head is not None else "", status, seconds, origin)
+        if self._side.told is not None:
+            request = (head.method, head.target, head.fields) if head is not None else (b"", b"", ())
+            self._side.told(self._party(), "http/1.1", request, (status, origin, self._answered), seconds)
 
     def _after(self, seconds: float) -> float:
         return self._loop.time() + seconds if seconds else NEVER

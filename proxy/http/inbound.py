@@ -79,6 +79,9 @@ class InboundConnection(HttpConnection):
         channel.peer = upstream
         self._upstream = upstream
 
+    def _party(self) -> tuple[str, str]:
+        return self._source.service, self._source.instance
+
     def _route(self, message: Message) -> None:
         head = message.head
         assert head is not None

@@ -143,6 +143,10 @@ class OutboundConnection(HttpConnection):
         self._reason = ""
         """Why the last attempt failed."""
 
+    def _party(self) -> tuple[str, str]:
+        key = self._lease.key if self._lease is not None else None
+        return self._options.service, str(getattr(key, "instance", ""))
+
     def _route(self, message: Message) -> None:
         side, head = self._outbound, message.head
         assert head is not None

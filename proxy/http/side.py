@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from proxy.http.options import HttpOptions
@@ -13,6 +14,21 @@ from proxy.tasks import Tasks
 log = logging.getLogger("lictor.proxy.http")
 
 NEVER = float("inf")
+
+
+class Told(Protocol):
+    """Takes a request that has ended."""
+
+    def __call__(
+        self,
+        party: tuple[str, str],
+        protocol: str,
+        request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
+        answer: tuple[int, str, int],
+        seconds: float,
+    ) -> None:
+        """``party``: service and instance of the far side; ``request``: method, target, fields; ``answer``: status
+        (0: none), by whom, bytes."""
 
 
 class Kept(Protocol):
@@ -40,6 +56,8 @@ class HttpSide:
         self.connections: set[Kept] = set()
         self.draining = False
         self.burst_log = BurstLog(log)
+        self.told: Told | None = None
+        """Who is told of each request that has ended, beside the counters; None when nobody wants to know."""
         self.loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
 

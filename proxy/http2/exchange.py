@@ -15,7 +15,7 @@ class Exchange:
 
     __slots__ = (
         "app", "app_id", "client_id", "deadline", "head", "headers", "keep_trailers", "request_ended",
-        "started", "status", "to_app", "to_client",
+        "sent", "started", "status", "to_app", "to_client",
     )  # fmt: skip
 
     def __init__(self, client_id: int, head: RequestHead, headers: list[Field], started: float) -> None:
@@ -23,6 +23,8 @@ class Exchange:
         self.head = head
         self.headers = headers
         self.started = started
+        self.sent = 0
+        """Bytes of the response's body that have come."""
         self.deadline = NEVER
         self.app: Half | None = None
         self.app_id = 0

@@ -385,6 +385,7 @@ class Http2Connection:
                 half.acknowledge(stream_id, event.flow_controlled_length)
                 return
             end = event.stream_ended is not None
+            exchange.sent += len(event.data)
             exchange.to_client.append(Part(event.data, event.flow_controlled_length, end=end))
             self._pump_to_client(exchange)
         elif exchange is None:
@@ -491,7 +492,11 @@ class Http2Connection:
 
     def _count(self, exchange: Exchange, status: int, origin: str) -> None:
         seconds = self._side.loop.time() - exchange.started
-        self._stats.request(exchange.head.method.decode("latin-1"), status, seconds, origin)
+        head = exchange.head
+        self._stats.request(head.method.decode("latin-1"), status, seconds, origin)
+        if self._side.told is not None:
+            party, request = (self._source.service, self._source.instance), (head.method, head.target, head.fields)
+            self._side.told(party, "h2", request, (status, origin, exchange.sent), seconds)
 
     def _flush(self) -> None:
         """Send what all this has made, and see what follows."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import msgspec
 
@@ -98,14 +99,22 @@ class Member:
     """One sidecar of the mesh with the configuration that was last pushed to it."""
 
     def __init__(
-        self, mesh: Mesh, service: str, instance: str, local_port: int, upstreams: tuple[str, ...], workers: int = 0
+        self,
+        mesh: Mesh,
+        service: str,
+        instance: str,
+        local_port: int,
+        upstreams: tuple[str, ...],
+        workers: int = 0,
+        more: dict[str, Any] | None = None,
     ) -> None:
         self.mesh = mesh
         self.service = service
         self.instance = instance
         self.local_port = local_port
         self.upstream_names = upstreams
-        options = SidecarOptions(upstreams=tuple((name, "127.0.0.1", 0) for name in upstreams), admin_port=0)
+        bound = tuple((name, "127.0.0.1", 0) for name in upstreams)
+        options = SidecarOptions(upstreams=bound, admin_port=0, **(more or {}))
         self.group = WorkerGroup(options, workers) if workers else None
         self.sidecar = Sidecar(options)
         """The sidecar of this process; unused where there is a group of workers."""
@@ -219,8 +228,9 @@ class Mesh:
         upstreams: tuple[str, ...] = (),
         leaf: Leaf | None = None,
         workers: int = 0,
+        options: dict[str, Any] | None = None,
     ) -> Member:
-        member = Member(self, service, instance, port, upstreams, workers)
+        member = Member(self, service, instance, port, upstreams, workers, options)
         self.members.append(member)
         await member.start(leaf)
         return member

@@ -1,0 +1,184 @@
+"""The access log, spans of traced requests, and that neither holds up a call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from proxy import access
+from proxy.access import AccessLog, Entry, SpanExporter, read_traceparent
+from proxy.errors import ProxyError
+from proxy.sidecar import Sidecar, SidecarOptions
+from proxy.tasks import Tasks
+from tests.e2e.test_http_outbound import ask
+from tests.support.http_filter import App, simple
+from tests.support.loops import with_mesh
+from tests.support.sidecars import Mesh, until
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+ENTRY = Entry("inbound", "http/1.1", "web", "web-1", "db", "db-1", "GET", "/x", 200, "app", 12, 0.5)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+class Collector:
+    """Takes OTLP over HTTP in JSON."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.status = status
+        self.hold: asyncio.Event | None = None
+
+    async def start(self) -> str:
+        app = web.Application()
+        app.router.add_post("/v1/traces", self._take)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    async def _take(self, request: web.Request) -> web.Response:
+        if self.hold is not None:
+            await self.hold.wait()
+        self.bodies.append(json.loads(await request.read()))
+        return web.Response(status=self.status)
+
+    @property
+    def spans(self) -> list[dict[str, Any]]:
+        return [span for body in self.bodies for span in body["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+
+
+@with_mesh
+async def test_each_call_is_a_line_on_both_sides_and_a_traced_request_a_span(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "EXPORT_S", 0.01)
+    collector = Collector()
+    endpoint = await collector.start()
+    app = App(answer=simple(b"hello"))
+    made = await mesh.app(app.handle)
+    logs = {"backend": tmp_path / "in.log", "web": tmp_path / "out.log"}
+    options = {name: {"access_log": str(path), "otlp_endpoint": endpoint} for name, path in logs.items()}
+    server = await mesh.member("backend", "backend-1", port=made.port, options=options["backend"])
+    client = await mesh.member("web", "web-1", upstreams=("backend",), options=options["web"])
+    await server.allow("web")
+    await client.route("backend", server.endpoint)
+    await ask(client, b"GET /raw HTTP/1.1\r\nHost: b\r\n\r\n")  # to both it is TCP
+
+    me = server.sidecar.config.self
+    assert me is not None
+    await server.push(self=msgspec.structs.replace(me, protocol="http"))
+    await client.route("backend", server.endpoint, protocol="http")
+    traced = f"GET /a?secret=1 HTTP/1.1\r\nHost: b\r\ntraceparent: 00-{TRACE}-{PARENT}-01\r\n\r\n".encode()
+    untraced = f"GET /b HTTP/1.1\r\nHost: b\r\ntraceparent: 00-{TRACE}-{PARENT}-00\r\n\r\n".encode()
+    assert [status for status, _ in await ask(client, traced, untraced)] == [200, 200]
+    assert app.seen[1].header("traceparent") == [f"00-{TRACE}-{PARENT}-01"], "passed on untouched"
+
+    for name, direction in (("backend", "inbound"), ("web", "outbound")):
+        await until(lambda name=name: len(lines(logs[name])) == 3)  # type: ignore[misc]
+        raw, first, second = lines(logs[name])
+        assert (raw["protocol"], raw["origin"], raw["path"]) == ("tcp", "app", "")
+        assert raw["bytes"] > 5
+        for line in (raw, first, second):
+            assert (line["direction"], line["source"], line["destination"]) == (direction, "web", "backend")
+            assert (line["source_instance"], line["instance"]) == ("web-1", "backend-1")
+            assert 0 <= line["duration_ms"] < 60_000  # uvloop's clock ticks in milliseconds
+        assert (first["method"], first["path"], first["code"], first["trace_id"]) == ("GET", "/a", 200, TRACE)
+        assert (second["path"], second["origin"]) == ("/b", "app")
+        assert first["bytes"] > 5
+
+    await until(lambda: len(collector.spans) == 2)
+    kinds = set()
+    for span in collector.spans:
+        assert (span["traceId"], span["parentSpanId"]) == (TRACE, PARENT)
+        assert int(span["endTimeUnixNano"]) >= int(span["startTimeUnixNano"])
+        kinds.add(span["kind"])
+    assert kinds == {2, 3}
+    assert len({span["spanId"] for span in collector.spans}) == 2
+
+    await server.push(intentions=())
+    await ask_refused(client)
+    await until(lambda: lines(logs["backend"])[-1]["origin"] == "denied")
+    await collector.stop()
+
+
+async def ask_refused(client: Any) -> None:
+    assert (await ask(client, b"GET /c HTTP/1.1\r\nHost: b\r\n\r\n"))[0][0] in (403, 503)
+
+
+@with_mesh
+async def test_the_log_is_opened_anew_after_it_was_moved_away(mesh: Mesh, tmp_path: Path) -> None:
+    path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
+    tasks = Tasks("test")
+    log = AccessLog(str(path), tasks)
+    log(ENTRY)
+    await until(lambda: len(lines(path)) == 1)
+    path.rename(moved)
+    log(ENTRY)
+    log.reopen()
+    log(ENTRY)
+    log.close()
+    log.close()
+    assert (len(lines(moved)), len(lines(path)), log.dropped) == (2, 1, 0)
+    assert os.stat(path).st_mode & 0o007 == 0
+    await tasks.close()
+
+
+async def test_what_does_not_fit_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "LINES_MAX_BYTES", 1000)
+    tasks = Tasks("test")
+    log = AccessLog(str(tmp_path / "log"), tasks)
+    for _ in range(100):
+        log(ENTRY)
+    log.close()
+    assert len(lines(tmp_path / "log")) + log.dropped == 100
+    assert log.dropped > 80
+
+    monkeypatch.setattr(access, "EXPORT_S", 0.01)
+    monkeypatch.setattr(access, "SPANS_MAX", 10)
+    collector = Collector(status=503)
+    exporter = SpanExporter(await collector.start(), lambda: "db", tasks)
+    traced = ENTRY._replace(traceparent=f"00-{TRACE}-{PARENT}-01".encode())
+    for _ in range(25):
+        exporter(traced)
+    assert exporter.dropped == 15
+    await until(lambda: exporter.dropped == 25)
+    assert (len(collector.spans), exporter.exported) == (10, 0)
+    await collector.stop()
+    await tasks.close()
+
+
+def test_a_log_that_cannot_be_written_is_one_error() -> None:
+    async def make() -> None:
+        Sidecar(SidecarOptions(access_log="/nowhere/access.log"))
+
+    with pytest.raises(ProxyError, match=r"/nowhere/access\.log"):
+        asyncio.run(make())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"x", f"ff-{TRACE}-{PARENT}-01".encode(), f"00-{'0' * 32}-{PARENT}-01".encode(),
+     f"00-{TRACE}-{'0' * 16}-01".encode(), f"00-{TRACE.upper()}-{PARENT}-01".encode(),
+     f"00-{TRACE}-{PARENT}-01".encode() + b"\n"],
+)  # fmt: skip
+def test_what_is_no_trace_context_is_none(value: bytes) -> None:
+    assert read_traceparent(value) is None
+
+
+def test_trace_context_of_a_later_version_is_read() -> None:
+    found = read_traceparent(f"01-{TRACE}-{PARENT}-01-more".encode())
+    assert found is not None
+    assert (found.trace_id, found.sampled) == (TRACE, True)
