@@ -29,6 +29,8 @@ from node.http.front.guards import FrontOptions
 from node.logs import set_up_logging
 from node.tokens import TokenGuard, load_secret
 from node.version import lictor_version
+from node.xds.door import Inner, XdsDoor
+from proxy.memory import give_back_freed_memory
 from raftstate.errors import RaftError
 
 if TYPE_CHECKING:
@@ -141,12 +143,16 @@ class NodeProcess:
         node = self.node
         if not agent.options.grpc_port:
             return
-        # gRPC and Envoy's messages cost a fifth of a second and some memory: only where they are used.
-        module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
-        xds = module.XdsServer(agent, guard.refusal if guard is not None else None)
-        self._undo.append(xds.stop)
+
+        async def make() -> Inner:
+            module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
+            xds: Inner = module.XdsServer(agent, guard.refusal if guard is not None else None)
+            return xds
+
+        door = XdsDoor(make)
+        self._undo.append(door.stop)
         try:
-            await xds.start(node.grpc_address, node.grpc_port)
+            await door.start(node.grpc_address, node.grpc_port)
         except OSError as error:
             log.warning("Envoys get no configuration here: %s; set grpc_port of %s", error, node.name)
 
@@ -218,6 +224,7 @@ def _calm_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
+    give_back_freed_memory()
 
 
 def _raise_file_limit() -> None:

@@ -27,6 +27,15 @@ def keep_freed_memory() -> bool:
     return bool(sum(mallopt(name, value) for name, value in settings) == len(settings))
 
 
+def give_back_freed_memory() -> bool:
+    """Give the kernel back what start-up used and freed; False when the allocator is not glibc's."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    return bool(trim(0))
+
+
 def calm_collector() -> None:
     """Make the cyclic collector run seldom: live connections are many small objects, and few of ours form cycles."""
     gc.collect()

@@ -11,10 +11,9 @@ Source: Consul's "Filtering" page and hashicorp/go-bexpr's description of its la
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
-import lark
 import re2
 
 MAX_EXPRESSION = 4096
@@ -51,7 +50,12 @@ _GRAMMAR = r"""
     %ignore /[ \t\r\n]+/
 """
 
-_parser = lark.Lark(_GRAMMAR, parser="lalr", maybe_placeholders=False)
+
+@cache
+def _parser() -> Any:
+    import lark  # some 3 MiB with the grammar's tables: most agents never see a filter
+
+    return lark.Lark(_GRAMMAR, parser="lalr", maybe_placeholders=False)
 
 
 class BadFilter(ValueError):
@@ -73,8 +77,11 @@ def apply_filter(expression: str, rows: list[Any]) -> list[Any]:
 
 @lru_cache(maxsize=256)
 def _compile(expression: str) -> Predicate:
+    parser = _parser()
+    import lark
+
     try:
-        tree = _parser.parse(expression)
+        tree = parser.parse(expression)
     except lark.exceptions.UnexpectedInput as error:
         column = getattr(error, "column", 0)
         raise BadFilter(f"filter expression is malformed at column {column}: {expression[:200]!r}") from error
