@@ -22,6 +22,7 @@ from proxy.access import AccessLog, Observers, SpanExporter
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
+from proxy.following import follow_until
 from proxy.http import HttpCounters
 from proxy.inbound import Desk
 from proxy.listeners import PublicListener, bind
@@ -167,21 +168,10 @@ class Sidecar:
         for name in list(self._sockets):
             await self._serve_upstream(name)
         self._tasks.spawn(self._sweep())
-        following = self._tasks.spawn(self._follow(updates))
-        drained = self._tasks.spawn(self._drained.wait())
         try:
-            await asyncio.wait([following, drained], return_when=asyncio.FIRST_COMPLETED)
-            if following.done() and not self._drained.is_set():
-                following.result()
-                log.warning("the configuration stream ended; going on with what is known")
-                await self._drained.wait()
+            await follow_until(self._drained, updates, self.apply, self._tasks, log)
         finally:
             self._running = False
-            following.cancel()
-
-    async def _follow(self, updates: AsyncIterator[SidecarUpdate]) -> None:
-        async for update in updates:
-            await self.apply(update)
 
     async def apply(self, update: SidecarUpdate) -> None:
         """Take one update: what it withdraws ends first, then what it brings is opened."""

@@ -23,6 +23,7 @@ import msgspec
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
+from proxy.following import follow_until
 from proxy.listeners import bind, bind_shared
 from proxy.metrics import Labels, Snapshot, merged
 from proxy.sidecar import (
@@ -154,21 +155,10 @@ class WorkerGroup:
         self._running = True
         self._keeping = [self._tasks.spawn(self._keep(index)) for index in range(self._count)]
         self._tasks.spawn(self._poll())
-        following = self._tasks.spawn(self._follow(updates))
-        drained = self._tasks.spawn(self._drained.wait())
         try:
-            await asyncio.wait([following, drained], return_when=asyncio.FIRST_COMPLETED)
-            if following.done() and not self._drained.is_set():
-                following.result()
-                log.warning("the configuration stream ended; going on with what is known")
-                await self._drained.wait()
+            await follow_until(self._drained, updates, self.apply, self._tasks, log)
         finally:
             self._running = False
-            following.cancel()
-
-    async def _follow(self, updates: AsyncIterator[SidecarUpdate]) -> None:
-        async for update in updates:
-            await self.apply(update)
 
     async def apply(self, update: SidecarUpdate) -> None:
         """Take one update; returns when it is in force in every worker."""
