@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
+from cli.chaos.gaps import told, write_gaps
 from cli.chaos.history import READ
 from cli.chaos.runner import Report
 
-
-def longest_write_gap_s(report: Report) -> float:
-    """Return the longest time between two acknowledged writes, the run's ends included."""
-    moments = sorted(op.returned_s for op in report.history.operations if op.kind != READ and op.known)
-    ends = [0.0, *moments, report.history.duration_s]
-    return max(b - a for a, b in itertools.pairwise(ends))
+GAPS_SHOWN = 5
+GAP_SHOWN_S = 1.0
+"""Elections alone make gaps that are shorter."""
 
 
 def lines(report: Report) -> list[str]:
@@ -23,6 +20,7 @@ def lines(report: Report) -> list[str]:
     reads = Counter(op.mode for op in history.operations if op.kind == READ)
     writes = [op for op in history.operations if op.kind != READ]
     unknown = sum(1 for op in writes if not op.known)
+    gaps = write_gaps(history)
     terms = {span.term for span in history.leaders if span.leader}
     out = [
         f"Seed {history.seed}, {history.duration_s:.0f} s, {len(history.operations)} operations on "
@@ -31,8 +29,9 @@ def lines(report: Report) -> list[str]:
         f"  leaders    {len(terms)} terms seen with a leader",
         "  reads      " + ", ".join(f"{count} {mode}" for mode, count in sorted(reads.items())),
         f"  writes     {len(writes) - unknown} answered, {unknown} of unknown outcome,"
-        f" longest gap {longest_write_gap_s(report):.2f} s",
+        f" longest gap {gaps[0].length_s:.2f} s",
     ]
+    out += [f"  gap        {told(gap)}" for gap in gaps[:GAPS_SHOWN] if gap.length_s >= GAP_SHOWN_S]
     out += [f"  answer     {count}x {text}" for text, count in sorted(report.errors.items())]
     for verdict in report.verdicts:
         if verdict.undecided:
