@@ -7,12 +7,14 @@ what is done, and cannot be set: see `shown`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from node.config import Liveness
 from node.durations import format_duration
 from raftstate.model.autopilot import AutopilotConfig
-from raftstate.replica import RaftStatus
+
+if TYPE_CHECKING:
+    from raftstate.replica import RaftStatus  # an agent shows the report, and does not load a replica for it
 
 DEFAULTS = AutopilotConfig()
 

@@ -39,6 +39,8 @@ READ_MODES: tuple[ReadMode, ...] = ("default", "stale", "consistent")
 APPLY_TIMEOUT_S = 10.0
 """How long a write is retried while an election runs, unless the caller says otherwise."""
 QUERY_TIMEOUT_S = 10.0
+WAIT_S_MAX = 660.0
+"""Consul's longest blocking query: ten minutes, and a sixteenth of jitter."""
 """How long a read waits for a leader; a blocking query's own wait comes on top."""
 
 T = TypeVar("T")

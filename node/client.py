@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from node import protocol
-from node.backend import APPLY_TIMEOUT_S, QUERY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, ViewEvent
+from node.backend import (
+    APPLY_TIMEOUT_S,
+    QUERY_TIMEOUT_S,
+    WAIT_S_MAX,
+    Applied,
+    Contact,
+    QueryResult,
+    ReadMode,
+    ViewEvent,
+)
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
 from node.followed import Followed, FollowedQueries
@@ -32,7 +41,6 @@ from node.protocol import (
 from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
 from node.rpc.client import ClientConnection
 from node.server_link import ServerLink
-from node.store_reads import WAIT_S_MAX
 from node.views import Rows, as_delta, merge
 from raftstate.model.wire import to_msgpack
 

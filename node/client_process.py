@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 
-from node import pki
+from node import node_tls
 from node.client import RpcBackend
 from node.config import ClusterConfig, NodeConfig
 from node.faults import FaultFilter
@@ -21,7 +21,7 @@ class ClientNode:
         self.config, self.node = config, node
         rng = rng or random.Random()
         self.faults = FaultFilter(enabled=config.fault_injection)
-        context = pki.client_context(pki.TlsFiles(config.tls_dir), node.name, pki.ALPN_RPC)
+        context = node_tls.client_context(node_tls.TlsFiles(config.tls_dir), node.name, node_tls.ALPN_RPC)
         self.link = ServerLink(
             [(server.name, server.rpc_endpoint) for server in config.servers()],
             context,

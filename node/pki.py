@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
-import ssl
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -26,46 +22,37 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from node.config import ROLES, ClusterConfig
 from node.errors import PkiError
+from node.node_tls import (
+    ALPN_RAFT,
+    ALPN_RPC,
+    CLUSTER_KEY_BYTES,
+    NODE_NAME,
+    Peer,
+    TlsFiles,
+    client_context,
+    load_cluster_key,
+    peer_of,
+    server_context,
+)
 
-ALPN_RAFT, ALPN_RPC = "lictor-raft/1", "lictor-rpc/1"
-CLUSTER_KEY_BYTES = 32
+__all__ = [
+    "ALPN_RAFT",
+    "ALPN_RPC",
+    "Peer",
+    "TlsFiles",
+    "client_context",
+    "create_cluster_key",
+    "create_node_ca",
+    "ensure_local_pki",
+    "issue_node_cert",
+    "load_cluster_key",
+    "node_names",
+    "peer_of",
+    "server_context",
+]
+
 CA_DAYS = 3650
 NODE_DAYS = 730
-_NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who is at the other end of a verified connection."""
-
-    node: str
-    role: str
-    datacenter: str
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """The files of one TLS directory."""
-
-    directory: Path
-
-    @property
-    def ca(self) -> Path:
-        return self.directory / "ca.pem"
-
-    @property
-    def ca_key(self) -> Path:
-        return self.directory / "ca-key.pem"
-
-    @property
-    def cluster_key(self) -> Path:
-        return self.directory / "cluster.key"
-
-    def cert(self, node: str) -> Path:
-        return self.directory / f"{node}.pem"
-
-    def key(self, node: str) -> Path:
-        return self.directory / f"{node}-key.pem"
 
 
 def _now() -> datetime.datetime:
@@ -161,7 +148,7 @@ def node_names(node: str, role: str, datacenter: str) -> tuple[str, str]:
 
 def issue_node_cert(directory: Path | str, node: str, role: str, datacenter: str) -> tuple[Path, Path]:
     """Make a key and certificate for a node; return their paths. An older pair of that name is replaced."""
-    if not _NODE_NAME.fullmatch(node):
+    if not NODE_NAME.fullmatch(node):
         raise PkiError(f"node name {node!r} must be letters, digits and inner dashes, 63 at most")
     if role not in ROLES:
         raise PkiError(f"role must be one of {', '.join(ROLES)}, not {role!r}")
@@ -202,27 +189,6 @@ def create_cluster_key(directory: Path | str) -> Path:
     return files.cluster_key
 
 
-def load_cluster_key(path: Path) -> bytes:
-    """Read the cluster key. Raises PkiError when it is missing, of the wrong size or open to others."""
-    _refuse_open_file(path)
-    try:
-        key = path.read_bytes()
-    except OSError as error:
-        raise PkiError(f"cluster key {path} cannot be read ({error.strerror}): copy it from another server") from None
-    if len(key) != CLUSTER_KEY_BYTES:
-        raise PkiError(f"cluster key {path} must hold {CLUSTER_KEY_BYTES} bytes: copy it from another server")
-    return key
-
-
-def _refuse_open_file(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode & 0o777
-    except OSError:
-        return  # the reader that follows names the missing file
-    if mode & 0o077:
-        raise PkiError(f"{path} can be read by others (mode {mode:04o}): chmod 600 it, and replace it if it leaked")
-
-
 def ensure_local_pki(config: ClusterConfig) -> TlsFiles:
     """Make whatever a local cluster lacks: CA, cluster key, a certificate for each node. Idempotent."""
     files = TlsFiles(config.tls_dir)
@@ -251,46 +217,3 @@ def _fits(files: TlsFiles, node: str, role: str, datacenter: str) -> bool:
         and set(names.get_values_for_type(x509.DNSName)) == set(node_names(node, role, datacenter))
         and certificate.not_valid_after_utc > _now() + datetime.timedelta(days=30)
     )
-
-
-def _context(purpose: int, files: TlsFiles, node: str, alpn: list[str]) -> ssl.SSLContext:
-    context = ssl.SSLContext(purpose)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # names are roles and nodes, checked by peer_of
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.set_alpn_protocols(alpn)
-    _refuse_open_file(files.key(node))
-    for path in (files.ca, files.cert(node), files.key(node)):
-        if not path.is_file():
-            raise PkiError(f"{path} is missing: run `lictor tls cert create -node {node}` and copy the files here")
-    try:
-        context.load_verify_locations(cafile=str(files.ca))
-        context.load_cert_chain(str(files.cert(node)), str(files.key(node)))
-    except (OSError, ssl.SSLError) as error:
-        raise PkiError(f"certificate of {node} in {files.directory} is unfit ({error}): issue it anew") from None
-    return context
-
-
-def server_context(files: TlsFiles, node: str) -> ssl.SSLContext:
-    """TLS 1.3, client certificate required; offers raft and RPC."""
-    context = _context(ssl.PROTOCOL_TLS_SERVER, files, node, [ALPN_RAFT, ALPN_RPC])
-    context.num_tickets = 0  # connections are few and long: no resumption, so every one proves its certificate
-    return context
-
-
-def client_context(files: TlsFiles, node: str, alpn: str) -> ssl.SSLContext:
-    """TLS 1.3 with this node's certificate, for one protocol."""
-    return _context(ssl.PROTOCOL_TLS_CLIENT, files, node, [alpn])
-
-
-def peer_of(ssl_object: Any, datacenter: str) -> Peer:
-    """Return the bearer of a verified peer certificate. Raises PkiError when it is not one node of `datacenter`."""
-    names = [value for kind, value in (ssl_object.getpeercert() or {}).get("subjectAltName", ()) if kind == "DNS"]
-    for role in ROLES:
-        suffix = f".{role}.{datacenter}.lictor"
-        nodes = [name[: -len(suffix)] for name in names if name.endswith(suffix)]
-        if f"{role}.{datacenter}.lictor" in names and len(nodes) == 1 and _NODE_NAME.fullmatch(nodes[0]):
-            if len(names) != 2:
-                break
-            return Peer(nodes[0], role, datacenter)
-    raise PkiError(f"peer certificate names {names or 'nobody'}, not one node of datacenter {datacenter!r}")

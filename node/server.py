@@ -15,6 +15,7 @@ from node import protocol
 from node.backend import (
     APPLY_TIMEOUT_S,
     QUERY_TIMEOUT_S,
+    WAIT_S_MAX,
     Applied,
     Contact,
     QueryResult,
@@ -34,7 +35,7 @@ from node.protocol import (
     encode,
 )
 from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
-from node.store_reads import WAIT_S_MAX, StoreReads
+from node.store_reads import StoreReads
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
 

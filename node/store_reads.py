@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from node.backend import Applied, RefusalInfo, ViewEvent
+from node.backend import WAIT_S_MAX, Applied, RefusalInfo, ViewEvent
 from node.errors import BadRequest
 from node.view_hub import ViewHub
 from raftstate.state.queries import Answer, BadQuery, run_query
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from raftstate.state.machine import StateMachine
     from raftstate.watch import Watches
 
-WAIT_S_MAX = 660.0
-"""Consul's longest blocking query: ten minutes, and a sixteenth of jitter."""
 PUBLIC_INTERNAL = frozenset({"internal.digest"})
 
 

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
-import re2
-
 MAX_EXPRESSION = 4096
 MAX_DEPTH = 64
 
@@ -119,6 +117,8 @@ def _comparison(kind: str, operands: list[Any]) -> Predicate:
     if kind == "equal":
         return lambda row: any(_equals(value, text) for value in _select(row, path))
     if kind == "matches":
+        import re2  # 3 MiB with libstdc++
+
         options = re2.Options()
         options.log_errors = False
         options.max_mem = 1 << 20

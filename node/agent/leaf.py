@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import importlib
 import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from node.agent.files import file_name, write_private
 from node.agent.views import View, Views
@@ -197,11 +194,12 @@ class LeafManager:
     async def _renew(self, entry: LeafEntry) -> None:
         trust_domain = await self._trust_domain()
         wanted = SpiffeId(trust_domain=trust_domain, service=entry.service, datacenter=self._datacenter)
-        key, csr = await asyncio.to_thread(make_request, wanted, entry.instance)
+        keys = await asyncio.to_thread(_keys)
+        key, csr = await asyncio.to_thread(keys.make_request, wanted, entry.instance)
         chain = await self._backend.sign_leaf(csr, service=entry.service, instance=entry.instance)
         before = entry.leaf.modify_index if entry.leaf is not None else 0
         index = max(before + 1, self._roots.index if self._roots is not None else 1)
-        leaf = make_leaf(entry.service, chain, key, index, entry.leaf.create_index if entry.leaf else index)
+        leaf = keys.make_leaf(entry.service, chain, key, index, entry.leaf.create_index if entry.leaf else index)
         path = self._directory / file_name(f"{entry.service}\0{entry.instance}")
         try:
             await asyncio.to_thread(write_private, path, msgspec.json.encode((entry.service, entry.instance, leaf)))
@@ -219,6 +217,7 @@ class LeafManager:
         return roots.trust_domain
 
     def _load(self, key: tuple[str, str]) -> Leaf | None:
+        _keys()  # here, in a thread: the loop is not to wait for it
         path = self._directory / file_name("\0".join(key))
         try:
             service, instance, leaf = msgspec.json.decode(path.read_bytes(), type=tuple[str, str, Leaf])
@@ -235,7 +234,7 @@ class LeafManager:
             return False
         roots = self.roots()
         active = next((root for root in roots.roots if root.active), None) if roots is not None else None
-        return active is None or signed_by(leaf.cert_pem, active.root_cert, active.intermediate_certs)
+        return active is None or _keys().signed_by(leaf.cert_pem, active.root_cert, active.intermediate_certs)
 
     def _renew_in_s(self, leaf: Leaf) -> float:
         begin, end = _time(leaf.valid_after), _time(leaf.valid_before)
@@ -246,63 +245,9 @@ class LeafManager:
         return (due - self._clock()).total_seconds()
 
 
-def make_request(wanted: SpiffeId, instance: str) -> tuple[str, str]:
-    """Make a P-256 key and a signing request for it; returns both in PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = [x509.NameAttribute(NameOID.COMMON_NAME, wanted.service[:64])]
-    if instance:
-        name.append(x509.NameAttribute(NameOID.USER_ID, instance))
-    request = (
-        x509.CertificateSigningRequestBuilder()
-        .subject_name(x509.Name(name))
-        .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(wanted.uri())]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return private.decode(), request.public_bytes(pem).decode()
-
-
-def make_leaf(service: str, chain_pem: str, key_pem: str, index: int, create_index: int) -> Leaf:
-    """Return the leaf that a signed chain and its key make. Raises NodeError when the chain is not one."""
-    try:
-        certificate = x509.load_pem_x509_certificates(chain_pem.encode())[0]
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uri = names.get_values_for_type(x509.UniformResourceIdentifier)[0]
-    except (ValueError, IndexError, x509.ExtensionNotFound) as error:
-        raise NodeError(f"the certificate authority answered with something that is no leaf: {error}") from error
-    serial = f"{certificate.serial_number:x}"
-    serial = serial if len(serial) % 2 == 0 else "0" + serial
-    return Leaf(
-        serial_number=":".join(serial[i : i + 2] for i in range(0, len(serial), 2)),
-        cert_pem=chain_pem,
-        private_key_pem=key_pem,
-        service=service,
-        service_uri=uri,
-        valid_after=_text(certificate.not_valid_before_utc),
-        valid_before=_text(certificate.not_valid_after_utc),
-        create_index=create_index,
-        modify_index=index,
-    )
-
-
-def signed_by(leaf_pem: str, root_pem: str, intermediates: tuple[str, ...] = ()) -> bool:
-    """Whether the leaf's issuer is this root or one of its intermediates (by name and signature)."""
-    try:
-        leaf = x509.load_pem_x509_certificates(leaf_pem.encode())[0]
-    except (ValueError, IndexError):
-        return False
-    for pem in (root_pem, *intermediates):
-        try:
-            leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(pem.encode()))
-        except (InvalidSignature, ValueError, TypeError):
-            continue
-        return True
-    return False
-
-
-def _text(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+def _keys() -> ModuleType:
+    """Return what makes and reads certificates; it is loaded with the first leaf."""
+    return importlib.import_module("node.agent.leaf_keys")
 
 
 def _time(text: str) -> datetime.datetime:

@@ -9,7 +9,7 @@ from typing import Any
 
 from node.config import SERVER
 from node.errors import BadRequest, NodeError, PkiError, TimedOut, Unreachable, from_wire
-from node.pki import ALPN_RPC, Peer, peer_of
+from node.node_tls import ALPN_RPC, Peer, peer_of
 from node.rpc.connection import FrameConnection
 from node.rpc.frames import (
     REQUEST_BYTES_MAX,

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from node.pki import Peer
+from node.node_tls import Peer
 from node.rpc.frames import BadFrame, Frame, FrameReader, Ping, Pong, encode_frame
 
 log = logging.getLogger("lictor.rpc")

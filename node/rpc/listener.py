@@ -12,7 +12,7 @@ from typing import Any
 
 from node.config import SERVER, Limits
 from node.errors import PkiError
-from node.pki import ALPN_RAFT, ALPN_RPC, Peer, peer_of
+from node.node_tls import ALPN_RAFT, ALPN_RPC, Peer, peer_of
 from node.rpc.client import Gate
 from node.rpc.server import Methods, ServerConnection
 from node.tasks import Tasks

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from node.errors import BadRequest, Busy, NodeError, TimedOut, to_wire
-from node.pki import Peer
+from node.node_tls import Peer
 from node.rpc.connection import FrameConnection
 from node.rpc.frames import (
     REQUEST_BYTES_MAX,

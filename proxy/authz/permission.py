@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import re2
-
 from proxy.authz.request import AmbiguousPath, Request, normal_path
 from raftstate.model.intention import ALLOW, DENY, HeaderMatch, HTTPMatch, Permission
 
@@ -97,6 +95,8 @@ def _rule_path(path: str) -> str:
 
 
 def _regex(pattern: str) -> Callable[[str | bytes], bool]:
+    import re2  # 3 MiB with libstdc++: few permissions have a pattern
+
     options = re2.Options()
     options.max_mem = REGEX_MEMORY_BYTES
     options.log_errors = False

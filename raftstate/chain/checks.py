@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec.inspect as shape
-import re2
 
 from raftstate.chain.entries import (
     KINDS,
@@ -105,6 +104,8 @@ def check_expressions(kind: str, name: str, entry: Mapping[str, Any]) -> None:
 
 def regex_problem(pattern: str) -> str:
     """Return why RE2 does not take a pattern, or ``""``."""
+    import re2  # 3 MiB with libstdc++: most entries have no pattern
+
     options = re2.Options()
     options.max_mem = REGEX_MEMORY_BYTES
     options.log_errors = False
