@@ -80,7 +80,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         own = {"node": self.node}
         followed: list[tuple[str, dict[str, Any]]] = [
-            ("catalog.node", own),
+            ("catalog.node_rows", own),
             ("health.node", own),
             ("connect.roots", {}),
             ("health.service", {"service": EVERYWHERE}),

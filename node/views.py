@@ -41,6 +41,11 @@ def _instance_key(row: Any) -> str:
     return SEPARATOR.join((_field(service, "Node", "node"), _field(service, "ID", "id")))
 
 
+def _node_row_key(row: Any) -> str:
+    """A node's own row comes without a service; an instance's id is never empty."""
+    return _field(row, "id", "ID") if _field(row, "service", "Service") else WHOLE
+
+
 _NODE, _ID = ("node", "Node"), ("id", "ID")
 _CHECK = _of(_NODE, ("check_id", "CheckID"))
 _INTENTION = _of(
@@ -54,6 +59,7 @@ ROW_KEYS: dict[str, Callable[[Any], str]] = {
     "catalog.nodes": _of(_NODE),
     "catalog.service": _SERVICE,
     "catalog.connect": _SERVICE,
+    "catalog.node_rows": _node_row_key,
     "catalog.services_by_port": _of(_NODE, _ID),
     "health.service": _instance_key,
     "health.connect": _instance_key,

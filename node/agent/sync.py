@@ -19,6 +19,7 @@ from node.agent.views import View, Views
 from node.backend import Applied, Backend
 from node.errors import BadRequest, NodeError, Refused
 from node.tasks import Tasks
+from node.views import WHOLE
 from raftstate.model.catalog import PASSING, SERF_HEALTH, Check, Node, ServiceInstance
 from raftstate.state import commands
 
@@ -64,7 +65,7 @@ class AntiEntropy:
 
     async def start(self) -> None:
         """Begin to follow and to push."""
-        self._catalog = self._views.acquire("catalog.node", {"node": self._local.node})
+        self._catalog = self._views.acquire("catalog.node_rows", {"node": self._local.node})
         self._health = self._views.acquire("health.node", {"node": self._local.node})
         self._stop = [
             self._local.listen(self.mark),
@@ -265,7 +266,7 @@ class AntiEntropy:
             remote = services.get(service_id)
             if remote is not None and service.row.enable_tag_override and remote.tags != service.row.tags:
                 self._local.set_tags(service_id, remote.tags)
-            if remote is None or plain(remote) != plain(service.row):
+            if remote is None or remote != plain(service.row):
                 found.append(("service", service_id))
         found.extend(("service", gone) for gone in services if gone not in self._local.services)
         return found
@@ -293,20 +294,21 @@ class AntiEntropy:
 
 
 def node_and_services(view: View) -> tuple[Node | None, dict[str, ServiceInstance]]:
-    """Return what a ``catalog.node`` view holds."""
+    """Return what a ``catalog.node_rows`` view holds, without indexes; only what changed is converted anew."""
 
     def read() -> tuple[Node | None, dict[str, ServiceInstance]]:
-        for value in view.rows.values():
-            body = value if isinstance(value, dict) else msgspec.to_builtins(value)
-            if body.get("Node") is None:
-                continue
-            listed = body.get("Services") or {}
-            rows = listed.values() if isinstance(listed, dict) else listed
-            services = [msgspec.convert(row, ServiceInstance, from_attributes=True) for row in rows]
-            return msgspec.convert(body["Node"], Node, from_attributes=True), {row.id: row for row in services}
-        return None, {}
+        rows = view.mapped("node rows", _node_row)
+        services = {key: row for key, row in rows.items() if isinstance(row, ServiceInstance)}
+        node = rows.get(WHOLE)
+        return node if isinstance(node, Node) else None, services
 
     return view.memo("node and services", read)
+
+
+def _node_row(key: str, row: Any) -> Node | ServiceInstance:
+    kind: type[Node | ServiceInstance] = Node if key == WHOLE else ServiceInstance
+    converted: Node | ServiceInstance = plain(row if type(row) is kind else msgspec.convert(row, kind))
+    return converted
 
 
 def same_node(one: Node, other: Node) -> bool:

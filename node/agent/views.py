@@ -82,18 +82,27 @@ class View:
 
     def typed(self, kind: type[T]) -> tuple[T, ...]:
         """Return the rows as model values in the query's order; converted once a change."""
-        held = self._typed.get(kind)
+        return self.memo(
+            ("typed", kind), lambda: tuple(self.mapped(kind, lambda key, row: _typed(row, kind)).values())
+        )
+
+    def mapped(self, name: Any, make: Callable[[str, Any], T]) -> dict[str, T]:
+        """Return what ``make`` gives for each row's key and value, by key in the query's order.
+
+        ``name`` stands for ``make``, which is asked only for the rows that a change brought.
+        """
+        held = self._typed.get(name)
         if held is None or held[0] != self._revision:
-            before = self._converted.get(kind, {})
+            before = self._converted.get(name, {})
             now: dict[str, tuple[Any, T]] = {}
             for key, row in self.rows.items():
                 known = before.get(key)
-                # An unchanged row is the same object as before; only what a change brought is converted.
-                now[key] = known if known is not None and known[0] is row else (row, _typed(row, kind))
-            self._converted[kind] = now
-            held = (self._revision, tuple(row for _, row in now.values()))
-            self._typed[kind] = held
-        return cast("tuple[T, ...]", held[1])
+                # An unchanged row is the same object as before.
+                now[key] = known if known is not None and known[0] is row else (row, make(key, row))
+            self._converted[name] = now
+            held = (self._revision, {key: value for key, (_, value) in now.items()})
+            self._typed[name] = held
+        return cast("dict[str, T]", held[1])
 
     def memo(self, key: Any, make: Callable[[], T]) -> T:
         """Return what ``make`` gave for this state of the view; computed once a change."""

@@ -73,6 +73,13 @@ def node(store: Store, node: str) -> Answer:
     return answer(store, value, ("node", node))
 
 
+def node_rows(store: Store, node: str) -> Answer:
+    """As `node`, for who follows it: the node, then each instance, so that a change is sent without the rest."""
+    row = store.nodes.rows.get(node)
+    value = [] if row is None else [row, *_in_order(store.services.by_node.get(node))]
+    return answer(store, value, ("node", node))
+
+
 def services_by_port(store: Store, port: int) -> Answer:
     """Typical instances registered on a port."""
     return answer(store, _in_order(store.services.by_port.get(port)), ("port", str(port)))

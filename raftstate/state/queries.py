@@ -38,6 +38,7 @@ QUERIES: dict[str, Callable[..., Answer]] = {
     "catalog.service": catalog.service,
     "catalog.connect": catalog.connect,
     "catalog.node": catalog.node,
+    "catalog.node_rows": catalog.node_rows,
     "catalog.services_by_port": catalog.services_by_port,
     "health.service": catalog.health_service,
     "health.connect": catalog.health_connect,

@@ -215,7 +215,8 @@ QUERIES: list[tuple[str, dict[str, Any]]] = [
                            ("health", "connect"), ("health", "checks"))],
     ("health.service", {"service": "web", "passing": True}),
     ("health.service", {"service": "web", "tags": ["V1"]}),
-    *[(query, {"node": name}) for name in NODES for query in ("catalog.node", "health.node", "session.node")],
+    *[(query, {"node": name}) for name in NODES
+      for query in ("catalog.node", "catalog.node_rows", "health.node", "session.node")],
     *[("catalog.services_by_port", {"port": port}) for port in (80, 90)],
     *[("health.state", {"state": state}) for state in ("any", *STATUSES)],
     ("intentions.list", {}),
@@ -323,6 +324,11 @@ def _node(store: Store, node: str) -> CatalogNode | None:
     return CatalogNode(row, {found.id: found for found in _instances(store, lambda found: found.node == node)})
 
 
+def _node_rows(store: Store, node: str) -> list[Any]:
+    found = _node(store, node)
+    return [] if found is None else [found.node, *found.services.values()]
+
+
 def _match(store: Store, by: str, name: str, instance: str) -> list[Intention]:
     found = []
     for row in store.intentions.rows.values():
@@ -379,6 +385,7 @@ _NAIVE: dict[str, Callable[..., Any]] = {
         store, _instances(store, lambda row: destination_of(row) == service)
     ),
     "catalog.node": _node,
+    "catalog.node_rows": _node_rows,
     "catalog.services_by_port": lambda store, port: _instances(
         store, lambda row: row.port == port and row.kind == ""
     ),

@@ -14,7 +14,8 @@ from node.errors import BadRequest, NodeError, Unreachable
 from node.local_backend import LocalBackend
 from node.rpc.server import Call, Feed, Methods
 from node.views import Rows, merge
-from raftstate.state.commands import KVDelete, KVSet
+from raftstate.model.catalog import Node, ServiceInstance
+from raftstate.state.commands import CatalogRegister, DeregisterService, KVDelete, KVSet
 from tests.support.rpc import eventually, rpc_ends
 
 PARAMS = {"prefix": "k/"}
@@ -195,4 +196,22 @@ async def test_many_feeds_share_one_view(tmp_path: Path) -> None:
             await stream.aclose()
         await eventually(lambda: len(backend.reads.hub) == 0)
         connection.close()
+    await backend.close()
+
+
+async def test_what_a_node_gains_is_sent_without_what_it_has() -> None:
+    backend = LocalBackend()
+    node = Node("n1", "10.0.0.1")
+    await backend.apply(CatalogRegister(node, ServiceInstance("n1", "web-1", "web")))
+    feed = FakeFeed()
+    assert backend.reads.hub.feed("catalog.node_rows", {"node": "n1"}, 0, cast(Feed, feed))
+    await backend.apply(CatalogRegister(node, ServiceInstance("n1", "web-2", "web"), skip_node_update=True))
+    await eventually(lambda: len(feed.sent) == 2)
+    await backend.apply(CatalogRegister(Node("n1", "10.0.0.9")))
+    await eventually(lambda: len(feed.sent) == 3)
+    await backend.apply(DeregisterService("n1", "web-1"))
+    await eventually(lambda: len(feed.sent) == 4)
+    changes = [(set(event.upserts), event.deletes) for event in feed.sent]
+    assert changes == [({"", "web-1"}, ()), ({"web-2"}, ()), ({""}, ()), (set(), ("web-1",))]
+    assert feed.rows()[""]["Address"] == "10.0.0.9"
     await backend.close()
