@@ -1,4 +1,4 @@
-"""What a client agent does not load when it starts: its memory is mostly code, and each of these shows in every one."""
+"""What a client agent does not load when it starts: its memory is mostly code, and each shows in every agent."""
 
 from __future__ import annotations
 
