@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.http import Decide, Dial, HttpOptions, HttpStats, InboundConnection, InboundHttp
-from proxy.http2 import Http2Connection, InboundHttp2
+from proxy.http2 import InboundHttp2, InboundHttp2Connection
 from proxy.http2.half import PREFACE
 from proxy.stream import Channel, Data, Early
 from raftstate.model.identity import Identity
@@ -75,7 +75,7 @@ class Undecided:
         self.on_done = on_done
         self.peer: Channel = channel
 
-        def serve(side: InboundHttp | InboundHttp2) -> InboundConnection | Http2Connection:
+        def serve(side: InboundHttp | InboundHttp2) -> InboundConnection | InboundHttp2Connection:
             return side.serve(
                 channel, peer=peer, dial=dial, decide=decide, stats=stats, identity=identity, on_done=on_done
             )

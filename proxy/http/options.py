@@ -8,6 +8,9 @@ from typing import Protocol
 
 LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the latency histogram's buckets; the last bucket has none."""
+GRPC_METHODS_MAX = 256
+"""gRPC methods that are counted by name between two services; callers choose the names, so the rest are ``other``."""
+GRPC_METHOD_BYTES_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ class HttpStats(Protocol):
         ``cut`` (code 0: no full answer was sent).
         """
 
+    def grpc(self, target: bytes, status: bytes, origin: str) -> None:
+        """The same request was a gRPC call: its method is the target; ``status`` is empty when none came."""
+
 
 class HttpCounters:
     """:class:`HttpStats` in plain integers, for an admin endpoint to export."""
@@ -56,6 +62,9 @@ class HttpCounters:
     def __init__(self) -> None:
         self.requests: dict[tuple[str, int, str], int] = {}
         """By (method, code, origin)."""
+        self.grpc_calls: dict[tuple[str, str, str], int] = {}
+        """By (``/package.Service/Method``, gRPC status or ``none``, origin)."""
+        self._grpc_methods: set[bytes] = set()
         self.latency_buckets = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self.latency_sum_s = 0.0
         self.latency_count = 0
@@ -66,6 +75,17 @@ class HttpCounters:
         self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.latency_sum_s += seconds
         self.latency_count += 1
+
+    def grpc(self, target: bytes, status: bytes, origin: str) -> None:
+        methods = self._grpc_methods
+        if target not in methods:
+            if len(methods) >= GRPC_METHODS_MAX or len(target) > GRPC_METHOD_BYTES_MAX:
+                target = b"other"
+            else:
+                methods.add(target)
+        known = status.isdigit() and len(status) <= 2
+        key = (target.decode("latin-1"), status.decode() if known else "none", origin)
+        self.grpc_calls[key] = self.grpc_calls.get(key, 0) + 1
 
     def latency_samples(self) -> list[tuple[str, int]]:
         """Return the histogram in Prometheus' form: (upper bound, count up to it), the last bound ``+Inf``."""

@@ -3,39 +3,86 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from h2.errors import ErrorCodes
+from h2.events import InformationalResponseReceived, ResponseReceived
 
 from proxy.http.head import Field
 from proxy.http.side import NEVER
 from proxy.http2.half import Half
 from proxy.http2.head import RequestHead
 
+if TYPE_CHECKING:
+    from proxy.http2.link import Link
+
+
+class Owner(Protocol):
+    """Who serves an exchange's client. Its link tells it what becomes of the exchange there."""
+
+    def answered(self, exchange: Exchange, event: ResponseReceived | InformationalResponseReceived) -> None:
+        """The response has begun; an informational one comes before it."""
+
+    def came(self, exchange: Exchange) -> None:
+        """There is more in ``to_client``."""
+
+    def room(self, exchange: Exchange) -> None:
+        """The link may take more of ``to_link``."""
+
+    def was_reset(self, exchange: Exchange, code: ErrorCodes | int) -> None:
+        """The other end cancelled the stream; the link has forgotten it."""
+
+    def not_served(self, exchange: Exchange) -> None:
+        """The other end said that it has not looked at the request; the link has forgotten it."""
+
+    def link_ended(self, exchange: Exchange, error: Exception | None) -> None:
+        """The link is gone, with the stream on it."""
+
+    def flush(self) -> None:
+        """A batch of the above is over: send what it made."""
+
 
 class Exchange:
-    """One request and its response. ``to_app`` and ``to_client`` hold what could not be sent on yet."""
+    """One request and its response. ``to_link`` and ``to_client`` hold what could not be sent on yet."""
 
     __slots__ = (
-        "app", "app_id", "client_id", "deadline", "head", "headers", "keep_trailers", "request_ended",
-        "sent", "started", "status", "to_app", "to_client",
+        "active_at", "client_id", "deadline", "grpc_status", "head", "headers", "keep_trailers", "link", "link_id",
+        "owner", "replay", "request_ended", "sent", "started", "status", "to_client", "to_link",
     )  # fmt: skip
 
-    def __init__(self, client_id: int, head: RequestHead, headers: list[Field], started: float) -> None:
+    def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
+        self.owner = owner
         self.client_id = client_id
         self.head = head
-        self.headers = headers
-        self.started = started
+        self.headers: list[Field] = []
+        """As they are sent on."""
+        self.started = self.active_at = started
         self.sent = 0
         """Bytes of the response's body that have come."""
         self.deadline = NEVER
-        self.app: Half | None = None
-        self.app_id = 0
+        self.link: Link | None = None
+        self.link_id = 0
         self.status = 0
         """Of the response, once it has begun."""
+        self.grpc_status = b""
         self.keep_trailers = True
         """False when permissions decided on the headers: what came after the decision is not passed on."""
         self.request_ended = False
-        """All of the request was sent to the app."""
-        self.to_app: deque[Part] = deque()
+        """All of the request was sent on."""
+        self.replay: Replay | None = None
+        """What was sent of the request's body, while the request may have to be sent again."""
+        self.to_link: deque[Part] = deque()
         self.to_client: deque[Part] = deque()
+
+    @property
+    def response_came(self) -> bool:
+        """Whether the other end has sent all of its response."""
+        return bool(self.to_client and self.to_client[-1].end)
+
+    @property
+    def request_came(self) -> bool:
+        """Whether the client has sent all of its request."""
+        return self.request_ended or bool(self.to_link and self.to_link[-1].end)
 
 
 class Part:
@@ -50,15 +97,61 @@ class Part:
         self.end = end
         self.trailers = trailers
 
+    @property
+    def only_ends(self) -> bool:
+        """Whether it says nothing but that the message is over."""
+        return self.end and not self.data and self.trailers is None and not self.flow
 
-def pump(parts: deque[Part], source: tuple[Half, int], target: tuple[Half, int]) -> bool:
-    """Send on what the target's windows and channel take; return whether the message's end was sent."""
+
+class Replay:
+    """What was sent of a request, to be sent again, up to a limit."""
+
+    __slots__ = ("_limit", "_size", "parts", "spent")
+
+    def __init__(self, limit: int) -> None:
+        self.parts: deque[Part] = deque()
+        self.spent = False
+        """More was sent than is kept, or the answer has begun: the request can't be sent again."""
+        self._size = 0
+        self._limit = limit
+
+    def add(self, data: bytes, *, end: bool, trailers: list[Field] | None = None) -> None:
+        """Note what was sent."""
+        if self.spent:
+            return
+        self._size += len(data)
+        if self._size > self._limit:
+            self.drop()
+        else:
+            self.parts.append(Part(data, 0, end=end, trailers=trailers))  # its window was given back already
+
+    def drop(self) -> None:
+        """The request is not to be sent again."""
+        self.spent = True
+        self.parts.clear()
+
+    def rewind(self, waiting: deque[Part]) -> None:
+        """Put what was sent before what waits to be sent."""
+        waiting.extendleft(reversed(self.parts))
+        self.parts.clear()
+        self._size = 0
+
+
+def pump(
+    parts: deque[Part], source: tuple[Half | None, int], target: tuple[Half, int], replay: Replay | None = None
+) -> bool:
+    """Send on what the target's windows and channel take; return whether the message's end was sent.
+
+    The source, unless it is gone, gets back of its window what was sent.
+    """
     half, stream_id = target
     sender, sender_id = source
     while parts:
         part = parts[0]
         if part.trailers is not None:
             parts.popleft()
+            if replay is not None:
+                replay.add(b"", end=True, trailers=part.trailers)
             return half.send_headers(stream_id, part.trailers, end=True)
         size = len(part.data)
         if size:
@@ -66,15 +159,23 @@ def pump(parts: deque[Part], source: tuple[Half, int], target: tuple[Half, int])
             if half.full or room == 0:
                 return False
             if 0 < room < size:
-                half.send_data(stream_id, part.data[:room], end=False)
+                piece = part.data[:room]
+                half.send_data(stream_id, piece, end=False)
+                if replay is not None:
+                    replay.add(piece, end=False)
                 part.data = part.data[room:]
-                part.flow -= room
-                sender.acknowledge(sender_id, room)
+                given = min(room, part.flow)
+                part.flow -= given
+                if sender is not None:
+                    sender.acknowledge(sender_id, given)
                 continue
         parts.popleft()
         if size or part.end:
             half.send_data(stream_id, part.data, end=part.end)
-        sender.acknowledge(sender_id, part.flow)
+            if replay is not None:
+                replay.add(part.data, end=part.end)
+        if sender is not None:
+            sender.acknowledge(sender_id, part.flow)
         if part.end:
             return True
     return False

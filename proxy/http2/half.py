@@ -20,8 +20,8 @@ from proxy.stream import Channel, Data
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 STREAMS_MAX = 128
 STREAM_WINDOW_BYTES = 128 * 1024
-CONNECTION_WINDOW_BYTES = STREAMS_MAX * STREAM_WINDOW_BYTES
-"""As much as all streams together may hold, so that one that is not taken off never holds up the others."""
+"""A connection's window is as much as all its streams together, so that one that is not taken off never holds up the
+others."""
 HEADER_LIST_BYTES_MAX = 64 * 1024
 LAST_STREAM_ID = (1 << 31) - 1
 
@@ -58,6 +58,7 @@ class Half:
         *,
         client: bool,
         linger_s: float,
+        streams_max: int = STREAMS_MAX,
         on_events: Callable[[Half, list[Event]], None],
         on_end: Callable[[Half, Exception | None], None],
         on_room: Callable[[Half], None],
@@ -83,7 +84,7 @@ class Half:
         self.conn = _Connection(config)
         settings: dict[SettingCodes | int, int] = {
             SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
-            SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_MAX,
+            SettingCodes.MAX_CONCURRENT_STREAMS: streams_max,
             SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST_BYTES_MAX,
         }
         if client:
@@ -92,7 +93,8 @@ class Half:
         self.conn.update_settings(settings)
         # h2 refuses what is beyond a limit only once its setting was acknowledged; a peer may never do that.
         self.conn.decoder.max_header_list_size = HEADER_LIST_BYTES_MAX
-        self.conn.increment_flow_control_window(CONNECTION_WINDOW_BYTES - self.conn.inbound_flow_control_window)
+        window = streams_max * STREAM_WINDOW_BYTES
+        self.conn.increment_flow_control_window(window - self.conn.inbound_flow_control_window)
 
     def flush(self) -> None:
         """Send what the connection wants to send."""
@@ -145,6 +147,13 @@ class Half:
         if not self.closed:
             frame = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=error)
             self.channel.write(frame.serialize())
+
+    def take_leave(self) -> None:
+        """End the connection: all streams have ended, and those that still come were not looked at."""
+        if not self.closed:
+            self.flush()
+            self.go_away(last_stream_id=self.conn.highest_inbound_stream_id)
+            self.close()
 
     def close(self) -> None:
         """Send what is left and end our direction. An end that stays open all the same is cut after a while."""

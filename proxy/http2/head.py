@@ -30,10 +30,13 @@ class RequestHead:
         self.fields: list[Field] = []
         self.grpc = False
 
+    def all_fields(self) -> list[Field]:
+        """Return the fields as HTTP/1.1 would have them, the authority as ``host``."""
+        return [(b"host", self.authority), *self.fields] if self.authority else self.fields
+
     def request(self) -> Request:
         """Return what permissions see."""
-        fields = [(b"host", self.authority), *self.fields] if self.authority else self.fields
-        return Request(self.method.decode("latin-1"), self.target.decode("latin-1"), fields)
+        return Request(self.method.decode("latin-1"), self.target.decode("latin-1"), self.all_fields())
 
     def wire(self, target: bytes, identity: bytes) -> list[Field]:
         """Return the list to send on."""
@@ -96,16 +99,25 @@ def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
     ]
 
 
+def grpc_status_of(status: int) -> bytes:
+    """Return the gRPC status of an answer of our own with this HTTP status; empty when it has none."""
+    return b"%d" % _GRPC_STATUS[status] if status in _GRPC_STATUS else b""
+
+
+def grpc_ending(status: int, error: str) -> list[Field]:
+    """Return the trailers of a gRPC call whose answer we have to end ourselves, as with this HTTP status."""
+    message = "".join(c if " " <= c <= "~" and c != "%" else _escaped(c) for c in error)
+    return [(b"grpc-status", grpc_status_of(status) or b"2"), (b"grpc-message", message.encode())]
+
+
+def _escaped(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())
+
+
 def local_answer(status: int, error: str, *, grpc: bool) -> tuple[list[Field], bytes]:
     """Return header list and body of an answer of our own; a gRPC client gets a gRPC status and no body."""
     if grpc and status in _GRPC_STATUS:
-        message = "".join(c if " " <= c <= "~" and c != "%" else f"%{ord(c):02X}" for c in error)
-        return [
-            (b":status", b"200"),
-            (b"content-type", _GRPC),
-            (b"grpc-status", b"%d" % _GRPC_STATUS[status]),
-            (b"grpc-message", message.encode()),
-        ], b""
+        return [(b":status", b"200"), (b"content-type", _GRPC), *grpc_ending(status, error)], b""
     body = json.dumps({"error": error}).encode() + b"\n"
     return [
         (b":status", b"%d" % status),

@@ -197,8 +197,8 @@ async def test_a_connection_that_the_app_cut_is_made_again() -> None:
         assert await channel.unary_unary("/test.Echo/Unary")(b"x") == b"x"
         for connection in list(server.sidecar._desk.http.http2.connections):
             for app in list(connection._apps):  # type: ignore[attr-defined]
-                app.channel.abort()
-                app.abort(None)  # as if the app had cut it
+                app.half.channel.abort()
+                app.half.abort(None)  # as if the app had cut it
         assert await channel.unary_unary("/test.Echo/Unary")(b"y") == b"y", "dialled again"
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions
-from proxy.http2 import Http2Connection, InboundHttp2
+from proxy.http2 import InboundHttp2, InboundHttp2Connection
 from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import READ_LIMIT_BYTES, Channel, Data, Early
@@ -85,7 +85,7 @@ class Setting:
         def on_done() -> None:
             self.done = True
 
-        self.connection: Http2Connection = self.side.serve(
+        self.connection: InboundHttp2Connection = self.side.serve(
             self.client, peer=WEB, dial=dial, decide=decide, stats=self.counters, identity=b"URI=x", on_done=on_done
         )
 

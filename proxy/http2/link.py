@@ -1,0 +1,209 @@
+"""An HTTP/2 connection on which we ask: to the app, or to an instance. Streams of many clients may share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    InformationalResponseReceived,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
+)
+from h2.exceptions import H2Error
+from h2.settings import SettingCodes
+
+from proxy.http2.exchange import Exchange, Owner, Part
+from proxy.http2.half import Half
+from proxy.http2.head import passed_on
+from proxy.stream import NOBODY, Channel
+
+_STREAMS_BEFORE_SETTINGS = 100
+"""Streams that are opened before the other end has said how many it takes (RFC 9113, section 6.5.2)."""
+
+
+class Link:
+    """One connection with the exchanges on it. ``on_end`` is called once, when nothing more is asked on it."""
+
+    __slots__ = ("_gone", "_on_end", "_on_settled", "_settings_came", "exchanges", "half", "leaving")
+
+    def __init__(
+        self,
+        *,
+        linger_s: float,
+        on_end: Callable[[Link, Exception | None], None],
+        on_settled: Callable[[Link], None] | None = None,
+    ) -> None:
+        """``on_settled`` is called when the last exchange has ended."""
+        self.exchanges: dict[int, Exchange] = {}
+        """By stream id."""
+        self.leaving = False
+        """No more streams are opened; the end comes with the last one."""
+        self._gone = self._settings_came = False
+        self._on_end = on_end
+        self._on_settled = on_settled
+        self.half = Half(
+            client=True, linger_s=linger_s, on_events=self._events, on_end=self._ended, on_room=self._room
+        )
+
+    def attach(self, channel: Channel) -> None:
+        """Use a channel, and make this its peer."""
+        self.half.channel = channel
+        channel.peer = self.half
+        self.half.flush()
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a channel yet."""
+        return self.half.channel is not NOBODY
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be asked any more."""
+        return self.half.closed
+
+    @property
+    def full(self) -> bool:
+        """Whether the other end takes no further stream for now."""
+        limit: int = self.half.conn.remote_settings.max_concurrent_streams
+        return len(self.exchanges) >= (limit if self._settings_came else min(limit, _STREAMS_BEFORE_SETTINGS))
+
+    def open(self, exchange: Exchange, *, end: bool) -> bool:
+        """Open a stream with the exchange's headers; return False when no stream can be opened any more."""
+        conn = self.half.conn
+        try:
+            stream_id = conn.get_next_available_stream_id()
+        except H2Error:  # the ids are used up
+            self.leaving = True
+            return False
+        exchange.link, exchange.link_id = self, stream_id
+        self.exchanges[stream_id] = exchange
+        if self.half.send_headers(stream_id, exchange.headers, end=end):
+            return True
+        self.forget(exchange)
+        return False
+
+    def forget(self, exchange: Exchange, code: ErrorCodes | int | None = None) -> None:
+        """The exchange has nothing more to do with this link; with ``code`` its stream is cancelled."""
+        if self.exchanges.pop(exchange.link_id, None) is None:
+            return
+        exchange.link = None
+        for part in exchange.to_client:
+            self.half.acknowledge(exchange.link_id, part.flow)
+        if code is not None:
+            self.half.reset(exchange.link_id, code)
+        if not self.exchanges and self._on_settled is not None:
+            self._on_settled(self)
+
+    def flush(self) -> None:
+        """Send what is to be sent; end the connection when it is to end."""
+        self.half.flush()
+        if self.leaving and not self.exchanges and self.attached:
+            self.half.close()
+            self._tell_end(None)
+
+    def leave(self) -> None:
+        """Open no more streams; end with the last one."""
+        self.leaving = True
+        self.flush()
+
+    def cut(self, error: Exception | None = None) -> None:
+        """Drop the connection at once, and tell those whose exchanges are on it."""
+        if not self.half.closed:
+            self.half.cut(error)
+            self._ended(self.half, error)
+
+    # Events
+
+    def _events(self, half: Half, events: list[Event]) -> None:
+        owners: set[Owner] = set()
+        try:
+            for event in events:
+                self._event(event, owners)
+        except H2Error as error:
+            half.cut(error)
+            self._ended(half, error)
+        for owner in owners:
+            owner.flush()
+        self.flush()
+
+    def _event(self, event: Event, owners: set[Owner]) -> None:
+        stream_id: int = getattr(event, "stream_id", 0) or 0
+        exchange = self.exchanges.get(stream_id)
+        if isinstance(event, RemoteSettingsChanged):
+            self._settings_came = True
+            if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
+                self._more_room(owners)
+        elif isinstance(event, WindowUpdated) and not stream_id:
+            self._more_room(owners)
+        elif isinstance(event, ConnectionTerminated):
+            self.leaving = True
+            for each in [x for id, x in self.exchanges.items() if id > (event.last_stream_id or 0)]:
+                owners.add(each.owner)
+                self.forget(each)
+                each.owner.not_served(each)
+        elif exchange is None:
+            if isinstance(event, DataReceived):
+                self.half.acknowledge(stream_id, event.flow_controlled_length)
+        else:
+            owners.add(exchange.owner)
+            self._stream_event(exchange, event)
+
+    def _more_room(self, owners: set[Owner]) -> None:
+        for exchange in list(self.exchanges.values()):
+            if exchange.to_link:
+                owners.add(exchange.owner)
+                exchange.owner.room(exchange)
+
+    def _stream_event(self, exchange: Exchange, event: Event) -> None:
+        owner = exchange.owner
+        if isinstance(event, WindowUpdated):
+            owner.room(exchange)
+        elif isinstance(event, DataReceived):
+            exchange.sent += len(event.data)
+            exchange.to_client.append(
+                Part(event.data, event.flow_controlled_length, end=event.stream_ended is not None)
+            )
+            owner.came(exchange)
+        elif isinstance(event, ResponseReceived | InformationalResponseReceived):
+            owner.answered(exchange, event)
+        elif isinstance(event, TrailersReceived):
+            trailers = passed_on(event.headers, response=False)
+            exchange.grpc_status = next((value for name, value in trailers if name == b"grpc-status"), b"")
+            exchange.to_client.append(Part(b"", 0, end=True, trailers=trailers))
+            owner.came(exchange)
+        elif isinstance(event, StreamReset):
+            self.forget(exchange)
+            if event.error_code == ErrorCodes.REFUSED_STREAM:
+                owner.not_served(exchange)
+            else:
+                owner.was_reset(exchange, event.error_code)
+
+    def _room(self, half: Half) -> None:
+        owners: set[Owner] = set()
+        self._more_room(owners)
+        for owner in owners:
+            owner.flush()
+        self.flush()
+
+    def _ended(self, half: Half, error: Exception | None) -> None:
+        self.leaving = True
+        self._tell_end(error)
+        exchanges = list(self.exchanges.values())
+        self.exchanges.clear()
+        for exchange in exchanges:
+            exchange.link = None
+            exchange.owner.link_ended(exchange, error)
+        for owner in {exchange.owner for exchange in exchanges}:
+            owner.flush()
+
+    def _tell_end(self, error: Exception | None) -> None:
+        if not self._gone:
+            self._gone = True
+            self._on_end(self, error)
