@@ -11,239 +11,28 @@ from collections.abc import Iterable, Sequence
 
 from proxy.access import INBOUND, Entry, Observer, path_of, trace_of
 from proxy.authz import Decision, Request
+from proxy.call import APP_CONNECT_TIMEOUT_S, AppChannel, Call
 from proxy.config import Configuration
-from proxy.errors import StreamClosed
-from proxy.http import HttpCounters, HttpOptions, client_cert_header
-from proxy.http_entry import HttpEntry, Undecided
+from proxy.http import HttpCounters, HttpOptions
+from proxy.http_entry import HttpEntry
 from proxy.logs import LimitedLog
 from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
-from proxy.stream import Channel, Data, Early, join
+from proxy.stream import Channel
 from proxy.tasks import Tasks
 from raftstate.model.identity import Identity, SpiffeId
 
 log = logging.getLogger("lictor.proxy.inbound")
 
-APP_CONNECT_TIMEOUT_S = 5.0
 MAX_INBOUND = 50_000
 HTTP2_PROTOCOLS = frozenset({"http2", "grpc"})
 """Protocols of an app that takes HTTP/2; to others it is not offered, for nothing here translates."""
 HTTP_PROTOCOLS = HTTP2_PROTOCOLS | {"http"}
 MAX_DECISIONS = 10_000
 """Remembered decisions; instances come and go, and a policy may stand for weeks."""
-
-
-class Call:
-    """One call to our app, on a mux stream or on a foreign connection. Until the app is connected it is the stream's
-    peer and keeps what arrives (at most the stream's window)."""
-
-    __slots__ = (
-        "_desk",
-        "_early",
-        "_early_eof",
-        "_task",
-        "app",
-        "certificate_sha256",
-        "decision",
-        "gone",
-        "http",
-        "identity",
-        "outside",
-        "peer",
-        "started",
-        "stats",
-    )
-
-    def __init__(
-        self, desk: Desk, outside: Channel, identity: Identity, decision: Decision, certificate_sha256: str
-    ) -> None:
-        self._desk = desk
-        self.outside = outside
-        """The mux stream or foreign connection."""
-        self.identity = identity
-        self.certificate_sha256 = certificate_sha256
-        self.decision = decision
-        self.peer: Channel = outside
-        self.app: SocketChannel | None = None
-        self.gone = False
-        self.http = False
-        self.stats: PairStats = desk.pair(identity)
-        self._early: list[Data] = []
-        self._early_eof = False
-        self._task: asyncio.Task[None] | None = None
-        self.started = desk.now() if desk.observer is not None else 0.0
-        outside.peer = self
-        desk.calls.add(self)
-        self.stats.total += 1
-        self.stats.active += 1
-
-    def start(self) -> None:
-        """Connect the app and join, or serve as HTTP where requests are to be decided."""
-        self.http = self._desk.needs_http(self.decision)
-        self._task = self._desk.tasks.spawn(self._serve_http() if self.http else self._relay())
-
-    async def _relay(self) -> None:
-        app = await self._dial()
-        if app is None:
-            return
-        self._accept()
-        join(app, self.outside)
-        for data in self._early:
-            app.write(data)
-        self._early.clear()
-        if self._early_eof:
-            app.write_eof()
-        app.early.release(self.outside)  # the app may have spoken first
-
-    async def _serve_http(self) -> None:
-        app = await self._dial()
-        if app is None:
-            return
-        self._accept()
-        desk = self._desk
-        Undecided(
-            desk.http,
-            self.outside,
-            None if app.transport.is_closing() else app,
-            app.early,
-            peer=self.identity,
-            dial=self._dial_again,
-            decide=self._decide_request,
-            stats=desk.http_stats(self.identity),
-            identity=client_cert_header(self.identity, desk.http.options.uri, self.certificate_sha256),
-            on_done=self.end,
-        )
-        early, self._early = self._early, []
-        for data in early:
-            self.outside.peer.write(data)
-        if self._early_eof:
-            self.outside.peer.write_eof()
-
-    async def _dial_again(self, peer: Channel) -> Channel:
-        app = self.app = await self._desk.dial_app(self, peer)
-        return app
-
-    def _decide_request(self, request: Request) -> Decision:
-        return self._desk.decide_request(self.identity, request)
-
-    async def _dial(self) -> AppChannel | None:
-        desk = self._desk
-        desk.dialing[self] = asyncio.get_running_loop().time() + APP_CONNECT_TIMEOUT_S
-        try:
-            app = await desk.connect_app(self)
-        except OSError as error:
-            self._app_down(str(error) or type(error).__name__)
-            return None
-        finally:
-            desk.dialing.pop(self, None)
-        if self.gone:
-            app.abort()
-            return None
-        self.app = app
-        return app
-
-    def dial_timed_out(self) -> None:
-        """The app neither takes nor refuses the connection."""
-        self._app_down("no answer")
-
-    def _app_down(self, reason: str) -> None:
-        self._desk.refused("app-down", f"app does not take the connection: {reason}")
-        self.turn_away(frames.APP_DOWN, f"app does not take the connection: {reason}")
-
-    def _accept(self) -> None:
-        if isinstance(self.outside, MuxStream):
-            self.outside.accept()
-
-    def turn_away(self, code: int, text: str) -> None:
-        """Refuse the call before anything reached the app."""
-        if isinstance(self.outside, MuxStream):
-            self.outside.refuse(code, text)
-        else:
-            self.outside.abort()
-        self.end()
-
-    def cut(self, code: int, reason: str) -> None:
-        """End the call now: what allowed it holds no longer."""
-        if self.gone:
-            return
-        outside = self.outside
-        peer = outside.peer
-        if isinstance(outside, MuxStream):
-            outside.reset(code, reason)
-        else:
-            outside.abort()
-        if peer is not self:
-            peer.abort(StreamClosed(reason))
-        self.end()
-
-    def end(self) -> None:
-        """Account for the end; once."""
-        if self.gone:
-            return
-        self.gone = True
-        if self._desk.observer is not None and not self.http:
-            self._desk.tell_connection(self)
-        self.stats.active -= 1
-        self._desk.calls.discard(self)
-        if self._task is not None and not self._task.done() and self._task is not asyncio.current_task():
-            self._task.cancel()
-
-    # StreamOwner
-
-    def stream_accepted(self, stream: MuxStream) -> None:
-        pass
-
-    def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
-        pass
-
-    def stream_closed(self, stream: MuxStream) -> None:
-        if self.app is None or not self.http:
-            self.end()
-
-    # Channel, while the app is being connected
-
-    def write(self, data: Data) -> None:
-        self._early.append(data)
-
-    def write_eof(self) -> None:
-        self._early_eof = True
-
-    def abort(self, error: Exception | None = None) -> None:
-        self.end()
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
-class AppChannel(SocketChannel):
-    """The connection to our app for one call. It is among ``opened`` for as long as it is open."""
-
-    __slots__ = ("_opened", "_stats", "early")
-
-    def __init__(self, stats: PairStats, peer: Channel | None, opened: set[AppChannel]) -> None:
-        super().__init__()
-        self.early = Early(self)
-        """Its peer where that is yet to come, for the app may speak before it is there."""
-        self.peer = peer or self.early
-        if peer is not None:
-            self.early.done()
-        self._stats = stats
-        self._opened = opened
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._opened.add(self)
-
-    def on_closed(self) -> None:
-        self._opened.discard(self)
-        self._stats.bytes_in += self.received
-        self._stats.bytes_out += self.sent
 
 
 class Desk:

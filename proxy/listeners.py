@@ -12,10 +12,11 @@ import logging
 import socket
 import ssl
 
+from proxy.call import Call
 from proxy.config import Configuration
 from proxy.errors import BadCertificate, PortUnavailable, StreamClosed
 from proxy.identity import check_peer
-from proxy.inbound import HTTP2_PROTOCOLS, Call, Desk
+from proxy.inbound import HTTP2_PROTOCOLS, Desk
 from proxy.logs import BurstLog
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames

@@ -9,9 +9,9 @@ import weakref
 
 import pytest
 
-from proxy import outbound
+from proxy import outgoing
+from proxy.call import AppChannel, Call
 from proxy.errors import PortUnavailable
-from proxy.inbound import AppChannel, Call
 from proxy.mux.core import MuxStream
 from proxy.mux.flow import window_for
 from proxy.sidecar import Sidecar, SidecarOptions
@@ -307,11 +307,11 @@ async def test_full_session_makes_way_for_another(mesh: Mesh) -> None:
 @with_mesh
 async def test_instance_that_never_answers_is_given_up_on(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that takes the session and then no stream: what was not sent yet goes elsewhere, the rest is closed."""
-    monkeypatch.setattr(outbound, "ACCEPT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(outgoing, "ACCEPT_TIMEOUT_S", 0.2)
     client, server, _ = await mesh.pair()
     assert await client.ask() == b"hi\n"
     monkeypatch.setattr(server.sidecar._desk, "_refusal", lambda identity, service: None)
-    monkeypatch.setattr("proxy.inbound.Call.start", lambda self: None)
+    monkeypatch.setattr("proxy.call.Call.start", lambda self: None)
     assert await client.ask(b"lost\n") == b""
     await until(lambda: client.sidecar.live_calls() == 0)
 
@@ -364,7 +364,7 @@ async def test_taken_port_is_said_at_bind(mesh: Mesh) -> None:
 
 @with_mesh
 async def test_nothing_of_a_finished_call_stays(mesh: Mesh) -> None:
-    kinds = (MuxStream, outbound.Outgoing, outbound.AppConnection, Call, AppChannel)
+    kinds = (MuxStream, outgoing.Outgoing, outgoing.AppConnection, Call, AppChannel)
 
     def alive() -> int:
         gc.collect()
