@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from raftstate.errors import RaftError
-from raftstate.model.acl import Token
+from raftstate.model.acl import Policy, Role, Token
 from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.catalog import Check, Node, ServiceInstance
 from raftstate.model.connect import CARoot
@@ -291,13 +291,51 @@ class UpsertToken(_Command, frozen=True):
 
     token: Token
     only_first: bool = False
-    """Write only if there is no token at all (the bootstrap of access control)."""
+    """Write only if there is no token at all."""
+    cas_index: int | None = None
+    """Write only if the stored token has this ModifyIndex; 0: only if there is none."""
 
 
 class DeleteToken(_Command, frozen=True):
     """Delete a token. Value: whether it existed."""
 
     accessor_id: str
+
+
+class BootstrapACL(_Command, frozen=True):
+    """Write the first token. Value: True; False when that was done already and ``reset_index`` does not name it."""
+
+    token: Token
+    reset_index: int = 0
+    """ModifyIndex of the bootstrap that this one replaces."""
+
+
+class UpsertPolicy(_Command, frozen=True):
+    """Write a policy. Value: whether it was written (False: ``cas_index`` did not match)."""
+
+    policy: Policy
+    cas_index: int | None = None
+    """Write only if the stored policy has this ModifyIndex; 0: only if there is none."""
+
+
+class DeletePolicy(_Command, frozen=True):
+    """Delete a policy. Value: whether it existed."""
+
+    id: str
+
+
+class UpsertRole(_Command, frozen=True):
+    """Write a role. Value: whether it was written (False: ``cas_index`` did not match)."""
+
+    role: Role
+    cas_index: int | None = None
+    """Write only if the stored role has this ModifyIndex; 0: only if there is none."""
+
+
+class DeleteRole(_Command, frozen=True):
+    """Delete a role. Value: whether it existed."""
+
+    id: str
 
 
 class ForgetRequests(_Command, frozen=True):
@@ -314,6 +352,7 @@ Command = (
     | KVSet | KVDelete | KVDeleteTree | KVCas | KVLock | KVUnlock
     | SessionCreate | SessionDestroy | SessionRenew | Txn
     | SetAutopilot | SetConfigEntry | DeleteConfigEntry | UpsertToken | DeleteToken | ForgetRequests
+    | BootstrapACL | UpsertPolicy | DeletePolicy | UpsertRole | DeleteRole
 )  # fmt: skip
 
 
@@ -381,7 +420,7 @@ def _require_plain(command: Any) -> None:
             _plain(command.config)
         case SetConfigEntry():
             _plain(command.entry)
-        case UpsertToken():
+        case UpsertToken() | BootstrapACL():
             _plain(command.token.document)
 
 

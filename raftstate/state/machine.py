@@ -90,6 +90,11 @@ HANDLERS: dict[type, Callable[[Step, Any], Any]] = {
     c.DeleteConfigEntry: config_entries.delete,
     c.UpsertToken: acl.upsert,
     c.DeleteToken: acl.delete,
+    c.BootstrapACL: acl.bootstrap,
+    c.UpsertPolicy: acl.upsert_policy,
+    c.DeletePolicy: acl.delete_policy,
+    c.UpsertRole: acl.upsert_role,
+    c.DeleteRole: acl.delete_role,
     c.ForgetRequests: _forget_requests,
 }
 

@@ -1,4 +1,4 @@
-"""Intentions, the authority's rows, configuration entries, tokens, and remembered requests."""
+"""Intentions, the authority's rows, configuration entries, and remembered requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from raftstate.model.acl import Token
 from raftstate.model.autopilot import AutopilotConfig
 from raftstate.model.connect import CAConfig, CARoot, Revocation
 from raftstate.model.intention import Intention
@@ -141,23 +140,6 @@ class ConfigEntries(Table[tuple[str, str], ConfigEntry]):
             group_remove(self.by_kind, key[0], key)
         if new is not None:
             group_put(self.by_kind, key[0], key, new)
-
-
-class Tokens(Table[str, Token]):
-    """Tokens by accessor id."""
-
-    def __init__(self, journal: Journal) -> None:
-        super().__init__("tokens", Token, journal)
-        self.by_secret_hash: dict[str, Token] = {}
-
-    def key_of(self, row: Token) -> str:
-        return row.accessor_id
-
-    def reindex(self, key: str, old: Token | None, new: Token | None) -> None:
-        if old is not None:
-            self.by_secret_hash.pop(old.secret_hash, None)
-        if new is not None:
-            self.by_secret_hash[new.secret_hash] = new
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):

@@ -65,6 +65,12 @@ QUERIES: dict[str, Callable[..., Answer]] = {
     "operator.autopilot": autopilot.get,
     "acl.token": acl.token,
     "acl.tokens": acl.tokens,
+    "acl.resolve": acl.resolve,
+    "acl.policy": acl.policy,
+    "acl.policies": acl.policies,
+    "acl.role": acl.role,
+    "acl.roles": acl.roles,
+    "acl.bootstrap": acl.bootstrapped,
     "internal.digest": _digest,
     "internal.ca_signing_material": connect.signing_material,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raftstate.state.acl_tables import Bootstraps, Policies, Roles, Tokens
 from raftstate.state.catalog_tables import Checks, Nodes, Services
 from raftstate.state.changes import Changes, Floors, WatchKey
 from raftstate.state.kv_tables import Entries, LockDelays, Sessions, Tombstones
@@ -16,7 +17,6 @@ from raftstate.state.policy_tables import (
     Requests,
     Revocations,
     SealedKeys,
-    Tokens,
 )
 from raftstate.state.table import Journal, Table
 
@@ -47,6 +47,9 @@ class Store:
         self.lock_delays = LockDelays(self.journal)
         self.config_entries = ConfigEntries(self.journal)
         self.tokens = Tokens(self.journal)
+        self.acl_policies = Policies(self.journal)
+        self.acl_roles = Roles(self.journal)
+        self.acl_bootstrap = Bootstraps(self.journal)
         self.requests = Requests(self.journal)
         self.changes = Changes(self.journal)
         self.floors = Floors(self.journal)

@@ -19,6 +19,7 @@ BIN = Path(sys.executable).parent
 PURE = (
     "raftstate/model",
     "raftstate/state",
+    "raftstate/acl",
     "raftstate/chain",
     "raftstate/messages.py",
     "raftstate/journal_format.py",
