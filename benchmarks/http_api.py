@@ -140,14 +140,39 @@ def writes(cluster: Cluster, connections: int, seconds: float) -> None:
 
 
 class _Parked(asyncio.Protocol):
-    def __init__(self, request: bytes, answered: Callable[[], None]) -> None:
+    """Asks once, and tells when the whole answer is there."""
+
+    def __init__(self, request: bytes, answered: Callable[[bytes], None]) -> None:
         self.request, self.answered = request, answered
+        self.data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.write(self.request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
-        self.answered()
+        self.data += data
+        head, end, body = self.data.partition(b"\r\n\r\n")
+        if end and len(body) == int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0]):
+            self.answered(body)
+
+
+_PROBE = """
+import socket, sys, time
+sock = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+longest = 0.0
+print("ready", flush=True)
+ends = time.perf_counter() + float(sys.argv[3])
+while time.perf_counter() < ends:
+    began = time.perf_counter()
+    sock.sendall(b"GET /v1/health/service/local-0?stale HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n")
+    data = b""
+    while b"\\r\\n\\r\\n" not in data or not data.endswith(b"]"):
+        data += sock.recv(65536)
+    longest = max(longest, time.perf_counter() - began)
+    time.sleep(0.001)
+print(longest)
+"""
+"""Another client, in a process of its own: how long the agent kept it waiting."""
 
 
 async def _park(cluster: Cluster, count: int, seconds: float) -> None:
@@ -164,9 +189,12 @@ async def _park(cluster: Cluster, count: int, seconds: float) -> None:
     answers = 0
     done = asyncio.Event()
 
-    def answered() -> None:
-        nonlocal answers
-        answers += 1
+    size = 0
+
+    def answered(body: bytes) -> None:
+        nonlocal answers, size
+        assert b'"Port":7,' in body, "an answer without the change"
+        answers, size = answers + 1, len(body)
         if answers == count:
             done.set()
 
@@ -183,11 +211,20 @@ async def _park(cluster: Cluster, count: int, seconds: float) -> None:
     assert answers == 0, "a parked query was answered while nothing changed"
     each = f"{grown / count / 1024:.1f} KiB each"
     print(f"{count:,} parked: {each}, {parked:.2%} of a core while nothing changes (idle agent: {idle:.2%})")
+    words = [sys.executable, "-c", _PROBE, host, str(port), "5"]
+    probe = await asyncio.create_subprocess_exec(*words, stdout=subprocess.PIPE)
+    assert probe.stdout is not None
+    await probe.stdout.readline()
+    cpu_before = cpu_s(process)
     began = time.perf_counter()
     body = {"Node": "bench-1", "Address": "10.0.0.1", "Service": {"ID": "web-1", "Service": "web", "Port": 7}}
     await asyncio.to_thread(cluster.put, "client-1", "/v1/catalog/register", body)
     await asyncio.wait_for(done.wait(), 60)
-    print(f"a change reached all {count:,} after {time.perf_counter() - began:.2f} s")
+    took = time.perf_counter() - began
+    print(f"a change reached all {count:,} after {took:.2f} s ({size:,} bytes each)", end="")
+    longest = float((await probe.communicate())[0])
+    used = cpu_s(process) - cpu_before
+    print(f", {used:.2f} CPU-s of the agent; another client meanwhile waited {longest * 1000:.0f} ms at most")
     for transport, _ in made:
         transport.close()
 

@@ -39,9 +39,9 @@ READ_MODES: tuple[ReadMode, ...] = ("default", "stale", "consistent")
 APPLY_TIMEOUT_S = 10.0
 """How long a write is retried while an election runs, unless the caller says otherwise."""
 QUERY_TIMEOUT_S = 10.0
+"""How long a read waits for a leader; a blocking query's own wait comes on top."""
 WAIT_S_MAX = 660.0
 """Consul's longest blocking query: ten minutes, and a sixteenth of jitter."""
-"""How long a read waits for a leader; a blocking query's own wait comes on top."""
 
 T = TypeVar("T")
 
@@ -166,6 +166,13 @@ class Backend(Protocol):
         """Read. With `min_index` > 0 and `wait_s` > 0 the answer waits until the query's index exceeds `min_index`.
 
         Raises NoLeader, TimedOut, BadRequest (unknown query or parameter).
+        """
+
+    async def newer(self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float) -> None:
+        """Return when the query's index may exceed `min_index` on this node, or after `wait_s`.
+
+        What a blocking query does between its reads: any number of readers of one query can share one call. Raises
+        what `query` does.
         """
 
     def contact(self) -> Contact:

@@ -133,6 +133,14 @@ class RpcBackend:
                 return (await self._ask_server(name, params, mode, min_index, left_s))[0]
             await followed.newer_than(min_index, left_s)
 
+    async def newer(self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float) -> None:
+        """See Backend.newer."""
+        followed = self.followed.get(name, params, follow=True)
+        if followed is None:
+            await self._ask_server(name, params, "stale", min_index, wait_s)
+        else:
+            await followed.newer_than(min_index, wait_s)
+
     async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:
         if mode == "stale" and (followed := self.followed.get(name, params)) is not None:
             if (known := self._known(followed)) is not None:

@@ -17,6 +17,9 @@ from raftstate.watch import Watches
 if TYPE_CHECKING:
     from raftstate.state.commands import Command
 
+_ALL = (1 << 64) - 1
+"""As the applied index: nothing that one process has not applied exists, so a greater index is of another past."""
+
 
 class LocalBackend:
     """Backend over a state machine of its own. `node` is the name that leaves are signed for."""
@@ -51,7 +54,11 @@ class LocalBackend:
     ) -> QueryResult:
         """Read; every mode is as good as `consistent` here."""
         answer = await self.reads.blocking(name, params or {}, min_index, wait_s)
-        return QueryResult(answer.index, True, 0, answer.value, mode)
+        return QueryResult(answer.index, True, 0, answer.value, mode, _ALL)
+
+    async def newer(self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float) -> None:
+        """See Backend.newer."""
+        await self.reads.park(name, params, min_index, wait_s)
 
     def contact(self) -> Contact:
         """See Backend.contact."""
@@ -60,7 +67,7 @@ class LocalBackend:
     def query_now(self, name: str, params: Mapping[str, Any]) -> QueryResult | None:
         """See Backend.query_now."""
         answer = self.reads.ask(name, params)
-        return QueryResult(answer.index, True, 0, answer.value, "stale")
+        return QueryResult(answer.index, True, 0, answer.value, "stale", _ALL)
 
     def subscribe(self, name: str, params: Mapping[str, Any] | None = None) -> AsyncIterator[ViewEvent]:
         """Follow a query's rows."""

@@ -156,6 +156,10 @@ class ServerBackend:
                 return result
             await self.reads.park(name, params, min_index, left_s)
 
+    async def newer(self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float) -> None:
+        """See Backend.newer."""
+        await self.reads.park(name, params, min_index, wait_s)
+
     async def _read(self, name: str, params: Mapping[str, Any], mode: ReadMode) -> QueryResult:
         if mode == "stale":
             return await self._read_here(name, params, mode, QUERY_TIMEOUT_S)

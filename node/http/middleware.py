@@ -16,6 +16,7 @@ from node.agent.definitions import BadDefinition
 from node.errors import BadRequest, Busy, NodeError, NoLeader, TimedOut, UnknownOutcome
 from node.http.context import CONTEXT
 from node.http.errors import HttpError
+from node.http.front.repeats import Parked
 from node.http.options import check_datacenter
 from node.http.writing import REQUEST_ID_HEADER
 
@@ -45,6 +46,8 @@ async def guard(request: web.Request, handler: Next) -> web.StreamResponse:
         if "dc" in request.query:
             check_datacenter(request.query, ctx.agent.options.datacenter)
         return await handler(request)
+    except Parked:
+        raise
     except HttpError as error:
         return plain_text(error.status, error.text, error.headers)
     except web.HTTPException as error:

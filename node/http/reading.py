@@ -14,7 +14,7 @@ from node.errors import NodeError
 from node.http.context import Context
 from node.http.errors import BadRequest
 from node.http.filter import BadFilter, apply_filter
-from node.http.front.repeats import note
+from node.http.front.repeats import Body, Parked, note
 from node.http.options import ReadOptions, read_options
 from node.http.respond import json_response, query_headers
 
@@ -50,13 +50,25 @@ class Reading:
 async def read(
     ctx: Context, request: web.Request, name: str, params: dict[str, Any] | None = None, *, rows: bool = True
 ) -> Reading:
-    """Run a query as the request's parameters say. ``rows``: the value is a list that a view keeps as rows."""
+    """Run a query as the request's parameters say. ``rows``: the value is a list that a view keeps as rows.
+
+    A blocking query that has to wait raises :class:`Parked` where the listener can hold the request without a task
+    of its own; the handler runs again when there may be an answer.
+    """
     options = read_options(request.query, request.headers, ctx.rng)
     if options.cached and rows:
         return await _read_view(ctx, name, params, options)
-    result = await ctx.backend.query(
-        name, params, mode=cast(ReadMode, options.mode), min_index=options.min_index, wait_s=options.wait_s
+    body = cast(Any, request.content)
+    parks = (
+        isinstance(body, Body) and request.method == "GET" and options.min_index > 0 and options.max_stale_s is None
     )
+    wait_s = 0.0 if parks else options.wait_s
+    result = await ctx.backend.query(
+        name, params, mode=cast(ReadMode, options.mode), min_index=options.min_index, wait_s=wait_s
+    )
+    if parks and body.waits and not result.ends_wait(options.min_index):
+        stale = options.mode == "stale"
+        raise Parked(name, params or {}, options.min_index, options.wait_s, stale=stale)
     if options.max_stale_s is not None and result.last_contact_ms > options.max_stale_s * 1000:
         result = await ctx.backend.query(
             name, params, mode="default", min_index=options.min_index, wait_s=options.wait_s

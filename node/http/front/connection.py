@@ -13,7 +13,7 @@ from aiohttp import web
 from node.http.front import repeats
 from node.http.front.answers import brief, encode, failure
 from node.http.front.heads import HEAD_BYTES_MAX, Head
-from node.http.front.repeats import Body
+from node.http.front.repeats import Body, Parked
 
 if TYPE_CHECKING:
     from aiohttp.web_protocol import RequestHandler
@@ -115,6 +115,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._front.left(self, self._peer if self._counted else None)
+        self._front.parking.leave(self)
         self._transport = None
         self._ahead = b""
         self._deaf = True
@@ -184,10 +185,15 @@ class Connection(asyncio.Protocol):
             self._send(answer, ends=False)
             return True
         self._busy = True
-        task = asyncio.Task(self._answer(head, Body(body)), loop=front.loop, **_EAGER)
+        if head.parked is not None and front.parking.enter_at_once(self, head, front.ask):
+            return False
+        self._begin(head, Body(body))
+        return not self._busy
+
+    def _begin(self, head: Head, body: Body) -> None:
+        task = asyncio.Task(self._answer(head, body), loop=self._front.loop, **_EAGER)
         if self._busy:
             self._task = task
-        return not self._busy
 
     def _await_head(self) -> None:
         if len(self._ahead) > LONG_HEAD_BYTES_MAX:
@@ -199,27 +205,50 @@ class Connection(asyncio.Protocol):
         self._scanned = len(self._ahead)
 
     async def _answer(self, head: Head, body: Body) -> None:
-        front = self._front
         try:
-            response = await front.handle(head, front.request(head, body, self))
-            answer, ends = encode(response, closing=front.closing)
-            if front.repeats:
-                repeats.keep(head, body, cast(web.Response, response))
+            answer, ends = await self.make(head, body)
         except asyncio.CancelledError:
             self.close()  # nothing can be said of this request, and nothing may be answered in its place
             raise
+        except Parked as parked:
+            self._task = None
+            if self._front.repeats and parked.stale:
+                head.parked = parked
+            if not self._deaf:
+                self._front.parking.enter(self, head, parked)
+            return
+        self._task = None
+        self.take(answer, ends=ends)
+
+    async def make(self, head: Head, body: Body) -> tuple[bytes, bool]:
+        """Run the handler; return the answer's bytes, and whether the connection ends with it. Raises Parked."""
+        front = self._front
+        try:
+            response = await front.handle(head, front.request(head, body, self))
+            made = encode(response, closing=front.closing)
+            if front.repeats:
+                repeats.keep(head, body, cast(web.Response, response))
+        except Parked:
+            raise
         except web.HTTPException as error:
-            answer, ends = encode(error, closing=front.closing)
+            return encode(error, closing=front.closing)
         except TimeoutError:
-            answer, ends = encode(failure(504), closing=True)
+            return encode(failure(504), closing=True)
         except Exception:
             # As with aiohttp: the client is told, the log gets the traceback, the connection ends.
             log.exception("%s %s failed past its handler", head.message.method, head.message.path)
-            answer, ends = encode(failure(500), closing=True)
+            return encode(failure(500), closing=True)
+        return made
+
+    def take(self, answer: bytes, *, ends: bool) -> None:
+        """Send the answer of the request that was begun on, and begin on the next."""
         self._busy = False
-        self._task = None
         self._send(answer, ends=ends)
         self._serve()
+
+    def again(self, head: Head) -> None:
+        """Answer a request that has waited for as long as it may."""
+        self._begin(head, Body(b"", waits=False))
 
     def _send(self, answer: bytes, *, ends: bool) -> None:
         transport = self._transport

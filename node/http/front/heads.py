@@ -35,17 +35,20 @@ _NOT_PLAIN = frozenset(
 class Head:
     """A plain request's head. Requests with the same bytes share it."""
 
-    __slots__ = ("body_size", "match", "memo", "message", "size")
+    __slots__ = ("body_size", "match", "memo", "message", "parked", "raw", "size")
 
-    def __init__(self, message: RawRequestMessage, size: int, body_size: int) -> None:
+    def __init__(self, message: RawRequestMessage, raw: bytes, body_size: int) -> None:
         self.message = message
-        self.size = size
+        self.raw = raw
+        self.size = len(raw)
         """Bytes of the head, its last line's end included."""
         self.body_size = body_size
         self.match: Any = None
         """The route, once it has been found; see `routing.py`."""
         self.memo: Any = None
         """What a request with this head was answered, if that can be answered again; see `repeats.py`."""
+        self.parked: Any = None
+        """What a request with this head last waited for; see `parking.py`."""
 
 
 class _Collector:
@@ -113,7 +116,7 @@ def parse_head(data: bytes) -> Head | None:
         False,
         url,
     )
-    return Head(message, len(data), body_size)
+    return Head(message, data, body_size)
 
 
 def _body_size(length: str | None) -> int | None:

@@ -13,6 +13,7 @@ from node.http.context import CONTEXT
 from node.http.front.connection import Connection
 from node.http.front.guards import Admission, Deadlines, FrontOptions
 from node.http.front.heads import Head, HeadCache
+from node.http.front.parking import Newer, Parking
 from node.http.front.repeats import Ask, Body
 from node.http.front.routing import Router
 from node.http.middleware import guard
@@ -40,6 +41,7 @@ class Front:
         options: FrontOptions,
         streams: tuple[str, ...],
         ask: Ask | None,
+        newer: Newer,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.handle = Router(app).handle
@@ -47,6 +49,7 @@ class Front:
         self._make_request = cast(Any, server.request_factory)
         self.repeats = ask is not None
         self.ask: Ask = ask or _never
+        self.parking = Parking(newer)
         self.heads = HeadCache(streams)
         self.closing = False
         self.connections: set[Connection] = set()
@@ -87,6 +90,7 @@ class Front:
     async def shutdown(self, timeout_s: float) -> None:
         """End all connections but aiohttp's; a request that is being answered has ``timeout_s`` for it."""
         self.closing = True
+        await self.parking.close()
         own = [one for one in self.connections if not one.is_slow()]
         tasks = [one.task for one in own if one.task is not None]
         for connection in own:
@@ -131,8 +135,10 @@ class FrontRunner(web.AppRunner):
         # An answer may be sent again only if nothing but the API's own guard, whose verdict follows from the head,
         # stands before its handler: where tokens are asked for, one might have been withdrawn.
         plain = list(self.app.middlewares) == [guard]
-        ask = self.app[CONTEXT].backend.query_now if plain else None
-        self._front = Front(self.app, cast(web.Server, super().server), self._options, self._streams, ask)
+        backend = self.app[CONTEXT].backend
+        ask = backend.query_now if plain else None
+        server = cast(web.Server, super().server)
+        self._front = Front(self.app, server, self._options, self._streams, ask, backend.newer)
 
     async def shutdown(self) -> None:
         """End streams, then the connections that are not aiohttp's."""

@@ -31,10 +31,12 @@ Ask = Callable[[str, Mapping[str, Any]], QueryResult | None]
 class Body:
     """A request's whole body, in the ways in which handlers read one, and their note."""
 
-    __slots__ = ("_data", "noted")
+    __slots__ = ("_data", "noted", "waits")
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, waits: bool = True) -> None:
         self._data = data
+        self.waits = waits
+        """False: a blocking query's time is up, and it is answered as things stand."""
         self.noted: tuple[str, Mapping[str, Any], Any] | None = None
 
     def is_eof(self) -> bool:
@@ -50,6 +52,16 @@ class Body:
 
     async def readany(self) -> bytes:
         return self.whole()
+
+
+class Parked(Exception):
+    """No error: raised by a handler that only reads, when its query has nothing newer than the request's index."""
+
+    def __init__(self, name: str, params: Mapping[str, Any], min_index: int, wait_s: float, *, stale: bool) -> None:
+        super().__init__(name)
+        self.name, self.params, self.min_index, self.wait_s = name, params, min_index, wait_s
+        self.stale = stale
+        """The read promises nothing but age: whether it has to wait can be told from what this node holds."""
 
 
 class Memo:
