@@ -33,7 +33,7 @@ class StoreReads:
         self, machine: StateMachine, watches: Watches, applied_index: Callable[[], int] | None = None
     ) -> None:
         self._machine, self._watches = machine, watches
-        self.hub = ViewHub(self.ask, self._changed, applied_index or (lambda: machine.store.index))
+        self.hub = ViewHub(self.ask, watches.listen, applied_index or (lambda: machine.store.index))
 
     def ask(self, name: str, params: Mapping[str, Any]) -> Answer:
         """Run a query that may be asked from outside. Raises BadRequest."""
@@ -71,7 +71,3 @@ class StoreReads:
     ) -> AsyncIterator[ViewEvent]:
         """Follow a query; see `ViewHub.subscribe`."""
         return self.hub.subscribe(name, params, from_index=from_index)
-
-    async def _changed(self, name: str, params: Mapping[str, Any], answer: Any) -> None:
-        if self.ask(name, params).index >= answer.index:  # else the state was replaced before anyone was parked
-            await self._watches.wait(answer.watch, lambda: self.ask(name, params).index, answer.index, None)

@@ -7,12 +7,13 @@ row is the same object, and only rows rebuilt by a query (an instance with its c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from node.backend import ViewEvent
-from raftstate.model.catalog import Check, InstanceHealth, Node
+from raftstate.model.catalog import Check, InstanceHealth, Node, ServiceInstance
 from raftstate.model.connect import CARoots, Revocation
 from raftstate.model.intention import Intention
 from raftstate.model.plan import Plan
@@ -33,20 +34,32 @@ def _field(row: Any, *names: str) -> str:
 
 
 def _of(*parts: tuple[str, ...]) -> Callable[[Any], str]:
-    return lambda row: SEPARATOR.join(_field(row, *names) for names in parts)
+    """Return the key function of rows that are told apart by these parts, each by the attribute's name first."""
+    values = attrgetter(*(names[0] for names in parts))
+
+    def key(row: Any) -> str:
+        if not isinstance(row, msgspec.Struct):
+            return SEPARATOR.join(_field(row, *names) for names in parts)
+        # A view of hundreds of rows is keyed anew for each change of one.
+        found = values(row)
+        return str(found) if len(parts) == 1 else SEPARATOR.join(found)
+
+    return key
 
 
 def _instance_key(row: Any) -> str:
-    service = row["Service"] if isinstance(row, Mapping) else row.service
-    return SEPARATOR.join((_field(service, "Node", "node"), _field(service, "ID", "id")))
+    return _PLACE(row["Service"] if isinstance(row, dict) else row.service)
 
 
 def _node_row_key(row: Any) -> str:
     """A node's own row comes without a service; an instance's id is never empty."""
-    return _field(row, "id", "ID") if _field(row, "service", "Service") else WHOLE
+    if isinstance(row, msgspec.Struct):
+        return row.id if isinstance(row, ServiceInstance) else WHOLE
+    return _field(row, "ID") if _field(row, "Service") else WHOLE
 
 
 _NODE, _ID = ("node", "Node"), ("id", "ID")
+_PLACE = _of(_NODE, _ID)
 _CHECK = _of(_NODE, ("check_id", "CheckID"))
 _INTENTION = _of(
     ("destination_service", "DestinationService"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raftstate.state.queries import run_query
@@ -25,16 +26,17 @@ class Watches:
 
     def __init__(self) -> None:
         self._parked: dict[WatchKey, set[Waiter]] = {}
+        self._listeners: dict[WatchKey, set[Callable[[], None]]] = {}
         self._prefix_lengths: dict[int, int] = {}
         """How many distinct prefixes of each length are watched."""
 
     def __len__(self) -> int:
         """How many keys someone waits on."""
-        return len(self._parked)
+        return len(self._parked.keys() | self._listeners.keys())
 
     def notify(self, touched: Iterable[WatchKey]) -> None:
         """Wake the watchers of what a command touched."""
-        if not self._parked:
+        if not self._parked and not self._listeners:
             return
         for key in touched:
             self._wake(key)
@@ -46,12 +48,36 @@ class Watches:
 
     def notify_all(self) -> None:
         """Wake everyone; call it after the state was replaced by a snapshot."""
-        for key in list(self._parked):
+        for key in self._parked.keys() | self._listeners.keys():
             self._wake(key)
 
     def _wake(self, key: WatchKey) -> None:
         for waiter in self._parked.get(key, ()):
             _settle(waiter, True)
+        for callback in self._listeners.get(key, ()):
+            callback()
+
+    def listen(self, keys: Iterable[WatchKey], callback: Callable[[], None]) -> Callable[[], None]:
+        """Call `callback` whenever any of ``keys`` is touched, from within the change; return how to stop.
+
+        For who would only park again: it takes no task and no future. The callback must only take note, and must not
+        call back here.
+        """
+        keys = tuple(keys)
+        for key in keys:
+            if key not in self._listeners:
+                self._listeners[key] = set()
+                self._count_prefix(key, 1)
+            self._listeners[key].add(callback)
+        return partial(self._stop, keys, callback)
+
+    def _stop(self, keys: tuple[WatchKey, ...], callback: Callable[[], None]) -> None:
+        for key in keys:
+            if (callbacks := self._listeners.get(key)) is not None:
+                callbacks.discard(callback)
+                if not callbacks:
+                    del self._listeners[key]
+                    self._count_prefix(key, -1)
 
     async def changed(self, keys: Iterable[WatchKey], timeout_s: float | None = None) -> bool:
         """Wait until any of ``keys`` is touched; False when ``timeout_s`` passed first. Safe to cancel."""
@@ -102,9 +128,7 @@ class Watches:
             waiters.add(waiter)
             return
         self._parked[key] = {waiter}
-        if key[0] == "kv-prefix":
-            length = len(key[1])
-            self._prefix_lengths[length] = self._prefix_lengths.get(length, 0) + 1
+        self._count_prefix(key, 1)
 
     def _unpark(self, key: WatchKey, waiter: Waiter) -> None:
         waiters = self._parked.get(key)
@@ -114,11 +138,15 @@ class Watches:
         if waiters:
             return
         del self._parked[key]
-        if key[0] == "kv-prefix":
-            length = len(key[1])
-            self._prefix_lengths[length] -= 1
-            if not self._prefix_lengths[length]:
-                del self._prefix_lengths[length]
+        self._count_prefix(key, -1)
+
+    def _count_prefix(self, key: WatchKey, change: int) -> None:
+        if key[0] != "kv-prefix":
+            return
+        length = len(key[1])
+        self._prefix_lengths[length] = self._prefix_lengths.get(length, 0) + change
+        if not self._prefix_lengths[length]:
+            del self._prefix_lengths[length]
 
 
 def _settle(waiter: Waiter, woken: bool) -> None:

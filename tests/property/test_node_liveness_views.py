@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from node.backend import ViewEvent
 from node.liveness import Deadlines
-from node.views import as_delta, canonical, difference, merge
+from node.views import ROW_KEYS, as_delta, canonical, difference, merge, rows_of
+from raftstate.model.catalog import Check, InstanceHealth, Node, ServiceInstance
+from raftstate.model.connect import Revocation
+from raftstate.model.intention import Intention
+from raftstate.model.kv import KVEntry, Session
 
 names = st.sampled_from(["a", "b", "c", "d"])
 steps = st.lists(
@@ -87,3 +93,25 @@ def test_equal_parameters_share_a_view_whatever_their_order() -> None:
     assert (
         len({canonical("q", None), canonical("q", {"a": 1}), canonical("q", {"a": "1"}), canonical("r", None)}) == 4
     )
+
+
+_NODE, _SERVICES = Node("n1", "10.0.0.1"), [ServiceInstance("n1", name, "web") for name in ("a", "b")]
+_ROWS: dict[str, list[object]] = {
+    "catalog.nodes": [_NODE, Node("n2", "10.0.0.2")],
+    "catalog.node_rows": [_NODE, *_SERVICES],
+    "catalog.services_by_port": list(_SERVICES),
+    "health.service": [InstanceHealth(_NODE, row) for row in _SERVICES],
+    "health.node": [Check("n1", "serfHealth"), Check("n1", "service:a", service_id="a")],
+    "intentions.list": [Intention("web", "db", id="1", action="allow"), Intention("*", "db", id="2", action="deny")],
+    "connect.revocations": [Revocation("service", "web", "web"), Revocation("instance", "web", "web-1")],
+    "kv.list": [KVEntry(0, "a", 0, b""), KVEntry(0, "b", 0, b"")],
+    "session.list": [Session("s1", "n1"), Session("s2", "n1")],
+}
+
+
+@pytest.mark.parametrize("query", _ROWS)
+def test_a_row_has_the_same_key_as_it_is_stored_and_as_it_came_over_rpc(query: str) -> None:
+    assert query in ROW_KEYS
+    stored = rows_of(query, _ROWS[query])
+    assert len(stored) == len(_ROWS[query]), "each row its own key"
+    assert list(rows_of(query, msgspec.to_builtins(_ROWS[query]))) == list(stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -135,7 +136,7 @@ async def test_a_view_that_fails_tells_its_followers(caplog: pytest.LogCaptureFi
     def broken(name: str, params: object) -> Any:
         raise RuntimeError("a bug")
 
-    view = next(iter(hub._views.values()))[0]
+    view = next(iter(hub._views.values()))
     view._ask = broken
     await put(backend, "b")
     await eventually(lambda: feed.failed is not None)
@@ -214,4 +215,80 @@ async def test_what_a_node_gains_is_sent_without_what_it_has() -> None:
     changes = [(set(event.upserts), event.deletes) for event in feed.sent]
     assert changes == [({"", "web-1"}, ()), ({"web-2"}, ()), ({""}, ()), (set(), ("web-1",))]
     assert feed.rows()[""]["Address"] == "10.0.0.9"
+    await backend.close()
+
+
+class SlowFeed(FakeFeed):
+    """A peer to which it takes a while to send."""
+
+    def send(self, body: bytes) -> None:
+        ends = time.perf_counter() + 0.0005
+        while time.perf_counter() < ends:
+            pass
+        super().send(body)
+
+
+async def test_a_change_that_many_follow_leaves_the_loop_to_others_in_between() -> None:
+    backend = LocalBackend()
+    await put(backend, "a")
+    feeds = [SlowFeed() for _ in range(200)]
+    for feed in feeds:
+        assert backend.reads.hub.feed("kv.list", PARAMS, 0, cast(Feed, feed))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    await put(backend, "b")
+    task = asyncio.create_task(others())
+    await eventually(lambda: all(len(feed.sent) == 2 for feed in feeds))
+    # 100 ms of sending in slices of 4 to 12 ms: SLICE_S, and at most one round of subscribers more.
+    assert turns >= 8
+    task.cancel()
+    await backend.close()
+
+
+async def first_of(feeds: list[SlowFeed]) -> SlowFeed:
+    """Return one that has been told of the first change while others are still to be."""
+    while not (told := [feed for feed in feeds if len(feed.sent) == 2]):
+        await asyncio.sleep(0)
+    assert len(told) < len(feeds)
+    return told[0]
+
+
+async def test_changes_that_come_while_one_is_handed_round_are_handed_round_together() -> None:
+    backend = LocalBackend()
+    await put(backend, "a")
+    feeds = [SlowFeed() for _ in range(100)]
+    for feed in feeds:
+        assert backend.reads.hub.feed("kv.list", PARAMS, 0, cast(Feed, feed))
+    await put(backend, "b")
+    await first_of(feeds)
+    for number in range(50):
+        await put(backend, str(number))
+    await eventually(lambda: all(len(feed.rows()) == 52 for feed in feeds))
+    assert all(len(feed.sent) <= 4 for feed in feeds), "whole rounds, not one for each change"
+    assert all(not event.reset for feed in feeds for event in feed.sent[1:])
+    await backend.close()
+
+
+async def test_who_leaves_while_a_change_is_handed_round_holds_nobody_up() -> None:
+    backend = LocalBackend()
+    await put(backend, "a")
+    feeds = [SlowFeed() for _ in range(100)]
+    for feed in feeds:
+        assert backend.reads.hub.feed("kv.list", PARAMS, 0, cast(Feed, feed))
+    await put(backend, "b")
+    stays = await first_of(feeds)
+    gone = [feed for feed in feeds if feed is not stays]
+    for feed in gone:
+        feed.on_close()
+    await put(backend, "c")
+    await eventually(lambda: len(stays.rows()) == 3)
+    assert any(len(feed.sent) == 1 for feed in gone)
+    stays.on_close()
+    assert (len(backend.reads.hub), len(backend.watches)) == (0, 0), "nothing is left behind"
     await backend.close()

@@ -138,3 +138,22 @@ async def test_ten_thousand_parked_watchers_cost_nothing_while_nothing_changes()
     watches.notify_all()
     assert all(await asyncio.gather(*tasks))
     assert len(watches) == 0
+
+
+def test_a_listener_is_called_for_each_touch_until_it_stops() -> None:
+    watches, calls = Watches(), list[str]()
+    stop_one = watches.listen([("service", "web"), ("kv-prefix", "a/")], lambda: calls.append("one"))
+    stop_two = watches.listen([("service", "web")], lambda: calls.append("two"))
+    watches.notify([("service", "web")])
+    assert sorted(calls) == ["one", "two"]
+    watches.notify([("kv", "a/b"), ("kv", "b"), ("service", "db")])
+    watches.notify_all()
+    assert (calls.count("one"), calls.count("two")) == (4, 2)
+    stop_one()
+    stop_one()
+    watches.notify([("kv", "a/b"), ("service", "web")])
+    assert (calls.count("one"), calls.count("two")) == (4, 3)
+    stop_two()
+    assert len(watches) == 0
+    watches.notify([("kv", "a/b"), ("service", "web")])
+    assert len(calls) == 7
