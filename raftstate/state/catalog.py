@@ -31,9 +31,9 @@ from raftstate.state.commands import (
     RegisterNode,
     RegisterService,
 )
-from raftstate.state.names import require_meta, require_name, require_service_name, require_text
+from raftstate.state.names import is_text, require_meta, require_name, require_service_name, require_text
 from raftstate.state.refusal import CONFLICT, INVALID, UNKNOWN_NODE, UNKNOWN_SERVICE, Refused
-from raftstate.state.step import Step
+from raftstate.state.step import Step, says_the_same
 
 OUTPUT_MAX = 64 * 1024
 """Characters of a check's output and notes; agents cut long before this."""
@@ -109,11 +109,13 @@ def deregister_check(step: Step, command: DeregisterCheck) -> bool:
 def put_node(step: Step, node: Node) -> None:
     """Store a node; its name and its id must not belong to another."""
     nodes = step.store.nodes
+    old = nodes.rows.get(node.node)
+    if old is not None and says_the_same(node, old):
+        return  # it was looked at when it was stored, and with most registrations of an instance the node comes again
     require_name(node.node, "node name")
     require_name(node.address, f"address of node {node.node!r}")
     require_text(node.id, "node id")
     require_meta(node.meta, "node")
-    old = nodes.rows.get(node.node)
     if node.id and (holder := nodes.name_by_id.get(node.id, node.node)) != node.node:
         raise Refused(
             CONFLICT,
@@ -157,14 +159,14 @@ def put_service(step: Step, service: ServiceInstance) -> None:
     row = step.stamp(service, old)
     if row is None:
         return
-    names = {row.service} if old is None else {row.service, old.service}
-    before = _tags_of(step, names)
+    names = (row.service,) if old is None else (row.service, old.service)
+    before = _listed(step, names)
     store.services.put(key, row)
     if old is not None:
         _touch_service(step, old)
     _touch_service(step, row)
     step.touch("node", row.node)
-    if _tags_of(step, names) != before:
+    if _listed(step, names) != before:
         step.touch("services")
     if old is None or (old.service, old.tags) != (row.service, row.tags):
         step.touch("service-places")
@@ -176,8 +178,10 @@ def _valid_service(service: ServiceInstance) -> ServiceInstance:
     require_service_name(service.service)
     if not service.id:
         service = msgspec.structs.replace(service, id=service.service)
-    require_name(service.id, "service id")
-    require_text(service.address, f"address of service {service.id!r}")
+    if not is_text(service.id):
+        require_name(service.id, "service id")
+    if not is_text(service.address):
+        require_text(service.address, f"address of service {service.id!r}")
     if not 0 <= service.port <= 65535:
         raise Refused(INVALID, f"port of service {service.id!r} must be between 0 and 65535, not {service.port}")
     if service.kind not in KINDS:
@@ -185,9 +189,12 @@ def _valid_service(service: ServiceInstance) -> ServiceInstance:
     if len(service.tags) > TAGS_MAX:
         raise Refused(INVALID, f"service {service.id!r} has {len(service.tags)} tags; the most is {TAGS_MAX}")
     for tag in service.tags:
-        require_text(tag, f"tag of service {service.id!r}")
-    require_meta(service.meta, f"service {service.id!r}")
-    if service.weights.passing < 1 or not 0 <= service.weights.warning <= 65535 or service.weights.passing > 65535:
+        if not is_text(tag):
+            require_text(tag, f"tag of service {service.id!r}")
+    if service.meta:
+        require_meta(service.meta, f"service {service.id!r}")
+    weights = service.weights
+    if weights.passing < 1 or not 0 <= weights.warning <= 65535 or weights.passing > 65535:
         raise Refused(INVALID, f"weights of service {service.id!r} must be 1 to 65535 passing and 0 to 65535 warning")
     if service.kind == KIND_CONNECT_PROXY:
         if service.proxy is None or not service.proxy.destination_service_name:
@@ -198,10 +205,10 @@ def _valid_service(service: ServiceInstance) -> ServiceInstance:
     return service
 
 
-def _tags_of(step: Step, names: Iterable[str]) -> list[set[str] | None]:
-    """Return what `catalog.services` shows of these services."""
+def _listed(step: Step, names: Iterable[str]) -> list[frozenset[str] | None]:
+    """Return what `catalog.services` shows of these services: their tags, None for one that has no instance."""
     tags = step.store.services.tags
-    return [set(tags[name]) if name in tags else None for name in sorted(names)]
+    return [None if (found := tags.get(name)) is None else frozenset(found) for name in names]
 
 
 def _touch_service(step: Step, row: ServiceInstance) -> None:
@@ -304,12 +311,12 @@ def remove_service(step: Step, service: ServiceInstance) -> None:
     store, key = step.store, (service.node, service.id)
     for check in _in_order(store.checks.by_instance.get(key, {})):
         remove_check(step, check)
-    before = _tags_of(step, (service.service,))
+    before = _listed(step, (service.service,))
     store.services.remove(key)
     _touch_service(step, service)
     step.touch("node", service.node)
     step.touch("service-places")
-    if _tags_of(step, (service.service,)) != before:
+    if _listed(step, (service.service,)) != before:
         step.touch("services")
 
 

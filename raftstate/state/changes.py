@@ -7,6 +7,8 @@ never goes back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from raftstate.state.table import Journal, Table
 
 WatchKey = tuple[str, ...]
@@ -28,6 +30,15 @@ class Changes(Table[WatchKey, int]):
     def unpack(self, data: bytes) -> tuple[WatchKey, int]:
         key, row = self._decoder.decode(data)
         return key, row
+
+    def record(self, marks: Mapping[WatchKey, int]) -> None:
+        """Put what a command that is done has touched. Most is not buried, nor was: that needs no more than a row."""
+        rows, buried = self.rows, self.buried
+        for key, index in marks.items():
+            if index < 0 or key in buried or self._cursors:
+                self.put(key, index)
+            else:
+                rows[key] = index
 
     def reindex(self, key: WatchKey, old: int | None, new: int | None) -> None:
         if new is not None and new < 0:

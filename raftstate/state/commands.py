@@ -7,6 +7,7 @@ the same ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 
@@ -378,7 +379,12 @@ def encode_envelope(envelope: Envelope) -> bytes:
 def fingerprint(data: bytes, envelope: Envelope) -> bytes:
     """Return what tells an encoded envelope's command from another one, whatever its request id and time."""
     start = 1 + _text_bytes(envelope.request_id) + _text_bytes(envelope.at)
-    return blake2b(memoryview(data)[start:], digest_size=8).digest()
+    # A short piece is copied for less than a view of it costs.
+    command = data[start:] if len(data) < _COPIED_BYTES else memoryview(data)[start:]
+    return blake2b(command, digest_size=8).digest()
+
+
+_COPIED_BYTES = 4096
 
 
 def _text_bytes(text: str) -> int:
@@ -403,29 +409,27 @@ _TOO_DEEP = f"a free-form value is nested deeper than {DEPTH_MAX} levels or hold
 
 
 def _require_plain(command: Any) -> None:
-    match command:
-        case RegisterService() | TxnService():
-            _service_plain(command.service)
-        case RegisterCheck() | TxnCheck():
-            _plain(command.check.definition)
-        case CatalogRegister():
-            if command.service is not None:
-                _service_plain(command.service)
-            for check in command.checks:
-                _plain(check.definition)
-        case Txn():
-            for op in command.ops:
-                _require_plain(op)
-        case SetCAConfig():
-            _plain(command.config)
-        case SetConfigEntry():
-            _plain(command.entry)
-        case UpsertToken() | BootstrapACL():
-            _plain(command.token.document)
+    """Refuse free-form values that are too deep or hold what JSON cannot say, wherever a command has some."""
+    check = _FREE_FORM.get(type(command))
+    if check is not None:
+        check(command)
+
+
+def _registration_plain(command: CatalogRegister) -> None:
+    if command.service is not None:
+        _service_plain(command.service)
+    for check in command.checks:
+        _plain(check.definition)
+
+
+def _txn_plain(command: Txn) -> None:
+    for op in command.ops:
+        _require_plain(op)
 
 
 def _service_plain(service: ServiceInstance) -> None:
-    _plain(service.tagged_addresses)
+    if service.tagged_addresses:
+        _plain(service.tagged_addresses)
     if service.proxy is not None:
         _plain(service.proxy.config)
         for upstream in service.proxy.upstreams:
@@ -451,3 +455,17 @@ def _plain(value: Any, depth: int = 1) -> None:
 
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))
+
+_FREE_FORM: dict[type, Callable[[Any], None]] = {
+    RegisterService: lambda command: _service_plain(command.service),
+    TxnService: lambda command: _service_plain(command.service),
+    RegisterCheck: lambda command: _plain(command.check.definition),
+    TxnCheck: lambda command: _plain(command.check.definition),
+    CatalogRegister: _registration_plain,
+    Txn: _txn_plain,
+    SetCAConfig: lambda command: _plain(command.config),
+    SetConfigEntry: lambda command: _plain(command.entry),
+    UpsertToken: lambda command: _plain(command.token.document),
+    BootstrapACL: lambda command: _plain(command.token.document),
+}
+"""By command, what looks at its free-form values; commands without any are not here."""

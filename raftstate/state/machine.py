@@ -139,9 +139,10 @@ class StateMachine:
         value, refusal = self._run(step, envelope.command)
         if request_id:
             store.requests.put(request_id, Request(request_id, index, store.clock_us, value, refusal, fingerprint))
+        touched = step.settle()
         self._sweep(index)
         store.journal.clear()
-        return Applied(index, value, refusal, frozenset(step.touched))
+        return Applied(index, value, refusal, touched)
 
     @staticmethod
     def _run(step: Step, command: Any) -> tuple[Any, Refusal | None]:
@@ -156,7 +157,7 @@ class StateMachine:
                 INTERNAL, f"the state machine failed at {type(command).__name__}: {error!r}; report this"
             )
         undo(step.store.journal)
-        step.touched.clear()
+        step.forget()
         return None, refusal
 
     def _sweep(self, index: int) -> None:

@@ -12,8 +12,16 @@ NAME_MAX = 255
 META_PAIRS_MAX, META_KEY_MAX, META_VALUE_MAX = 64, 128, 512
 """Consul's bounds of node and service metadata."""
 
-# Spelled out, because `str.isprintable` changes with Python's Unicode tables and replicas must agree.
+# Spelled out, because `str.isprintable` changes with Python's Unicode tables (beyond ASCII) and replicas must agree.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def is_text(value: str, length_max: int = NAME_MAX) -> bool:
+    """Whether a text surely passes `require_text`: short, and printable ASCII. False: it must be looked at there.
+
+    For paths where to make the refusal's words would cost more than the look.
+    """
+    return len(value) <= length_max and value.isascii() and value.isprintable()
 
 
 def require_name(value: str, what: str, *, length_max: int = NAME_MAX) -> None:
@@ -25,6 +33,8 @@ def require_name(value: str, what: str, *, length_max: int = NAME_MAX) -> None:
 
 def require_text(value: str, what: str, *, length_max: int = NAME_MAX) -> None:
     """Refuse an overlong or unprintable text; empty is fine."""
+    if is_text(value, length_max):
+        return
     if len(value) > length_max:
         raise Refused(INVALID, f"{what} is longer than {length_max} characters: {value[:40]!r}…")
     if _CONTROL.search(value):
@@ -42,6 +52,8 @@ def require_service_name(value: str, what: str = "service name") -> None:
 
 def require_meta(meta: Mapping[str, str], what: str) -> None:
     """Refuse metadata beyond Consul's bounds."""
+    if not meta:
+        return
     if len(meta) > META_PAIRS_MAX:
         raise Refused(INVALID, f"{what} metadata has {len(meta)} pairs; the most is {META_PAIRS_MAX}")
     for key, value in meta.items():

@@ -53,7 +53,7 @@ def txn(step: Step, command: Txn) -> dict[str, Any]:
             errors.append({"OpIndex": number, "What": str(failed)})
     if errors:
         undo(step.store.journal)
-        step.touched.clear()
+        step.forget()
         return {"Results": None, "Errors": errors}
     return {"Results": results, "Errors": None}
 
