@@ -188,6 +188,14 @@ class Journal:
             self._outstanding.append(pending)
         return pending
 
+    def rest(self) -> None:
+        """Write what the next group would take along, since there is none now; only while none is outstanding.
+
+        Raises JournalFailed.
+        """
+        if not self._outstanding:
+            self._writer.rest()
+
     def close(self) -> None:
         """Sync what is left and release the files. A journal that has failed is just released."""
         try:

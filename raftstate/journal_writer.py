@@ -50,6 +50,8 @@ class Writer:
         self._durable_bytes = self._bytes - (
             CERTIFICATE_BYTES if self._bytes and found.certified_bytes == self._bytes else 0
         )
+        self._uncertified: int | None = None
+        """The commit index to certify what is durable with, if that is still to be done."""
         self._oldest = found.segments.first_segment
         try:
             self._open(found)
@@ -95,7 +97,7 @@ class Writer:
                 raise self.failed
             try:
                 made = self._file is None or self._bytes >= self._segment_bytes
-                data = self._begin_segment(commit_index) if made else b""
+                data = self._begin_segment(commit_index) if made else self._due_certificate()
                 data += self._encode(records)
                 assert self._file is not None
                 self._file.append(data)
@@ -103,7 +105,8 @@ class Writer:
                 if made:
                     self._disk.sync_dir(self._directory)
                 self._bytes += len(data)
-                self._certify(commit_index, on_durable)
+                self._durable(commit_index, on_durable)
+                self._certify()
                 self._remove_old()
             except OSError as error:
                 raise self._fail(error) from error
@@ -115,7 +118,7 @@ class Writer:
         file = self._file
         if file is None or self._bytes >= self._segment_bytes:
             return -1
-        size = CERTIFICATE_BYTES
+        size = 2 * CERTIFICATE_BYTES  # that of the group before, and one for this group
         for record in records:
             if record.kind is Kind.COMPACT:
                 return -1  # files may have to go
@@ -123,7 +126,7 @@ class Writer:
         if size > QUICK_BYTES or (fd := file.descriptor(size)) < 0:
             return -1
         try:
-            data = self._encode(records)
+            data = self._due_certificate() + self._encode(records)
             file.append(data)
         except OSError as error:
             raise self._fail(error) from error
@@ -136,31 +139,50 @@ class Writer:
             raise self.failed
         if error is not None:
             raise self._fail(error) from error
-        try:
-            self._certify(commit_index, on_durable)
-        except OSError as failed:
-            raise self._fail(failed) from failed
+        self._durable(commit_index, on_durable)
 
-    def _certify(self, commit_index: int, on_durable: Callable[[], None]) -> None:
-        assert self._file is not None
+    def rest(self) -> None:
+        """Certify what is durable, if the next group has not done so by now. Not while a group is under way."""
+        if self.failed is not None or self._uncertified is None:
+            return
+        try:
+            self._certify()
+        except OSError as error:
+            raise self._fail(error) from error
+
+    def _durable(self, commit_index: int, on_durable: Callable[[], None]) -> None:
         self._durable_bytes = self._bytes
+        self._uncertified = commit_index
         on_durable()
+
+    def _certify(self) -> None:
         # Not synced: it reaches the disk with the next group or when the kernel writes back.
-        certificate = self._certificate(commit_index).encode()
+        assert self._file is not None
+        certificate = self._due_certificate()
         self._file.append(certificate)
         self._bytes += len(certificate)
+
+    def _due_certificate(self) -> bytes:
+        """What certifies the group before, to be written where the records end; b"" if it is certified."""
+        commit_index, self._uncertified = self._uncertified, None
+        return b"" if commit_index is None else self._certificate(commit_index).encode()
 
     def close(self) -> None:
         """Release the files; nothing is written any more."""
         with self._busy:
             if self._file is not None:
+                try:
+                    self.rest()
+                except JournalFailed as error:
+                    log.warning("raft journal %s: closed without its last certificate: %s", self._directory, error)
                 self._file.close()
                 self._file = None
             if self.failed is None:
                 self.failed = JournalFailed("the journal is closed")
 
     def _begin_segment(self, commit_index: int) -> bytes:
-        """A new segment. Only called when the one before is durable as far as `_durable_bytes`."""
+        """A new segment. Only called when the one before is durable as far as `_durable_bytes`: it certifies that."""
+        self._uncertified = None
         if self._file is not None:
             self._file.close()
         number = 1 if self._header is None else self._header.segment + 1

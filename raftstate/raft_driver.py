@@ -4,11 +4,16 @@ Every input pokes the driver; one pump per turn of the loop then handles all of 
 travel in one append and share one disk sync. Here is where a message waits for the disk: `held` messages leave when
 the sync that covers them has returned (law 3).
 
+What nobody waits for comes last. A follower that has begun a sync lets go of the processor before it applies: the
+kernel's worker that syncs runs on the very processor that asked it to, once that is free. What was synced is
+certified on disk when there is nothing better to do (`Syncing.rest`).
+
 It knows no asyncio: the loop is whatever can call back (`Loop`), so that the simulation drives the same code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,11 +21,18 @@ from raftstate.journal_sync import Group, SyncDone
 from raftstate.messages import Message
 from raftstate.raft import RaftCore
 
+TIMER_STEP_S = 0.001
+"""Timers of the loop count whole milliseconds: one asked for a part of it fires at once, again and again."""
+APPLY_LATER_S = 0.002
+"""A follower whose sync takes longer applies meanwhile."""
+
 
 class Syncing(Protocol):
     """The part of the journal that the driver needs."""
 
     def take_pending(self) -> Group | None: ...
+    def rest(self) -> None:
+        """Do what the next group would do otherwise. Called now and then while no sync is under way."""
 
 
 class Handle(Protocol):
@@ -56,7 +68,8 @@ class Driver:
         self._run_sync, self._send, self._after, self._on_failure = run_sync, send, after, on_failure
         self._timer: Handle | None = None
         self._timer_at = 0.0
-        self._poked = False
+        self._apply_timer: Handle | None = None
+        self._poked = self._scheduled = False
         self._running = True
         self._held: list[tuple[str, Message]] = []
         self.syncing = False
@@ -66,9 +79,16 @@ class Driver:
         """Something was handed to the core: see to it in this iteration of the loop."""
         if not self._poked and self._running:
             self._poked = True
-            self._loop.call_soon(self._pump)
+            if not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._turn)
 
-    def _pump(self) -> None:
+    def _turn(self) -> None:
+        self._scheduled = False
+        if self._poked:  # else a sync that ended has pumped meanwhile
+            self._pump()
+
+    def _pump(self, *, apply_now: bool = False) -> None:
         self._poked = False
         if not self._running:
             return
@@ -77,10 +97,17 @@ class Driver:
             if core.next_deadline() <= self._clock():
                 core.tick()
             # First what others wait for: while the disks work, there is time to apply.
-            self._move()
-            more = core.apply_some()
-            self._after()
-            self._move()
+            began = self._move()
+            if began and not apply_now and not core.is_leader:
+                self._apply_later()
+                more = False
+            else:
+                self._end_apply_timer()
+                applied = core.applied
+                more = core.apply_some()
+                self._after()
+                if core.applied != applied:
+                    self._move()
         except BaseException as error:  # noqa: BLE001 - whatever it is, a core in an unknown state must not go on
             self.fail(error)
             return
@@ -88,12 +115,27 @@ class Driver:
             self.poke()
         self._set_timer()
 
-    def _move(self) -> None:
+    def _apply_later(self) -> None:
+        """The end of the sync pumps, or the next message; on a slow disk, with none, this timer."""
+        if self._apply_timer is None:
+            self._apply_timer = self._loop.call_later(APPLY_LATER_S, self._apply_due)
+
+    def _end_apply_timer(self) -> None:
+        if self._apply_timer is not None:
+            self._apply_timer.cancel()
+            self._apply_timer = None
+
+    def _apply_due(self) -> None:
+        self._apply_timer = None
+        self._pump(apply_now=True)
+
+    def _move(self) -> bool:
+        """Send what may be sent; return whether a sync was begun."""
         out = self._core.take_outbox()
         for peer, message in out.free:
             self._send(peer, message)
         self._held += out.held
-        self._sync(out.term)
+        return self._sync(out.term)
 
     def _set_timer(self) -> None:
         """Have `_pump` called when the core has something to do. A timer that comes too early is left as it is.
@@ -105,23 +147,31 @@ class Driver:
             if self._timer_at <= deadline:
                 return
             self._timer.cancel()
+        delay = TIMER_STEP_S * max(1, math.ceil((deadline - self._clock()) / TIMER_STEP_S))
         self._timer_at = deadline
-        self._timer = self._loop.call_later(max(0.0, deadline - self._clock()), self._due)
+        self._timer = self._loop.call_later(delay, self._due)
 
     def _due(self) -> None:
         self._timer = None
+        if not self.syncing and self._running:
+            try:
+                self._journal.rest()
+            except BaseException as error:  # noqa: BLE001 - a journal that cannot be written must not be written on
+                self.fail(error)
+                return
         self._pump()
 
-    def _sync(self, term: int) -> None:
+    def _sync(self, term: int) -> bool:
         if self.syncing:
-            return  # what is held now waits for the next group
+            return False  # what is held now waits for the next group
         group = self._journal.take_pending()
         held, self._held = self._held, []
         if group is None:
             self._release(held)
-            return
+            return False
         self.syncing = True
         self._run_sync(group, lambda error: self._synced(error, held, term))
+        return True
 
     def _synced(self, error: BaseException | None, held: list[tuple[str, Message]], term: int) -> None:
         self.syncing = False
@@ -154,5 +204,6 @@ class Driver:
     def stop(self) -> None:
         """Move nothing any more. A sync under way goes on; its end is not acted upon."""
         self._running = False
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._apply_timer):
+            if timer is not None:
+                timer.cancel()

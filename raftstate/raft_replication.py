@@ -139,24 +139,37 @@ class Replication(Election):
 
     def _send_appends(self) -> None:
         self._fresh = False
+        made: dict[int, tuple[AppendEntries, int]] = {}
         for peer in list(self._progress):
-            self._send_append(peer)
+            self._send_append(peer, made)
+        if self._notice_at is not None and not any(self._is_untold(told) for told in self._progress.values()):
+            self._notice_at = None  # the appends have told it
 
-    def _send_append(self, peer: str) -> None:
+    def _send_append(self, peer: str, made: dict[int, tuple[AppendEntries, int]] | None = None) -> None:
+        """Send what this follower lacks and may get. `made`: messages of this moment with their sizes, by index.
+
+        Followers that stand at the same index are sent one and the same message, which is then encoded once.
+        """
         progress = self._progress[peer]
         last = self.last_index
         while progress.can_send() and (progress.probing or progress.next <= last):
             previous = progress.next - 1
-            previous_term = self.term_at(previous)
-            if previous_term is None:
-                self._begin_snapshot(peer, progress)
-                return
-            entries, size = self._batch(progress.next)
-            assert self._reads is not None
-            message = AppendEntries(self.term, previous, previous_term, self.commit, self._reads.round, entries)
+            if made is None or (ready := made.get(previous)) is None:
+                previous_term = self.term_at(previous)
+                if previous_term is None:
+                    self._begin_snapshot(peer, progress)
+                    return
+                entries, size = self._batch(progress.next)
+                assert self._reads is not None
+                message = AppendEntries(self.term, previous, previous_term, self.commit, self._reads.round, entries)
+                if made is not None:
+                    made[previous] = message, size
+            else:
+                message, size = ready
+            end = previous + len(message.entries)
             self._free.append((peer, message))
-            progress.commit_told = max(progress.commit_told, min(self.commit, previous + len(entries)))
-            progress.sent(previous + len(entries), size)
+            progress.commit_told = max(progress.commit_told, min(self.commit, end))
+            progress.sent(end, size)
 
     def _batch(self, start: int) -> tuple[tuple[tuple[int, bytes], ...], int]:
         batch: list[tuple[int, bytes]] = []
@@ -194,7 +207,7 @@ class Replication(Election):
                 return
             if progress.next <= self.last_index:
                 self._send_append(peer)
-            if self._notice_at is None and min(self.commit, progress.match) > progress.commit_told:
+            if self._notice_at is None and self._is_untold(progress):
                 self._notice_at = now + self.config.commit_notice_s
         elif progress.refused(message.prev_index, self._agreement(message.hint_index, message.hint_term)):
             progress.probe()
@@ -248,13 +261,15 @@ class Replication(Election):
                 for done in early:
                     self.read_index(done)
 
+    def _is_untold(self, progress: Progress) -> bool:
+        return min(self.commit, progress.match) > progress.commit_told
+
     def _tell_commit(self, now: float) -> None:
         self._notice_at = None
         assert self._reads is not None
         for peer, progress in self._progress.items():
-            commit = min(self.commit, progress.match)
-            if commit > progress.commit_told:
-                progress.commit_told = commit
+            if self._is_untold(progress):
+                progress.commit_told = commit = min(self.commit, progress.match)
                 self._free.append((peer, Heartbeat(self.term, commit, self._reads.round)))
 
     # -- leader: reads ---------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from tests.support.simdisk import SimCrash, SimDisk
 DIRECTORY = "/raft"
 State = tuple[tuple[tuple[bytes, int, int], ...], int, str | None]
 
-OPERATIONS = ["add", "add", "add", "add", "cut", "compact", "reset", "clear", "vote", "take", "sync", "sync", "crash"]
+OPERATIONS = [
+    "add", "add", "add", "add", "cut", "compact", "reset", "clear", "vote", "take", "sync", "sync", "rest", "crash",
+]  # fmt: skip
 
 
 def state_of(journal: Journal) -> State:
@@ -100,6 +102,12 @@ class JournalRun:
             self.history.append(state_of(self.journal))
         self.disk.fdatasync(file)
         pending.synced()
+
+    def _rest(self, number: int) -> None:
+        try:
+            self.journal.rest()
+        except SimCrash:
+            self._restart(number)
 
     def _crash(self, number: int) -> None:
         self._restart(number)

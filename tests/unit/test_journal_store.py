@@ -276,6 +276,78 @@ def test_certificate_in_a_payload_certifies_nothing() -> None:
     assert journal(disk).last_index == 4
 
 
+def sync_beside(disk: SimDisk, log: Journal) -> None:
+    """As the event loop does it."""
+    pending = log.take_pending()
+    assert pending is not None
+    file = pending.write()
+    assert file >= 0
+    disk.fdatasync(file)
+    pending.synced()
+
+
+def damaged_last_entry(disk: SimDisk, last: bytes) -> SimDisk:
+    """A copy of the disk, as a kill leaves it, with one byte of that entry flipped."""
+    path = "/raft/" + segment_name(1)
+    copy = SimDisk.of(disk.snapshot())
+    copy.flip(path, disk.read(path).rindex(last), 1)
+    return copy
+
+
+def test_a_group_that_the_loop_wrote_is_certified_by_the_group_behind_it() -> None:
+    disk = SimDisk()
+    log = filled(disk, 1)
+    for number, index in ((b"second", 2), (b"third", 3), (b"fourth", 4)):
+        log.add(number, index, 1)
+        sync_beside(disk, log)
+    with pytest.raises(JournalDamaged):
+        journal(damaged_last_entry(disk, b"third"))
+    # Of the last group nothing says yet that it was ever whole on the disk.
+    assert journal(damaged_last_entry(disk, b"fourth")).last_index == 3
+
+
+@pytest.mark.parametrize("end", ["rest", "close"])
+def test_a_group_with_none_behind_it_is_certified_when_there_is_time(end: str) -> None:
+    disk = SimDisk()
+    log = filled(disk, 1)
+    log.add(b"second", 2, 1)
+    sync_beside(disk, log)
+    getattr(log, end)()
+    with pytest.raises(JournalDamaged):
+        journal(damaged_last_entry(disk, b"second"))
+
+
+def test_a_rest_writes_once_and_never_into_a_group_under_way() -> None:
+    disk = SimDisk()
+    log = filled(disk, 1)
+    log.add(b"second", 2, 1)
+    sync_beside(disk, log)
+    log.rest()
+    before = disk.snapshot()
+    log.rest()
+    assert disk.snapshot() == before
+    log.add(b"third", 3, 1)
+    pending = log.take_pending()
+    assert pending is not None
+    file = pending.write()
+    before = disk.snapshot()
+    log.rest()
+    assert disk.snapshot() == before
+    disk.fdatasync(file)
+    pending.synced()
+
+
+def test_a_disk_without_room_for_a_certificate_stops_the_journal() -> None:
+    disk = SimDisk()
+    log = filled(disk, 1)
+    log.add(b"second", 2, 1)
+    sync_beside(disk, log)
+    disk.capacity = 0
+    with pytest.raises(JournalFailed):
+        log.rest()
+    assert log.failed is not None
+
+
 def test_room_ahead_is_no_torn_write_and_goes_when_closed(tmp_path: Path) -> None:
     directory = str(tmp_path / "raft")
     path = tmp_path / "raft" / segment_name(1)

@@ -78,7 +78,7 @@ async def test_small_groups_need_no_thread_and_are_durable(tmp_path: Path) -> No
     large = Spy(take(journal, b"x" * 200_000))
     assert await run(syncs, large) is None
     assert large.steps == ["write", "sync"]
-    # As after kill -9: nobody closed the file, and every certificate is there.
+    # As after kill -9: nobody closed the file.
     again = Journal(RealDisk(), str(tmp_path / "raft"))
     assert again[:] == journal[:]
     assert again.torn_bytes == 0
