@@ -81,6 +81,8 @@ class Replica:
         self._proposals: dict[asyncio.Future[Any], tuple[float, float]] = {}
         """Writes that wait, with when they give up and after how many seconds that is."""
         self._expiry: asyncio.TimerHandle | None = None
+        self._encoded: tuple[Message | None, bytes] = (None, b"")
+        """The message sent last, and its bytes."""
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._snapshotting = self._restoring = False
         self._snapshot_index = self._snapshot_size = 0
@@ -401,7 +403,9 @@ class Replica:
             self._core.peer_lost(peer)
 
     def _send(self, peer: str, message: Message) -> None:
-        self._peers.send(peer, encode_message(message))
+        if message is not self._encoded[0]:  # followers get one and the same append
+            self._encoded = message, encode_message(message)
+        self._peers.send(peer, self._encoded[1])
 
     # -- after each pump -------------------------------------------------------------------------------------------
 
