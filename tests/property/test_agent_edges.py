@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import string
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from node import loose_json
 from node.agent.definitions import CheckDefinition, ServiceDefinition
 from node.durations import format_duration, parse_duration_s
+from node.http.catalog import Deregistration, Registration
 from node.loose_json import BadJson, loads
+from raftstate.model.intention import Intention
+from raftstate.model.kv import KVEntry
 
 
 @given(st.integers(-(10**15), 10**15))
@@ -79,6 +83,62 @@ def test_any_spelling_means_the_same(definition: ServiceDefinition, how: str) ->
         for name in ("Interval", "Timeout", "TTL", "DeregisterCriticalServiceAfter"):
             check[name] = format_duration(check[name])
     assert loads(json.dumps(respelled(built, how)).encode(), ServiceDefinition) == definition
+
+
+_LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(["", "web", "80", "true", "null", "5s", "1.5"]), st.lists(NAMES, max_size=2),
+    st.dictionaries(NAMES, st.one_of(st.none(), NAMES, st.integers()), max_size=2),
+)  # fmt: skip
+
+
+def _values(kind: Any) -> st.SearchStrategy[Any]:
+    """JSON of a struct's shape here and there: exact keys, others, nulls, structs where they belong or not."""
+    hints = get_type_hints(kind)
+    exact = {field.encode_name: _of(hints[field.name]) for field in msgspec.structs.fields(kind)}
+    odd = {_spell(name, "lower"): _LEAVES for name in exact} | {"Unknown": _LEAVES}
+    return st.fixed_dictionaries({}, optional=exact | odd)
+
+
+def _of(hint: Any) -> st.SearchStrategy[Any]:
+    kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type) and issubclass(one, msgspec.Struct)]
+    if not kinds:
+        return _LEAVES
+    within = _values(kinds[0])
+    return st.one_of(_LEAVES, within, st.lists(st.one_of(st.none(), within), max_size=2))
+
+
+def _pair(kind: Any) -> st.SearchStrategy[tuple[Any, Any]]:
+    return st.tuples(st.just(kind), _values(kind))
+
+
+def _outcome(value: Any, kind: Any, *, always_fold: bool = False) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        if always_fold:
+            patch.setattr(loose_json, "_exact_for", lambda _: None)
+        try:
+            return loads(msgspec.json.encode(value), kind)
+        except BadJson as error:
+            return str(error)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.sampled_from([Registration, Deregistration, Intention, KVEntry]).flatmap(_pair))
+def test_exactly_spelled_json_means_what_folding_makes_of_it(pair: tuple[Any, Any]) -> None:
+    kind, value = pair
+    assert _outcome(value, kind) == _outcome(value, kind, always_fold=True)
+
+
+def test_exact_keys_are_not_folded_and_others_are() -> None:
+    exact = {"Node": "n", "Service": {"ID": "a", "Weights": {"Passing": 2}}, "Checks": [{"Status": "passing"}]}
+    sees = loose_json._exact_for(Registration)
+    assert sees is not None
+    assert sees(exact)
+    assert not sees(exact | {"node": "n"})
+    assert not sees(exact | {"Service": {"id": "a"}})
+    assert not sees(exact | {"Service": {"Weights": {"passing": 2}}})
+    assert not sees(exact | {"Checks": [{"Status": "passing"}, {"status": "passing"}]})
+    assert loose_json._exact_for(ServiceDefinition) is None, "its checks have durations"
 
 
 @given(st.binary(max_size=80))
