@@ -98,6 +98,10 @@ class Unreachable(NodeError):
         )
 
 
+class Overloaded(Unreachable):
+    """A server that lives has more to do than it can: come back later, and not all at once."""
+
+
 class PkiError(NodeError):
     """A certificate or key file is missing, unreadable or unfit; the text names the file and the remedy."""
 

@@ -16,6 +16,8 @@ from node.config import ROLES
 from node.errors import PkiError
 
 ALPN_RAFT, ALPN_RPC = "lictor-raft/1", "lictor-rpc/1"
+ALPN_PEER = "lictor-peer/1"
+"""Offered by servers beside what they speak, never chosen: it asks for a server's place among handshakes."""
 CLUSTER_KEY_BYTES = 32
 NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 

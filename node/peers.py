@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Iterable
 
 from node.errors import Unreachable
+from node.node_tls import ALPN_PEER, ALPN_RPC
 from node.rpc.client import ClientConnection, dial
 from raftstate.transport_link import server_address
 
@@ -22,6 +23,7 @@ class PeerConnections:
         blocked: Callable[[str], bool] = lambda node: False,
         dial_timeout_s: float = 1.0,
     ) -> None:
+        context.set_alpn_protocols([ALPN_RPC, ALPN_PEER])
         self._context, self._datacenter, self._blocked = context, datacenter, blocked
         self._dial_timeout_s = dial_timeout_s
         self._open: dict[str, tuple[str, ClientConnection]] = {}

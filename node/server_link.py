@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Iterable
 
 from node.config import Liveness
-from node.errors import NodeError, Unreachable
+from node.errors import NodeError, Overloaded, Unreachable
 from node.protocol import HEARTBEAT, HeartbeatReply, decode, encode
 from node.rpc.client import ClientConnection, dial
 from node.tasks import Tasks
@@ -29,6 +29,8 @@ PATIENCE_MAX = 4.0
 agents come back at once need longer than usual for each: if nobody waited longer, all would give up just before they
 were served, and begin anew for ever."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 1.0
+OVERLOADED_S_MAX = 4.0
+"""Servers that say that they have too much to do are left alone for longer: all the others keep them busy."""
 ANSWER_TIMEOUT_S = 1.0
 """A server that does not answer a heartbeat in this time is replaced."""
 NO_LEADER_BEATS_MAX = 2
@@ -59,6 +61,8 @@ class ServerLink:
         self._lost = asyncio.Event()
         self._tasks = Tasks("server link")
         self._avoid = ""
+        self._overloaded = False
+        """Whether a server turned the last dial away because it was busy."""
         self.known_leader = False
         self._contact_ms = 0
         self._heard_at = asyncio.get_running_loop().time()
@@ -115,7 +119,8 @@ class ServerLink:
                 failures += 1
                 if failures == 1:
                     log.warning("rpc: no server answers (%s); will keep trying", ", ".join(self.servers.values()))
-                ceiling = min(BACKOFF_S_MAX, BACKOFF_S_MIN * 2 ** min(failures, 8))
+                longest_s = OVERLOADED_S_MAX if self._overloaded else BACKOFF_S_MAX
+                ceiling = min(longest_s, BACKOFF_S_MIN * 2 ** min(failures, 8))
                 await asyncio.sleep(ceiling * self._rng.uniform(0.5, 1.0))
                 continue
             failures = 0
@@ -143,7 +148,7 @@ class ServerLink:
         order = list(self.servers.items())
         self._rng.shuffle(order)
         order.sort(key=lambda item: item[0] == self._avoid)
-        self._avoid = ""
+        self._avoid, self._overloaded = "", False
         running: set[asyncio.Task[ClientConnection]] = set()
         try:
             for name, address in order:
@@ -178,6 +183,7 @@ class ServerLink:
         for task in done:
             error = task.exception()
             if error is not None:
+                self._overloaded |= isinstance(error, Overloaded)
                 log.debug("rpc: %s", error)
             elif winner is None and not task.result().closed:
                 winner = task.result()

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from node.config import SERVER
-from node.errors import BadRequest, NodeError, PkiError, TimedOut, Unreachable, from_wire
+from node.errors import BadRequest, NodeError, Overloaded, PkiError, TimedOut, Unreachable, from_wire
 from node.node_tls import ALPN_RPC, Peer, peer_of
 from node.rpc.connection import FrameConnection
 from node.rpc.frames import (
@@ -26,6 +26,8 @@ from node.rpc.frames import (
 
 STREAM_ITEMS_MAX = 1024
 """Items of one stream that may wait for their reader; a reader further behind loses the stream and starts over."""
+BUSY_ALERT = "TLSV1_ALERT_INTERNAL_ERROR"
+"""How OpenSSL names `node.rpc.hello.ALERT_BUSY`."""
 UPLOAD_PIECE_BYTES = 256 * 1024
 
 
@@ -213,7 +215,11 @@ async def dial(
             )
     except TimeoutError:
         raise Unreachable(f"{where} did not answer within {timeout_s:g} s") from None
-    except (OSError, ssl.SSLError) as error:
+    except ssl.SSLError as error:
+        if error.reason == BUSY_ALERT:
+            raise Overloaded(f"{where} has too many connections to see to") from None
+        raise Unreachable(f"{where} cannot be reached: {error}") from None
+    except OSError as error:
         raise Unreachable(f"{where} cannot be reached: {error}") from None
     ssl_object = transport.get_extra_info("ssl_object")
     try:

@@ -12,7 +12,11 @@ import pytest
 
 from node import pki
 from node.config import Limits
+from node.errors import Overloaded
+from node.node_tls import ALPN_PEER
+from node.peers import PeerConnections
 from node.pki import Peer
+from node.rpc.hello import ALERT_BUSY
 from node.rpc.server import Call, Methods
 from tests.support.both_loops import both_loops
 from tests.support.rpc import RpcEnds, eventually, rpc_ends
@@ -165,12 +169,85 @@ async def test_silence_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 async def test_connections_are_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with rpc_ends(tmp_path, methods(), limits=Limits(rpc_connections_max=1)) as ends:
         first = await ends.dial()
-        assert await knock(ends.port, b"") == b""
+        assert await knock(ends.port, b"hello") == ALERT_BUSY
         await one_line(caplog, "1 connections are open")
+        with pytest.raises(Overloaded):
+            await ends.dial("client-2")
+        peers = PeerConnections(pki.client_context(ends.files, "server-2", pki.ALPN_RPC), "dc1")
+        server = await peers.get("server-1", f"127.0.0.1:{ends.port}")
+        assert await server.call("echo", b"ok", 5) == b"ok", "servers find room among agents"
+        await peers.close()
         first.close()
         await eventually(lambda: len(ends.listener) == 0)
         caplog.clear()
         await still_serves(ends)
+
+
+@both_loops
+async def test_whoever_says_that_it_is_a_server_gets_no_agents_place(tmp_path: Path) -> None:
+    async with rpc_ends(tmp_path, methods(), limits=Limits(rpc_connections_max=1)) as ends:
+        first = await ends.dial()
+        context = pki.client_context(ends.files, "client-2", pki.ALPN_RPC)
+        context.set_alpn_protocols([pki.ALPN_RPC, ALPN_PEER])
+        assert await knock(ends.port, b"hello", context) == b""
+        assert len(ends.listener.connections) == 1
+        first.close()
+
+
+@both_loops
+async def test_those_who_say_nothing_keep_nobody_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.rpc.listener.SILENT_MAX", 20)
+    async with rpc_ends(tmp_path, methods(), limits=Limits(rpc_connections_max=8)) as ends:
+        silent = [await asyncio.open_connection("127.0.0.1", ends.port) for _ in range(60)]
+        await still_serves(ends)
+        assert [await reader.read() for reader, _ in silent[:30]] == [b""] * 30, "the oldest make room"
+        assert len(ends.listener) <= 20
+        for _, writer in silent:
+            writer.close()
+
+
+@both_loops
+async def test_more_handshakes_than_can_be_seen_to_are_put_off_and_servers_go_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.rpc.admission.AT_ONCE_MAX", 0)  # the server is busy: nobody's turn comes
+    monkeypatch.setattr("node.rpc.listener.WAITING_MAX", 5)
+    async with rpc_ends(tmp_path, methods()) as ends:
+        waiting = [asyncio.create_task(ends.dial()) for _ in range(5)]
+        await eventually(lambda: len(ends.listener) == 5)
+        with pytest.raises(Overloaded):
+            await ends.dial()
+        await one_line(caplog, "5 connections wait for a handshake")
+        peers = PeerConnections(pki.client_context(ends.files, "server-2", pki.ALPN_RPC), "dc1")
+        server = await peers.get("server-1", f"127.0.0.1:{ends.port}")
+        assert await server.call("echo", b"ok", 5) == b"ok"
+        await peers.close()
+        for task in waiting[:2]:
+            task.cancel()  # it gives up while it waits
+        await asyncio.wait(waiting[:2])
+        monkeypatch.setattr("node.rpc.admission.AT_ONCE_MAX", 1)
+        for connection in await asyncio.gather(*waiting[2:]):
+            assert await connection.call("echo", b"ok", 5) == b"ok"
+            connection.close()
+        await eventually(lambda: len(ends.listener) == 0)
+
+
+@both_loops
+async def test_a_client_that_dawdles_in_its_handshake_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.rpc.admission.AT_ONCE_MAX", 2)
+    monkeypatch.setattr("node.rpc.admission.LEASE_S", 0.2)
+    async with rpc_ends(tmp_path, methods()) as ends:
+        dawdlers = [await asyncio.open_connection("127.0.0.1", ends.port) for _ in range(4)]
+        for _, writer in dawdlers:
+            writer.write(b"\x16\x03\x01\x02\x00")  # the head of a record that does not come
+        await eventually(lambda: len(ends.listener) == 4)
+        await still_serves(ends)
+        for _, writer in dawdlers:
+            writer.close()
 
 
 @both_loops

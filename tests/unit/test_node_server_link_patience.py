@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import ssl
 
@@ -10,7 +11,7 @@ import pytest
 
 from node import server_link
 from node.config import Liveness
-from node.errors import Unreachable
+from node.errors import Overloaded, Unreachable
 from node.rpc.client import ClientConnection
 from node.server_link import ServerLink
 
@@ -49,3 +50,32 @@ async def test_slow_servers_are_given_more_time_up_to_a_bound(monkeypatch: pytes
     assert link.given[:3] == [0.01] * 3  # a server that is merely lost is still given up soon
     assert link.given == sorted(link.given)
     assert link.given[-1] == pytest.approx(0.04)
+
+
+class TooBusy(SlowToAccept):
+    """Servers that turn everyone away, and by how much the rounds of dials lie apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds: list[float] = []
+
+    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+        self.given.append(timeout_s)
+        if len(self.given) % 3 == 1:
+            self.rounds.append(asyncio.get_running_loop().time())
+        if len(self.given) == 3 * 6:
+            self.served.set()
+        raise Overloaded(f"{name} is busy")
+
+
+async def test_servers_that_say_that_they_are_busy_are_left_alone_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_link, "BACKOFF_S_MIN", 0.005)
+    monkeypatch.setattr(server_link, "BACKOFF_S_MAX", 0.01)
+    link = TooBusy()
+    link.start()
+    async with asyncio.timeout(10):
+        await link.served.wait()
+    await link.stop()
+    pauses = [later - earlier for earlier, later in itertools.pairwise(link.rounds)]
+    assert len(pauses) == 5
+    assert pauses[-1] > 0.5 * 0.005 * 2**5 > 0.01, "past the bound for servers that merely do not answer"

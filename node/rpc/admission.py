@@ -1,0 +1,113 @@
+"""Whose turn it is to shake hands: a queue by arrival, peers before agents. Pure: times are handed in.
+
+A handshake costs a server about a millisecond of its one thread. When thousands of agents dial at once, to start all
+handshakes together would mean that all end together, after everyone has given up; and raft would wait behind them.
+So only a few are started in one turn of the loop, those who hung up meanwhile are skipped, and who would wait longer
+than it has patience for is told so at once, which costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+AT_ONCE_MAX = 256
+"""Handshakes under way; more are started as these end."""
+LEASE_S = 1.0
+"""A handshake that takes longer waits for its client, not for us: it does not count as under way any more."""
+PEERS_WAITING_MAX = 64
+WAIT_S_MAX = 1.0
+"""Half of the time after which an agent gives a server up."""
+PACE_S_FIRST = 0.002
+"""What a handshake is taken to cost before any has been timed."""
+PACE_WEIGHT = 0.1
+
+
+class Lane(Enum):
+    """Who waits. By what it says itself: a false word brings it before other strangers, not past its certificate."""
+
+    PEER = "peer"
+    """A server: raft, or what it forwards."""
+    AGENT = "agent"
+
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class Started:
+    """A handshake under way; `lease`: it counts as one."""
+
+    at: float
+    lease: bool = True
+
+
+class Admission(Generic[T]):
+    """The queue. `T` is what waits."""
+
+    def __init__(self, *, waiting_max: int) -> None:
+        self._waiting_max = waiting_max
+        self._queues: dict[Lane, deque[T]] = {Lane.PEER: deque(), Lane.AGENT: deque()}
+        self._started: deque[Started] = deque()
+        """In the order in which they were started, so that the oldest lease is the first to end."""
+        self._under_way = 0
+        self._pace_s = PACE_S_FIRST
+        self._ended_at = 0.0
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def wait_s(self) -> float:
+        """How long an agent that comes now would wait, by the pace of late."""
+        return len(self._queues[Lane.AGENT]) * self._pace_s
+
+    def offer(self, item: T, lane: Lane) -> str:
+        """Let one wait; a text is why it may not."""
+        if lane is Lane.PEER:
+            if len(self._queues[lane]) >= PEERS_WAITING_MAX:
+                return f"{PEERS_WAITING_MAX} servers wait for a handshake"
+        elif len(self._queues[lane]) >= self._waiting_max:
+            return f"{self._waiting_max} connections wait for a handshake"
+        elif self.wait_s > WAIT_S_MAX:
+            return f"it would wait {self.wait_s:.1f} s for a handshake"
+        self._queues[lane].append(item)
+        return ""
+
+    def next(self, now: float) -> tuple[T, Started] | None:
+        """Take the next one, and what to give back to `ended`; None when there is none, or enough are under way."""
+        while self._started and (not self._started[0].lease or now - self._started[0].at >= LEASE_S):
+            self._give_back(self._started.popleft())
+        for lane, queue in self._queues.items():
+            # A few servers more are no burden, and must not wait for strangers who take their time.
+            if queue and (lane is Lane.PEER or self._under_way < AT_ONCE_MAX):
+                ticket = Started(now)
+                self._started.append(ticket)
+                self._under_way += 1
+                if not self._ended_at:
+                    self._ended_at = now
+                return queue.popleft(), ticket
+        return None
+
+    def ended(self, ticket: Started, now: float) -> None:
+        """A handshake is over, however it ended."""
+        self._give_back(ticket)
+        if self._ended_at:
+            self._pace_s += PACE_WEIGHT * (now - self._ended_at - self._pace_s)
+        # An idle server's pace says nothing: it is timed only between the ends of handshakes that others wait behind.
+        self._ended_at = now if self._queues[Lane.AGENT] else 0.0
+
+    def clear(self) -> list[T]:
+        """Let nobody wait any more; return who did."""
+        waiting = [item for queue in self._queues.values() for item in queue]
+        for queue in self._queues.values():
+            queue.clear()
+        return waiting
+
+    def _give_back(self, ticket: Started) -> None:
+        if ticket.lease:
+            ticket.lease = False
+            self._under_way -= 1
