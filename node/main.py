@@ -5,37 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
-import importlib.util
 import logging
 import resource
 import signal
-import ssl
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
-
-from node.agent.agent import LocalAgent
-from node.agent.options import AgentOptions
 from node.backend import Backend
-from node.client_process import ClientNode
 from node.config import ClusterConfig, NodeConfig
 from node.data_dir import DataDir
-from node.dns import DnsServer
-from node.errors import NodeError, PkiError
-from node.http.app import create_app, make_runner
-from node.http.context import HttpOptions
-from node.http.front.guards import FrontOptions
+from node.errors import NodeError
 from node.logs import set_up_logging
-from node.tokens import TokenGuard, load_secret
-from node.version import lictor_version
-from node.xds.door import Inner, XdsDoor
 from proxy.memory import give_back_freed_memory
+from raftstate.clock import boot_clock
 from raftstate.errors import RaftError
 
 if TYPE_CHECKING:
-    from aiohttp.web_runner import BaseSite
-
+    from node.agent_side import AgentSide
+    from node.client_process import ClientNode
     from node.server_process import ServerNode
 
 log = logging.getLogger("lictor.node")
@@ -46,9 +33,17 @@ HAND_OVER_TIMEOUT_S = 2.0
 class NodeProcess:
     """A node: its cluster side, its agent, its HTTP API and its DNS."""
 
-    def __init__(self, config: ClusterConfig, node: NodeConfig, *, on_stop: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        node: NodeConfig,
+        *,
+        on_stop: Callable[[str], None],
+        silent_since: float | None = None,
+    ) -> None:
+        """`silent_since`: when this process got the lock on the node's data, by `boot_clock`."""
         self.config, self.node = config, node
-        self._on_stop = on_stop
+        self._on_stop, self._silent_since = on_stop, silent_since
         self._undo: list[Callable[[], Any]] = []
         self.side: ServerNode | ClientNode | None = None
         self._hand_over: Callable[[float], Awaitable[Any]] | None = None
@@ -66,95 +61,27 @@ class NodeProcess:
         if node.is_server:
             from node.server_process import ServerNode  # what only servers need would cost an agent 3 MiB
 
-            server = ServerNode(config, node, on_failure=lambda error: self._on_stop(f"raft has stopped: {error}"))
+            server = ServerNode(
+                config,
+                node,
+                on_failure=lambda error: self._on_stop(f"raft has stopped: {error}"),
+                silent_since=self._silent_since,
+            )
             self.side = server
             self._hand_over = server.hand_over
         else:
+            from node.client_process import ClientNode
+
             self.side = ClientNode(config, node)
         self._undo.append(self.side.stop)
         await self.side.start()
         backend: Backend = self.side.backend
 
-        agent = LocalAgent(
-            backend,
-            AgentOptions(
-                node=node.name,
-                address=node.advertise_address,
-                data_dir=node.data_dir,
-                datacenter=config.datacenter,
-                zone=node.zone,
-                meta=node.meta,
-                is_server=node.is_server,
-                rpc_port=node.rpc_port,
-                http_port=node.http_port,
-                dns_port=node.dns_port,
-                grpc_port=node.grpc_port if xds_available() else 0,
-                default_allow=config.default_intention_policy == "allow",
-                enable_script_checks=node.enable_script_checks,
-            ),
-        )
-        self._undo.append(agent.stop)
-        await agent.start()
-        guard = TokenGuard(backend, load_secret(config.acl_token_file)) if config.acl_enabled else None
-        await self._serve_http(backend, agent, guard)
-        await self._serve_dns(backend, agent)
-        await self._serve_xds(agent, guard)
-
-    async def _serve_http(self, backend: Backend, agent: LocalAgent, guard: TokenGuard | None) -> None:
-        config, node = self.config, self.node
-        options = HttpOptions(
-            fault_injection=config.fault_injection,
-            acl_enabled=config.acl_enabled,
-            lictor_version=lictor_version(),
-            body_timeout_s=config.limits.http_body_timeout_s,
-            on_leave=lambda: self._on_stop("an operator asked this node to leave"),
-        )
-        app = create_app(backend, agent, options)
-        if guard is not None:
-            app.middlewares.insert(0, guard.middleware())
-        limits = config.limits
-        front = FrontOptions(
-            connections_max=limits.http_connections_max,
-            connections_per_client_max=limits.http_connections_per_client_max,
-            head_timeout_s=limits.http_head_timeout_s,
-            body_timeout_s=limits.http_body_timeout_s,
-        )
-        runner = make_runner(app, front)
-        await runner.setup()
-        self._undo.append(runner.cleanup)
-        sites: list[BaseSite] = []
-        if node.http_port:
-            sites.append(web.TCPSite(runner, node.http_address, node.http_port, backlog=1024))
-        if node.https_port:
-            context = https_context(node)
-            sites.append(web.TCPSite(runner, node.http_address, node.https_port, ssl_context=context, backlog=1024))
-        for site in sites:
-            await site.start()
-
-    async def _serve_dns(self, backend: Backend, agent: LocalAgent) -> None:
-        node = self.node
-        if not node.dns_port:
-            return
-        dns = DnsServer(backend, agent, domain=self.config.dns_domain)
-        self._undo.append(dns.stop)
-        await dns.start(node.dns_address, node.dns_port)
-
-    async def _serve_xds(self, agent: LocalAgent, guard: TokenGuard | None) -> None:
-        node = self.node
-        if not agent.options.grpc_port:
-            return
-
-        async def make() -> Inner:
-            module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
-            xds: Inner = module.XdsServer(agent, guard.refusal if guard is not None else None)
-            return xds
-
-        door = XdsDoor(make)
-        self._undo.append(door.stop)
-        try:
-            await door.start(node.grpc_address, node.grpc_port)
-        except OSError as error:
-            log.warning("Envoys get no configuration here: %s; set grpc_port of %s", error, node.name)
+        # The programs of this host wait for what follows; the other servers wait for what is running now.
+        module = await asyncio.to_thread(importlib.import_module, "node.agent_side")
+        agent_side: AgentSide = module.AgentSide(config, node, backend, on_stop=self._on_stop)
+        self._undo.append(agent_side.stop)
+        await agent_side.start()
 
     async def stop(self) -> None:
         """Hand leadership over while the API still answers, then take everything down, last started first."""
@@ -164,28 +91,7 @@ class NodeProcess:
             await self._undo.pop()()
 
 
-def xds_available() -> bool:
-    """Whether the packages of the extra ``lictor[envoy]`` are there."""
-    try:
-        return importlib.util.find_spec("grpc") is not None and (
-            importlib.util.find_spec("envoy.service.discovery.v3") is not None
-        )
-    except ModuleNotFoundError:
-        return False
-
-
-def https_context(node: NodeConfig) -> ssl.SSLContext:
-    """Return the API's TLS context. Raises PkiError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # Consul's clients of every age
-    try:
-        context.load_cert_chain(node.https_cert_file, node.https_key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise PkiError(f"https_cert_file and https_key_file of {node.name} cannot be used: {error}") from None
-    return context
-
-
-async def _run(config: ClusterConfig, node: NodeConfig) -> int:
+async def _run(config: ClusterConfig, node: NodeConfig, silent_since: float) -> int:
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[tuple[str, int]] = loop.create_future()
 
@@ -195,7 +101,9 @@ async def _run(config: ClusterConfig, node: NodeConfig) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, f"{number.name} received", 0)
-    process = NodeProcess(config, node, on_stop=lambda why: end(why, 0 if "leave" in why else 1))
+    process = NodeProcess(
+        config, node, on_stop=lambda why: end(why, 0 if "leave" in why else 1), silent_since=silent_since
+    )
     try:
         await process.start()
     except OSError as error:
@@ -224,6 +132,7 @@ def _calm_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
+    gc.enable()
     give_back_freed_memory()
 
 
@@ -247,13 +156,15 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 def run_agent(config: ClusterConfig, node: NodeConfig) -> int:
     """Run one node until a signal or a failure ends it; return the exit status. Raises NodeError at a bad start."""
+    gc.disable()  # until what is loaded now is frozen: a third of a start went into walking it again and again
     set_up_logging(config.log_level)
     data_dir = DataDir(node.data_dir)
     data_dir.open()
+    silent_since = boot_clock()
     _raise_file_limit()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_run(config, node))
+            return runner.run(_run(config, node, silent_since))
     except RaftError as error:
         raise NodeError(str(error)) from error
     finally:

@@ -53,9 +53,11 @@ class ServerNode:
         *,
         on_failure: Callable[[BaseException], None] = lambda error: None,
         rng: random.Random | None = None,
+        silent_since: float | None = None,
     ) -> None:
+        """`silent_since`: see `RaftCore`, by `boot_clock`."""
         self.config, self.node = config, node
-        self._on_failure = on_failure
+        self._on_failure, self._silent_since = on_failure, silent_since
         self._rng = rng or random.Random()
         self.faults = FaultFilter(enabled=config.fault_injection)
         self._tasks = Tasks("server")
@@ -96,6 +98,7 @@ class ServerNode:
                 command_bytes_max=config.limits.command_bytes_max,
             ),
             rng=self._rng,
+            silent_since=self._silent_since,
             on_failure=self._on_failure,
         )
 

@@ -50,7 +50,8 @@ class RaftCore(Installing):
 
     `log` is the journal, `snapshots` the store whose newest snapshot the state machine was already restored from;
     `apply(index, data)` is the state machine. `bootstrap` is the first membership of a new cluster; it is ignored
-    once there is a log, and empty for a server that joins an existing cluster.
+    once there is a log, and empty for a server that joins an existing cluster. `silent_since`: since when, by
+    `clock`, no earlier process of this server can have promised anything: this one has had the lock on its data.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RaftCore(Installing):
         clock: Callable[[], float],
         rng: random.Random,
         config: RaftConfig | None = None,
+        silent_since: float | None = None,
     ) -> None:
         self._transfer: tuple[str, float, TransferDone] | None = None
         """(target, give up at, done)"""
@@ -73,7 +75,8 @@ class RaftCore(Installing):
         snapshot = snapshots.latest()
         prepare_log(log, snapshot, bootstrap)
         base = (snapshot.index, members_of(snapshot)) if snapshot else (0, Members())
-        super().__init__(Outside(server, log, snapshots, apply, config or RaftConfig(), clock, rng, base))
+        timings = config or RaftConfig()
+        super().__init__(Outside(server, log, snapshots, apply, timings, clock, rng, base, silent_since))
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -158,11 +161,11 @@ class RaftCore(Installing):
 
     def take_outbox(self) -> Outbox:
         """Hand over what is to be sent; see `Outbox` for when."""
-        now = self.enter()
         if self.is_leader:
             if self._reads is not None and self._reads.wants_round:
-                self._beat(now)
+                self._beat(self.enter())
             if self._fresh:
+                self.enter()
                 self._send_appends()
         out = Outbox(self._free, self._held, self.term)
         self._free, self._held = [], []

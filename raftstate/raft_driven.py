@@ -112,9 +112,11 @@ class Driven(SyncObj):  # type: ignore[misc]
         conf = SyncObjConf(autoTick=False, journalFile=log, pollerType="select", commandsQueueSize=1)
         self.enter()
         super().__init__(Node(server), [], conf, nodeClass=Node, transport=_NoTransport())
-        # pysyncobj believes a commit index it once stored; ours is learned anew from a leader, because a log that
-        # lost an unsynced tail in a crash may hold other entries there.
-        self._SyncObj__raftCommitIndex = self._SyncObj__raftLastApplied = applied
+        self._SyncObj__raftLastApplied = applied
+        # Unlike pysyncobj's, the journal's index of what is committed was certified with the entries it speaks of
+        # (etcd's HardState keeps one for the same end): a server that hears no leader still stands where it stood.
+        known = log.getRaftCommitIndex()
+        self._SyncObj__raftCommitIndex = max(applied, min(known, self.last_index) if known > 1 else 0)
 
     def enter(self) -> float:
         """Make this core's clock the one that pysyncobj reads; return the time."""
@@ -127,12 +129,14 @@ class Driven(SyncObj):  # type: ignore[misc]
     @property
     def role(self) -> int:
         """FOLLOWER, CANDIDATE or LEADER."""
-        return int(self._SyncObj__raftState)
+        role: int = self._SyncObj__raftState
+        return role
 
     @property
     def is_leader(self) -> bool:
         """Whether this core believes that it leads; only a confirmed round or the lease proves it."""
-        return bool(self._SyncObj__raftState == LEADER)
+        leads: bool = self._SyncObj__raftState == LEADER
+        return leads
 
     @property
     def leader(self) -> str | None:
@@ -143,7 +147,8 @@ class Driven(SyncObj):  # type: ignore[misc]
     @property
     def term(self) -> int:
         """The current term."""
-        return int(self._SyncObj__raftCurrentTerm)
+        term: int = self._SyncObj__raftCurrentTerm
+        return term
 
     @property
     def voted_for(self) -> str | None:
@@ -154,22 +159,24 @@ class Driven(SyncObj):  # type: ignore[misc]
     @property
     def commit(self) -> int:
         """Greatest index known to be committed."""
-        return int(self._SyncObj__raftCommitIndex)
+        index: int = self._SyncObj__raftCommitIndex
+        return index
 
     @property
     def applied(self) -> int:
         """Greatest index handed to the state machine."""
-        return int(self._SyncObj__raftLastApplied)
+        index: int = self._SyncObj__raftLastApplied
+        return index
 
     @property
     def first_index(self) -> int:
         """Index of the log's first record, which is a position only: its entry may be gone."""
-        return self.log[0][1]
+        return self.log.first_index
 
     @property
     def last_index(self) -> int:
         """Index of the log's last entry."""
-        return self.log[-1][1]
+        return self.log.last_index
 
     @property
     def last_term(self) -> int:
@@ -185,14 +192,13 @@ class Driven(SyncObj):  # type: ignore[misc]
 
     def term_at(self, index: int) -> int | None:
         """Term of the entry at `index`; None if it is compacted away or not there yet."""
-        log = self.log
-        position = index - log[0][1]
-        return log[position][2] if 0 <= position < len(log) else None
+        return self.log.term_at(index)
 
     def entries(self, start: int, count: int) -> list[Entry]:
         """Up to `count` entries from index `start`."""
-        found: list[Entry] = self._SyncObj__getEntries(start, count)
-        return found
+        log = self.log
+        position = start - log.first_index
+        return log[position : position + count] if position >= 0 else []
 
     def _append_own(self, command: bytes) -> int:
         """Add an entry of this term at the end; return its index."""
@@ -207,6 +213,7 @@ class Driven(SyncObj):  # type: ignore[misc]
 
     def _set_commit(self, index: int) -> None:
         self._SyncObj__raftCommitIndex = index
+        self.log.setRaftCommitIndex(index)
 
     def _set_applied(self, index: int) -> None:
         self._SyncObj__raftLastApplied = index
@@ -229,7 +236,8 @@ class Driven(SyncObj):  # type: ignore[misc]
 
     @property
     def _deadline(self) -> float:
-        return float(self._SyncObj__raftElectionDeadline)
+        at: float = self._SyncObj__raftElectionDeadline
+        return at
 
     @_deadline.setter
     def _deadline(self, at: float) -> None:

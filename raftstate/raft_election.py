@@ -52,8 +52,11 @@ class Election(Driven):
                 self._memberships.append((index, decode_members(command[1:])))
         now = self.enter()
         # A promise not to vote may have been given just before a crash; only a new server has given none.
-        self._heard_at = now if self.term or self.first_index else NEVER
-        self._deadline = now if self.members.voters == (self.id,) else now + self._election_timeout()
+        since = now if outside.silent_since is None else min(now, outside.silent_since)
+        self._heard_at = since if self.term or self.first_index else NEVER
+        # Servers that start together have waited long enough; a leader that lives is protected by the pre-vote.
+        first_s = self._rng.uniform(2 * self.config.heartbeat_s, self.config.election_timeout_min_s)
+        self._deadline = now if self.members.voters == (self.id,) else now + first_s
 
     @property
     def members(self) -> Members:

@@ -21,6 +21,24 @@ class Log(Protocol):
     def durable_index(self) -> int:
         """Greatest index up to which every entry is synced."""
 
+    def getRaftCommitIndex(self) -> int:
+        """Greatest index told of that is known to be committed, and whose entry was synced with what is in the log
+        now; at least 1, as pysyncobj expects."""
+
+    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:
+        """A hint for the next start; it makes nothing dirty."""
+
+    @property
+    def first_index(self) -> int:
+        """Index of the first record; 0 if there is none."""
+
+    @property
+    def last_index(self) -> int:
+        """Index of the last record; 0 if there is none."""
+
+    def term_at(self, index: int) -> int | None:
+        """Term of the record at `index`; None if it is not there any more, or not yet."""
+
     def add(self, command: bytes, idx: int, term: int) -> None: ...
     def clear(self) -> None: ...
     def deleteEntriesFrom(self, entryFrom: int) -> None: ...
@@ -73,3 +91,5 @@ class Outside:
     clock: Callable[[], float]
     rng: random.Random
     base: tuple[int, Members]
+    silent_since: float | None = None
+    """Since when, by `clock`, no earlier process of this server can have promised anything; None: since now."""

@@ -18,6 +18,8 @@ from raftstate.raft_ports import Outside
 from raftstate.raft_progress import Progress
 from raftstate.raft_reads import ReadDone, Reads
 
+NEVER_TOLD = 1 << 62
+
 ProposeDone = Callable[[Any, Any], None]
 """Called once with (value, None) when applied, or (None, error) when the outcome cannot be known here."""
 
@@ -46,6 +48,8 @@ class Replication(Election):
         self._waiting_bytes = 0
         self._waiting_count = 0
         self._lease_given_up = False
+        self._told_since_start = NEVER_TOLD
+        """What the leader says is committed, once what it says covers all that may have been applied here before."""
         self._installing = False
         """Whether a snapshot is being restored: nothing may be applied meanwhile."""
         super().__init__(outside)
@@ -251,6 +255,8 @@ class Replication(Election):
 
     def _advance_commit(self) -> None:
         """Commit what a majority holds durably, if it is of this term (paper 5.4.2)."""
+        if self.commit >= self.last_index:
+            return
         index = int(self.members.quorum_value(self._held_by))
         if index > self.commit and self.term_at(index) == self.term:
             self._set_commit(index)
@@ -318,12 +324,23 @@ class Replication(Election):
             self._free.append((peer, HeartbeatReply(self.term, message.round)))
             return
         # The leader never names more than it knows us to hold.
-        self._follow_commit(min(message.commit, self.last_index))
+        self._follow_commit(min(message.commit, self.last_index), told=message.commit)
         self._free.append((peer, HeartbeatReply(self.term, message.round)))
 
-    def _follow_commit(self, index: int) -> None:
+    def _follow_commit(self, index: int, told: int) -> None:
+        """Commit up to `index`, as far as our log is known to match; the leader has committed up to `told`."""
         if index > self.commit:
             self._set_commit(index)
+        # Committed in its own term, all of earlier terms is below; and in its term it never says less than before.
+        if self._told_since_start == NEVER_TOLD and told <= index and self.term_at(told) == self.term:
+            self._told_since_start = told
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the state is no older than any that an earlier process of this server may have shown."""
+        if self.is_leader:
+            return self.applied >= self.noop_index
+        return self.applied >= self._told_since_start
 
     def _on_append(self, peer: str, message: AppendEntries, now: float) -> None:
         if not self._follow(peer, message.term, now):
@@ -354,7 +371,7 @@ class Replication(Election):
             if command[:1] == MEMBERS:
                 self._adopt_members(index, decode_members(command[1:]))
         match = max(match, first)
-        self._follow_commit(min(message.commit, match))
+        self._follow_commit(min(message.commit, match), told=message.commit)
         self._held.append((peer, AppendReply(self.term, message.round, True, match)))
 
     def _hint(self, previous: int, previous_term: int) -> int:
@@ -399,12 +416,10 @@ class Replication(Election):
 
     def apply_some(self) -> bool:
         """Apply up to `apply_batch` committed entries or `apply_bytes`; return whether more are left."""
-        self.enter()
-        if self._installing:
-            return False
         count = min(self.commit - self.applied, self.config.apply_batch)
-        if count <= 0:
+        if count <= 0 or self._installing:
             return False
+        self.enter()
         size = 0
         for command, index, term in self.entries(self.applied + 1, count):
             size += len(command)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from raftstate import backup
+from raftstate.clock import boot_clock
 from raftstate.errors import JournalDamaged, NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
 from raftstate.journal_sync import GroupSync
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
@@ -25,7 +26,7 @@ from raftstate.raft_driver import Driver
 from raftstate.raft_install import Install, members_dict
 from raftstate.raft_ports import Snapshots
 from raftstate.raft_snapshotter import SnapshotMaker
-from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp, boot_clock
+from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp
 from raftstate.snapshot_format import SnapshotHeader
 from raftstate.state.retire import retire
 from raftstate.state.store import Store
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 EXPIRY_S = 0.05
 """How often writes are looked at that may have waited too long."""
+START_WAIT_S = 5.0
+"""How long after a start a stale read waits for a leader to tell what has been committed."""
 SNAPSHOT_SLICE_S, SNAPSHOT_REST_S = 0.002, 0.001
 """How long a snapshot may hold the loop, and how long it then leaves it to others."""
 
@@ -63,6 +66,7 @@ class Replica:
         snapshot_bytes: int = 32 * 1024 * 1024,
         clock: Callable[[], float] = boot_clock,
         rng: random.Random | None = None,
+        silent_since: float | None = None,
         on_failure: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.id = server
@@ -73,6 +77,7 @@ class Replica:
         self._bootstrap, self._config = bootstrap, config or RaftConfig()
         self._snapshot_entries, self._snapshot_bytes = snapshot_entries, snapshot_bytes
         self._clock, self._rng = clock, rng or random.Random()
+        self._silent_since = silent_since
         self._on_failure = on_failure
         self._core: RaftCore | None = None
         self._driver: Driver | None = None
@@ -85,6 +90,7 @@ class Replica:
         """The message sent last, and its bytes."""
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._snapshotting = self._restoring = False
+        self._caught_up, self._start_until = False, 0.0
         self._snapshot_index = self._snapshot_size = 0
         self._bytes_since_snapshot = 0
         self._known_members = Members()
@@ -114,7 +120,9 @@ class Replica:
             clock=self._clock,
             rng=self._rng,
             config=self._config,
+            silent_since=self._silent_since,
         )
+        self._start_until = self._clock() + START_WAIT_S
         self._core.backup = RestoreInLog(self.machine.restorer, self._replaced_by_backup)
         self._syncs.open()
         self._driver = Driver(
@@ -226,11 +234,14 @@ class Replica:
     async def read_barrier(self, mode: ReadMode = "default", timeout_s: float = 5.0) -> ReadStamp:
         """Return once `machine` may be read in this mode; read it without awaiting in between.
 
-        `stale`: at once, on any server. `default`: the leader under its lease, else as consistent. `consistent`: the
-        leader, after a quorum round that many readers share. Raises NotLeader, NoQuorum, Stopped.
+        `stale`: on any server, at once but for the first seconds after its start. `default`: the leader under its
+        lease, else as consistent. `consistent`: the leader, after a quorum round that many readers share. Raises
+        NotLeader, NoQuorum, Stopped.
         """
         core = self._running_core()
         if mode == "stale":
+            if not self._caught_up:
+                await self._catch_up(core)
             return self._stamp(core)
         if not core.is_leader:
             raise NotLeader(core.leader)
@@ -256,6 +267,16 @@ class Replica:
                 ) from None
         if result.result() is None:
             raise NotLeader(core.leader)
+
+    async def _catch_up(self, core: RaftCore) -> None:
+        """Show nothing older than before this start, if a leader can be heard; without one, show what there is."""
+        left_s = self._start_until - self._clock()
+        try:
+            if left_s > 0:
+                await self._until(lambda: core.caught_up, left_s)
+        except NoQuorum:
+            log.warning("raft: no leader %g s after the start: stale reads may go back a little", START_WAIT_S)
+        self._caught_up = True
 
     async def wait_applied(self, index: int, timeout_s: float = 5.0) -> None:
         """Wait until this server has applied `index` (an Applied's), so that a client never sees an older state.
@@ -416,10 +437,10 @@ class Replica:
     def _after_pump(self) -> None:
         core = self._core
         assert core is not None
-        if core.members != self._known_members:
+        if core.members is not self._known_members:
             self._known_members = core.members
             self._peers.set_peers({m.id: m.address for m in core.members.all if m.id != self.id})
-        if (core.leader, core.term) != self._known_leader:
+        if core.term != self._known_leader[1] or core.leader != self._known_leader[0]:
             self._known_leader = (core.leader, core.term)
             log.info("raft: leader of term %d is %s", core.term, core.leader or "not known")
             for callback in self._leader_callbacks:
@@ -480,11 +501,11 @@ class Replica:
     def _snapshot_due(self, core: RaftCore) -> bool:
         """Whether the log has grown enough; a large state is written again only for a log of some size beside it."""
         new = core.applied - self._snapshot_index
-        term = core.term_at(core.applied)
-        if new <= 0 or term is None or core.backup.under_way(term):
-            return False
         grown = new >= self._snapshot_entries or self._bytes_since_snapshot >= self._snapshot_bytes
-        return core.snapshot_wanted or (grown and self._bytes_since_snapshot >= self._snapshot_size // 4)
+        if not core.snapshot_wanted and not (grown and self._bytes_since_snapshot >= self._snapshot_size // 4):
+            return False
+        term = core.term_at(core.applied)
+        return new > 0 and term is not None and not core.backup.under_way(term)
 
     async def _make_snapshot(self, core: RaftCore) -> None:
         self._bytes_since_snapshot = 0

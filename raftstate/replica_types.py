@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -70,8 +69,3 @@ class RaftStatus:
     members: tuple[Member, ...]
     lag: dict[str, int]
     failure: str | None
-
-
-def boot_clock() -> float:
-    """Seconds on a clock that never jumps and also counts while the machine is suspended: a lease must run out."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from raftstate.messages import AppendEntries, RequestVote
 from raftstate.raft import RaftCore
@@ -115,8 +116,16 @@ class VotesForShorterLogs(RaftCore):
 class CommitsBeyondMatch(RaftCore):
     """A follower commits up to the leader's index even where its log was not compared."""
 
-    def _follow_commit(self, index: int) -> None:
-        super()._follow_commit(self.last_index if index > self.commit else index)
+    def _follow_commit(self, index: int, told: int) -> None:
+        super()._follow_commit(self.last_index if index > self.commit else index, told)
+
+
+class BelievesItsWholeLog(RaftCore):
+    """A server that starts takes all that its journal holds for committed."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._set_commit(self.last_index)
 
 
 class ForgetsItsVote(RaftCore):
@@ -160,6 +169,7 @@ PLANTED: dict[str, Bugs] = {
     "counts itself before its sync": Bugs(core=CountsItselfUnsynced),
     "votes for shorter logs": Bugs(core=VotesForShorterLogs),
     "commits beyond the match": Bugs(core=CommitsBeyondMatch),
+    "believes its whole log": Bugs(core=BelievesItsWholeLog),
     "forgets its vote": Bugs(core=ForgetsItsVote),
     "consistent read without a round": Bugs(core=ReadsWithoutRound),
     "reads before its no-op": Bugs(core=LeaseWithoutNoop),

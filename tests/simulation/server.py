@@ -96,6 +96,8 @@ class SimServer:
         self._clock_base = (0.0, world.rng.uniform(0, 1000))
         self.alive = False
         self.life = 0
+        self._died_at: float | None = None
+        """By its own clock, as a process knows it that has just got the lock on its data."""
         self.paused_until = 0.0
         self.core: RaftCore
         self.machine: Any
@@ -186,6 +188,7 @@ class SimServer:
                 clock=self.clock,
                 rng=random.Random(rng.random()),
                 config=self._tuning.config,
+                silent_since=self._died_at,
             )
         except JournalFailed as error:
             # The disk is still unwell: whoever runs the server starts it again later.
@@ -227,6 +230,7 @@ class SimServer:
         self._unplug()
 
     def _unplug(self) -> None:
+        self._died_at = self.clock()
         self._socket.pull()
         self.disk.crash()
 

@@ -26,10 +26,18 @@ class MemoryLog:
         self.term: int = 0
         self.vote: str | None = None
         self.dirty = False
+        self._commit_index = 0
+
+    @property
+    def first_index(self) -> int:
+        return self.list[0][1] if self.list else 0
 
     @property
     def last_index(self) -> int:
         return self.list[-1][1] if self.list else 0
+
+    def term_at(self, index: int) -> int | None:
+        return next((term for _, at, term in self.list if at == index), None)
 
     def add(self, command: bytes, idx: int, term: int) -> None:
         assert not self.list or idx == self.last_index + 1
@@ -66,7 +74,10 @@ class MemoryLog:
         return self.vote
 
     def getRaftCommitIndex(self) -> int:
-        return 1
+        return max(1, self._commit_index)
+
+    def setRaftCommitIndex(self, raftCommitIndex: int) -> None:
+        self._commit_index = min(raftCommitIndex, self.durable_index)
 
     def onOneSecondTimer(self) -> None: ...
 

@@ -123,6 +123,42 @@ async def test_everything_acknowledged_survives_a_crash_of_all(tmp_path: Path) -
         assert registers(leader) == {f"k{number}": "2" for number in range(20)}
 
 
+async def test_a_stale_read_shows_nothing_older_than_before_a_restart_of_all(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        for number in range(20):
+            applied = await leader.apply(command(f"{number}", "k", str(number)))
+        for replica in cluster.replicas.values():
+            await replica.wait_applied(applied.index)
+        for name in cluster.names:
+            await cluster.crash(name)
+        for name in cluster.names:
+            await cluster.start(name)
+        for replica in cluster.replicas.values():
+            stamp = await replica.read_barrier("stale")
+            assert (stamp.known_leader, registers(replica)) == (True, {"k": "19"})
+            assert stamp.index >= applied.index
+
+
+async def test_without_a_leader_a_started_server_shows_what_its_journal_knows_to_be_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raftstate.replica.START_WAIT_S", 0.2)
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        for number in range(20):
+            await leader.apply(command(f"{number}", "k", str(number)))
+        for name in cluster.names:
+            await cluster.crash(name)
+        alone = await cluster.start(leader.id)
+        stamp = await alone.read_barrier("stale")
+        assert not stamp.known_leader
+        # What was committed last is told to the disk with the next group.
+        assert registers(alone) in ({"k": "18"}, {"k": "19"})
+        async with asyncio.timeout(0.05):  # and the waiting is over
+            await alone.read_barrier("stale")
+
+
 async def test_a_far_behind_server_gets_a_snapshot(tmp_path: Path) -> None:
     config = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=0.15, election_timeout_max_s=0.3, trailing_entries=5)
     async with ReplicaCluster(tmp_path, 3, config=config, snapshot_entries=50) as cluster:

@@ -109,6 +109,6 @@ async def test_a_visitor_is_dropped_where_the_server_does_not_start_and_the_next
 
 
 async def test_a_node_loads_no_grpc_before_an_envoy_comes() -> None:
-    code = "import sys, node.main; sys.exit('grpc' in sys.modules)"
+    code = "import sys, node.main, node.agent_side; sys.exit('grpc' in sys.modules)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await process.wait() == 0
