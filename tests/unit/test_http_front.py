@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from node.errors import BadRequest
 from node.http.app import all_routes
 from node.http.context import HttpOptions
 from node.http.front.connection import Connection
-from node.http.front.heads import BODY_BYTES_MAX, HEAD_BYTES_MAX, HeadCache, parse_head
+from node.http.front.heads import BODY_BYTES_MAX, HEAD_BYTES_MAX, Head, HeadCache, parse_head
 from node.http.front.repeats import Body
 from node.http.front.routing import Router
 from tests.support.http_api import Node, eventually, serving
@@ -480,6 +481,44 @@ def test_heads_kept_are_bounded() -> None:
 )
 def test_a_head_that_is_not_plain_is_left_to_aiohttp(head: bytes) -> None:
     assert parse_head(head) is None
+
+
+FIRST_LINES = [
+    b"GET /v1/kv/a?x HTTP/1.1\r\n", b"PUT /v1/kv/a HTTP/1.1\r\n", b"DELETE /v1/kv/%61 HTTP/1.1\r\n",
+    b"PUT /v1/kv/a HTTP/1.0\r\n", b"PATCH /v1/kv/a HTTP/1.1\r\n", b"PUT  /v1/kv/a HTTP/1.1\r\n", b"\r\n",
+    b"PUT /v1/kv/a b HTTP/1.1\r\n", b"PUT /v1/kv/a HTTP/1.1\n", b"\r\nGET / HTTP/1.1\r\n", b"PUT /v1/kv/a\r\n",
+    b"put /v1/kv/a HTTP/1.1\r\n", b"GET http://a/v1/kv/a HTTP/1.1\r\n", b"PUT /v1/kv/\xc3\xbc HTTP/1.1\r\n", b"",
+    b"GET /" + b"x" * HEAD_BYTES_MAX + b" HTTP/1.1\r\n", b"PUT /v1/snapshot HTTP/1.1\r\n",
+    b"GET / HTTP/1.1\r\nX:\r\n", b"GET / HTTP/1.1\r\n\r\n",
+]  # fmt: skip
+LINES_BELOW = [
+    b"Host: a\r\n\r\n", b"Host: a\r\nContent-Length: 3\r\n\r\n", b"Host: a\r\nContent-Length: 0\r\n\r\n",
+    b"Host: a\r\nhost: b\r\n\r\n", b"Content-Length: 3\r\n\r\n", b"Host: a\r\nContent-Length: 3, 3\r\n\r\n",
+    b"Host : a\r\n\r\n", b"Host: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"Host: a\r\nX: " + b"x" * 3000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n", b"Host: a\r\nConnection: close\r\n\r\n", b"Host: a\n\r\n\r\n",
+]  # fmt: skip
+
+
+def test_lines_that_were_seen_below_another_first_line_mean_what_they_mean_alone() -> None:
+    def told(head: Head | None) -> object:
+        if head is None:
+            return None
+        return head.method, head.target, head.body_size, head.size, head.raw, repr(head.message)
+
+    taken = 0
+    for warm in FIRST_LINES:
+        cache = HeadCache(("/v1/snapshot",))
+        for below in LINES_BELOW:
+            cache.head(warm + below)
+        for first, below in itertools.product(FIRST_LINES, LINES_BELOW):
+            data = first + below
+            alone = parse_head(data)
+            if alone is not None and alone.target.startswith("/v1/snapshot"):
+                alone = None
+            assert told(cache.head(data)) == told(alone), data
+            taken += alone is not None
+    assert taken > 100
 
 
 def test_a_plain_head_is_taken() -> None:

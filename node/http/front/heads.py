@@ -24,6 +24,7 @@ BODY_BYTES_MAX = 64 * 1024
 """Of a plain request's body, which is gathered before the handler begins."""
 
 _TARGET = re.compile(rb"/[!$-;=?-Z_a-z~\[\]]*")  # printable ASCII but " # < > \ ^ ` { | }
+_LINE = re.compile(rb"(GET|PUT|POST|DELETE) (%s) HTTP/1\.1\r\n" % _TARGET.pattern)
 _VALUE = re.compile(rb"[\t -~]*")
 _METHODS = frozenset({b"GET", b"PUT", b"POST", b"DELETE"})
 _NOT_PLAIN = frozenset(
@@ -32,23 +33,47 @@ _NOT_PLAIN = frozenset(
 )
 
 
+class Fields:
+    """A head's lines below its first, parsed. Requests with the same bytes there share them."""
+
+    __slots__ = ("body_size", "headers", "raw", "refusal")
+
+    def __init__(self, headers: CIMultiDictProxy[str], raw: tuple[tuple[bytes, bytes], ...], body_size: int) -> None:
+        self.headers, self.raw = headers, raw
+        self.body_size = body_size
+        self.refusal: Any = None
+        """What they are judged to mean for a write, once that was asked; see `writes.py`."""
+
+
 class Head:
     """A plain request's head. Requests with the same bytes share it."""
 
-    __slots__ = ("body_size", "match", "memo", "message", "parked", "raw", "size")
+    __slots__ = ("_message", "body_size", "fields", "match", "memo", "method", "parked", "raw", "size", "target")
 
-    def __init__(self, message: RawRequestMessage, raw: bytes, body_size: int) -> None:
-        self.message = message
-        self.raw = raw
+    def __init__(self, method: str, target: str, fields: Fields, raw: bytes) -> None:
+        self.method, self.target, self.fields, self.raw = method, target, fields, raw
         self.size = len(raw)
         """Bytes of the head, its last line's end included."""
-        self.body_size = body_size
+        self.body_size = fields.body_size
+        self._message: RawRequestMessage | None = None
         self.match: Any = None
         """The route, once it has been found; see `routing.py`."""
         self.memo: Any = None
         """What a request with this head was answered, if that can be answered again; see `repeats.py`."""
         self.parked: Any = None
         """What a request with this head last waited for; see `parking.py`."""
+
+    @property
+    def message(self) -> RawRequestMessage:
+        """The head as aiohttp's requests take it."""
+        if self._message is None:
+            path, _, query = self.target.partition("?")
+            url = URL.build(path=path, query_string=query, encoded=True)
+            headers, raw = self.fields.headers, self.fields.raw
+            self._message = RawRequestMessage(
+                self.method, self.target, HttpVersion11, headers, raw, False, None, False, False, url
+            )
+        return self._message
 
 
 class _Collector:
@@ -101,22 +126,8 @@ def parse_head(data: bytes) -> Head | None:
     body_size = _body_size(headers.get("Content-Length"))
     if body_size is None or (body_size and method == b"GET"):
         return None
-    target = collector.url.decode("ascii")
-    path, _, query = target.partition("?")
-    url = URL.build(path=path, query_string=query, encoded=True)
-    message = RawRequestMessage(
-        method.decode("ascii"),
-        target,
-        HttpVersion11,
-        CIMultiDictProxy(headers),
-        tuple(collector.fields),
-        False,
-        None,
-        False,
-        False,
-        url,
-    )
-    return Head(message, data, body_size)
+    fields = Fields(CIMultiDictProxy(headers), tuple(collector.fields), body_size)
+    return Head(method.decode("ascii"), collector.url.decode("ascii"), fields, data)
 
 
 def _body_size(length: str | None) -> int | None:
@@ -129,12 +140,17 @@ def _body_size(length: str | None) -> int | None:
 
 
 class HeadCache:
-    """Heads by their bytes: a client that asks the same again sends the same bytes. The least recently used goes."""
+    """Heads by their bytes: a client that asks the same again sends the same bytes. The least recently used goes.
+
+    Of heads that differ, as those of writes do, mostly the first line does: the lines below are kept by themselves.
+    What llhttp makes of these does not depend on the first line, as long as that is a plain one.
+    """
 
     def __init__(self, streams: tuple[str, ...], entries_max: int = 256, bytes_max: int = 2048) -> None:
         self._streams = streams
         self._entries_max, self._bytes_max = entries_max, bytes_max
         self._held: dict[bytes, Head] = {}
+        self._fields: dict[bytes, Fields] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -145,15 +161,36 @@ class HeadCache:
         if held is not None:
             self._held[data] = held
             return held
-        head = parse_head(data)
-        if head is None or self._streamed(head.message.url.raw_path):
+        head = self._parse(data)
+        if head is None or self._streamed(head.target):
             return None
-        if head.message.method == "GET" and len(data) <= self._bytes_max:
+        if head.method == "GET" and len(data) <= self._bytes_max:
             self._held[data] = head
             if len(self._held) > self._entries_max:
                 del self._held[next(iter(self._held))]
         return head
 
-    def _streamed(self, path: str) -> bool:
+    def _parse(self, data: bytes) -> Head | None:
+        end = data.find(b"\r\n") + 2
+        line = _LINE.fullmatch(data, 0, end)
+        if line is None or len(data) - end > self._bytes_max:
+            return parse_head(data)
+        below = data[end:]
+        fields = self._fields.pop(below, None)
+        if fields is None:
+            head = parse_head(data)
+            if head is None:
+                return None
+            fields = head.fields
+            if len(self._fields) >= self._entries_max:
+                del self._fields[next(iter(self._fields))]
+        elif len(data) > HEAD_BYTES_MAX or (fields.body_size and line[1] == b"GET"):
+            head = None
+        else:
+            head = Head(line[1].decode("ascii"), line[2].decode("ascii"), fields, data)
+        self._fields[below] = fields
+        return head
+
+    def _streamed(self, target: str) -> bool:
         """Whether a handler may send its answer, or read the body, piece by piece, which takes aiohttp's protocol."""
-        return (unquote(path) if "%" in path else path).startswith(self._streams)
+        return (unquote(target) if "%" in target else target).startswith(self._streams)
