@@ -16,7 +16,16 @@ from typing import Any
 
 from raftstate import backup
 from raftstate.clock import boot_clock
-from raftstate.errors import JournalDamaged, NoQuorum, NotLeader, RaftError, Stopped, TransferFailed, UnknownOutcome
+from raftstate.errors import (
+    JournalDamaged,
+    NoQuorum,
+    NotLeader,
+    RaftError,
+    Stopped,
+    TooBusy,
+    TransferFailed,
+    UnknownOutcome,
+)
 from raftstate.journal_sync import GroupSync
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
@@ -30,10 +39,14 @@ from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, Rea
 from raftstate.snapshot_format import SnapshotHeader
 from raftstate.state.retire import retire
 from raftstate.state.store import Store
+from raftstate.submissions import Submission, Submissions, Told
 
 __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica", "boot_clock"]
 
 log = logging.getLogger(__name__)
+
+Waiting = asyncio.Future[Any] | Submission
+"""A write whose outcome is not known yet."""
 
 EXPIRY_S = 0.05
 """How often writes are looked at that may have waited too long."""
@@ -83,8 +96,9 @@ class Replica:
         self._driver: Driver | None = None
         self._syncs = GroupSync()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._proposals: dict[asyncio.Future[Any], tuple[float, float]] = {}
+        self._proposals: dict[Waiting, tuple[float, float]] = {}
         """Writes that wait, with when they give up and after how many seconds that is."""
+        self._submissions = Submissions(lambda submission: self._proposals.pop(submission, None))
         self._expiry: asyncio.TimerHandle | None = None
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         """The message sent last, and its bytes."""
@@ -180,6 +194,19 @@ class Replica:
         """
         return await self._propose(lambda core, done: core.propose(envelope, done), timeout_s)
 
+    def submit(self, envelope: bytes, told: Told, timeout_s: float = 10.0) -> None:
+        """As `apply`, for a caller without a task: ``told`` gets the outcome in a later turn of the loop.
+
+        Raises NotLeader, TooBusy, CommandTooLarge, Stopped: nothing was proposed, and ``told`` is not called.
+        """
+        core = self._running_core()
+        if core.transferring:
+            raise TooBusy("leadership is being handed over: try again after a short wait")
+        submission = Submission(self._submissions, told)
+        core.propose(envelope, submission.settle)
+        self._poke()
+        self._await(submission, self._clock() + timeout_s, timeout_s)
+
     async def _propose(
         self, propose: Callable[[RaftCore, Callable[[Any, Any], None]], object], timeout_s: float
     ) -> Any:
@@ -200,13 +227,16 @@ class Replica:
 
         propose(core, done)
         self._poke()
-        self._proposals[result] = deadline, timeout_s
-        if self._expiry is None:
-            self._expiry = asyncio.get_running_loop().call_later(EXPIRY_S, self._expire)
+        self._await(result, deadline, timeout_s)
         try:
             return await result
         finally:
             self._proposals.pop(result, None)
+
+    def _await(self, result: Waiting, deadline: float, timeout_s: float) -> None:
+        self._proposals[result] = deadline, timeout_s
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().call_later(EXPIRY_S, self._expire)
 
     def _expire(self) -> None:
         """One clock for all writes: a timer for each would cost more than its proposal."""
