@@ -27,8 +27,9 @@ from node.tasks import Tasks
 
 log = logging.getLogger("lictor.rpc")
 
-UPLOAD_PIECES_HIGH, UPLOAD_PIECES_LOW = 64, 16
-"""Pieces of one upload that may wait: above the first its connection is read no more, until below the second."""
+UPLOAD_BYTES_HIGH, UPLOAD_BYTES_LOW = 8 * 1024 * 1024, 2 * 1024 * 1024
+"""Bytes of one upload that may wait: above the first its connection is read no more, until below the second."""
+PIECE_BYTES_MIN = 128
 FAILURE_TEXT_MAX = 4096
 
 
@@ -37,20 +38,24 @@ class Upload:
 
     def __init__(self, hold: Callable[[], None], go_on: Callable[[], None]) -> None:
         self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._bytes = 0
         self._hold, self._go_on = hold, go_on
         self._held = False
 
     def put(self, piece: bytes | None) -> None:
         """Take in the next piece; None ends the upload."""
         self._pieces.put_nowait(piece)
-        if not self._held and self._pieces.qsize() > UPLOAD_PIECES_HIGH:
+        # A piece counts for a little more than it holds: many empty ones take room as well.
+        self._bytes += _weight(piece)
+        if not self._held and self._bytes > UPLOAD_BYTES_HIGH:
             self._held = True
             self._hold()
 
     async def read(self) -> AsyncIterator[bytes]:
         """Yield the pieces."""
         while (piece := await self._pieces.get()) is not None:
-            if self._held and self._pieces.qsize() < UPLOAD_PIECES_LOW:
+            self._bytes -= _weight(piece)
+            if self._held and self._bytes < UPLOAD_BYTES_LOW:
                 self.release()
             yield piece
 
@@ -59,6 +64,10 @@ class Upload:
         if self._held:
             self._held = False
             self._go_on()
+
+
+def _weight(piece: bytes | None) -> int:
+    return PIECE_BYTES_MIN + len(piece or b"")
 
 
 @dataclass
@@ -115,6 +124,8 @@ def _nothing() -> None:
 
 Feeding = Callable[["Call", Feed], bool]
 """Begin to feed; False: not at once, stream it instead."""
+Immediate = Callable[["Call"], bytes]
+"""Answer without waiting for anything."""
 Unary = Callable[[Call], Awaitable[bytes]]
 Streaming = Callable[[Call], AsyncIterator[bytes]]
 
@@ -123,6 +134,7 @@ class Methods:
     """What a server answers to."""
 
     def __init__(self) -> None:
+        self.immediate: dict[str, Immediate] = {}
         self.unary: dict[str, Unary] = {}
         self.streaming: dict[str, Streaming] = {}
         self.feeding: dict[str, Feeding] = {}
@@ -130,6 +142,10 @@ class Methods:
     def add(self, name: str, method: Unary) -> None:
         """Serve calls with one answer."""
         self.unary[name] = method
+
+    def add_immediate(self, name: str, method: Immediate) -> None:
+        """Serve calls that are answered in the turn of the loop in which they come: no task, no timer."""
+        self.immediate[name] = method
 
     def add_feed(self, name: str, method: Feeding) -> None:
         """Serve calls of a streaming method without a task, where `method` can."""
@@ -180,6 +196,10 @@ class ServerConnection(FrameConnection):
     def _begin(self, request: Request) -> None:
         if request.call in self._calls or request.call in self._feeds:
             raise BadFrame(f"call {request.call} is already in progress")
+        if (immediate := self._methods.immediate.get(request.method)) is not None:
+            # Before the bound on calls: an agent that does much must still be able to say that it lives.
+            self._at_once(request, immediate)
+            return
         if len(self) >= self._inflight_max:
             self._fail(request.call, Busy(f"{self._inflight_max} calls are in progress: try again in a moment"))
             return
@@ -201,18 +221,28 @@ class ServerConnection(FrameConnection):
             return
         self._calls[request.call] = self._tasks.spawn(self._guard(request.call, work))
 
+    def _at_once(self, request: Request, method: Immediate) -> None:
+        try:
+            body = method(Call(self.peer, request.body, float("inf")))
+        except Exception as error:  # noqa: BLE001 - told to the caller, as in `_guard`
+            self._fail(request.call, self._as_node_error(error))
+            return
+        self.send(Response(request.call, body))
+
+    def _as_node_error(self, error: Exception) -> NodeError:
+        """The edge of the protocol: a fault in one call must answer that call and leave the others alone."""
+        if isinstance(error, NodeError):
+            return error
+        log.error("rpc: a call of %s failed", self.peer.node, exc_info=error)
+        return NodeError(f"the server failed: {type(error).__name__}; see its log")
+
     def _feed(self, feeding: Feeding, call: Call, request: Request) -> bool:
         feed = self._feeds[request.call] = Feed(self, request.call)
         try:
             if feeding(call, feed):
                 return True
-        except NodeError as error:
-            self.end_feed(request.call, error)
-            return True
-        except Exception as error:
-            # As in `_guard`: a fault in one call must not end the others' connection.
-            log.exception("rpc: a stream of %s failed", self.peer.node)
-            self.end_feed(request.call, NodeError(f"the server failed: {type(error).__name__}; see its log"))
+        except Exception as error:  # noqa: BLE001 - told to the caller, as in `_guard`
+            self.end_feed(request.call, self._as_node_error(error))
             return True
         del self._feeds[request.call]
         return False
@@ -240,16 +270,12 @@ class ServerConnection(FrameConnection):
         # Made here, not by the caller: a task that is cancelled before its first step would leave it unawaited.
         try:
             await work()
-        except NodeError as error:
-            self._fail(number, error)
         except TimeoutError:
             self._fail(number, TimedOut())
         except asyncio.CancelledError:
             raise
-        except Exception as error:
-            # The edge of the protocol: a fault in one call must answer that call and leave the others alone.
-            log.exception("rpc: a call of %s failed", self.peer.node)
-            self._fail(number, NodeError(f"the server failed: {type(error).__name__}; see its log"))
+        except Exception as error:  # noqa: BLE001 - told to the caller
+            self._fail(number, self._as_node_error(error))
         finally:
             self._calls.pop(number, None)
             if (upload := self._uploads.pop(number, None)) is not None:

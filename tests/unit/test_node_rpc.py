@@ -12,7 +12,7 @@ import pytest
 from node.config import Limits
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Refused, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
-from node.rpc.server import Call, Methods
+from node.rpc.server import Call, Methods, Upload
 from tests.support.both_loops import both_loops
 from tests.support.rpc import eventually, rpc_ends
 
@@ -269,4 +269,49 @@ async def test_an_upload_that_outruns_its_reader_is_held_back_not_lost(tmp_path:
         assert await upload == b"done"
         assert sum(read) == 200 * 65536
         assert await connection.call("echo", b"x", 5) == b"client-1:x"
+        connection.close()
+
+
+async def test_what_waits_of_an_upload_is_bounded_in_bytes_whatever_its_pieces() -> None:
+    for size, pieces_max in ((9 * 1024 * 1024, 1), (64 * 1024, 128), (0, 70_000)):
+        calls: list[str] = []
+        upload = Upload(lambda calls=calls: calls.append("hold"), lambda calls=calls: calls.append("go on"))  # type: ignore[misc]
+        put = 0
+        while not calls:
+            upload.put(b"x" * size)
+            put += 1
+        assert put <= pieces_max
+        upload.put(None)
+        read = 0
+        async for _ in upload.read():
+            read += 1
+            assert calls == ["hold"] or read > put // 2, "read on only once much of it is gone"
+        assert (read, calls) == (put, ["hold", "go on"])
+
+
+@both_loops
+async def test_a_call_that_is_answered_at_once_needs_no_place_among_those_in_progress(tmp_path: Path) -> None:
+    served = Served()
+
+    def alive(call: Call) -> bytes:
+        if call.body == b"bug":
+            raise ValueError("secret detail")
+        if call.body == b"no":
+            raise Refused("no", reason="conflict", http_status=409)
+        return call.peer.node.encode()
+
+    served.methods.add_immediate("alive", alive)
+    async with rpc_ends(tmp_path, served.methods, limits=Limits(rpc_inflight_max=1)) as ends:
+        connection = await ends.dial()
+        hanging = asyncio.ensure_future(connection.call("hang", b"", 5))
+        await eventually(lambda: served.started == 1)
+        with pytest.raises(Busy):
+            await connection.call("echo", b"", 5)
+        assert await connection.call("alive", b"", 5) == b"client-1"
+        with pytest.raises(Refused, match="no"):
+            await connection.call("alive", b"no", 5)
+        with pytest.raises(NodeError, match=r"^the server failed: ValueError; see its log$"):
+            await connection.call("alive", b"bug", 5)
+        served.release.set()
+        await hanging
         connection.close()
