@@ -90,6 +90,7 @@ class FrameConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._end(error)
+        self._transport = None  # which refers to us: left to the collector, each ended connection holds 30 KiB of TLS
 
     # -- use -------------------------------------------------------------------------------------------------------
 

@@ -113,6 +113,11 @@ class Feed:
         """Send one item."""
         self._connection.send(Item(self._number, body))
 
+    def closed(self) -> None:
+        """It is over: tell its source, and let go of it, or the two would keep each other and the connection."""
+        on_close, self.on_close, self.on_writable = self.on_close, _nothing, _nothing
+        on_close()
+
     def fail(self, error: NodeError) -> None:
         """End the stream by an error."""
         self._connection.end_feed(self._number, error)
@@ -187,7 +192,7 @@ class ServerConnection(FrameConnection):
             if (task := self._calls.get(frame.call)) is not None:
                 task.cancel()
             elif (feed := self._feeds.pop(frame.call, None)) is not None:
-                feed.on_close()
+                feed.closed()
         elif isinstance(frame, (Item, End)):
             self._piece(frame)
         else:
@@ -250,7 +255,7 @@ class ServerConnection(FrameConnection):
     def end_feed(self, number: int, error: NodeError) -> None:
         """End a fed stream by an error."""
         if (feed := self._feeds.pop(number, None)) is not None:
-            feed.on_close()
+            feed.closed()
             self._fail(number, error)
 
     def resume_writing(self) -> None:
@@ -309,5 +314,5 @@ class ServerConnection(FrameConnection):
             task.cancel()
         feeds, self._feeds = self._feeds, {}
         for feed in feeds.values():
-            feed.on_close()
+            feed.closed()
         self._on_end(self)

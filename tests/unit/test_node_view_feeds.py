@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +19,7 @@ from node.rpc.server import Call, Feed, Methods
 from node.views import Rows, merge
 from raftstate.model.catalog import Node, ServiceInstance
 from raftstate.state.commands import CatalogRegister, DeregisterService, KVDelete, KVSet
+from tests.support.both_loops import both_loops
 from tests.support.rpc import eventually, rpc_ends
 
 PARAMS = {"prefix": "k/"}
@@ -291,4 +294,27 @@ async def test_who_leaves_while_a_change_is_handed_round_holds_nobody_up() -> No
     assert any(len(feed.sent) == 1 for feed in gone)
     stays.on_close()
     assert (len(backend.reads.hub), len(backend.watches)) == (0, 0), "nothing is left behind"
+    await backend.close()
+
+
+@both_loops
+async def test_a_connection_that_ended_is_freed_without_the_collector(tmp_path: Path) -> None:
+    """The collector's last generation comes late in a process with a large state, and each holds 30 KiB of TLS."""
+    backend = LocalBackend()
+    async with rpc_ends(tmp_path, methods_of(backend)) as ends:
+        connection = await ends.dial()
+        streams = [connection.stream("follow", b"kv.list") for _ in range(3)]
+        for stream in streams:
+            await anext(stream)
+        await streams.pop().aclose()
+        (server_side,) = ends.listener.connections
+        ended = weakref.ref(server_side)
+        del server_side
+        gc.collect()
+        gc.disable()
+        try:
+            connection.close()
+            await eventually(lambda: ended() is None)
+        finally:
+            gc.enable()
     await backend.close()
