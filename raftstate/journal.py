@@ -73,12 +73,22 @@ class Journal:
     @property
     def first_index(self) -> int:
         """Index of the first kept entry, the base; 0 if the log is empty."""
-        return self._state.entries[0][1] if self._state.entries else 0
+        entries = self._state.entries
+        return entries[0][1] if entries else 0
 
     @property
     def last_index(self) -> int:
         """Index of the last entry; 0 if the log is empty."""
-        return self._state.entries[-1][1] if self._state.entries else 0
+        entries = self._state.entries
+        return entries[-1][1] if entries else 0
+
+    def term_at(self, index: int) -> int | None:
+        """Term of the entry at `index`; None if it is compacted away or not there yet."""
+        entries = self._state.entries
+        if not entries:
+            return None
+        position = index - entries[0][1]
+        return entries[position][2] if 0 <= position < len(entries) else None
 
     def getCurrentTerm(self) -> int:
         """Current term; durable or not."""
@@ -183,18 +193,19 @@ class Journal:
             return None
         records, self._buffer = self._buffer, []
         vote = (self._state.term, self._state.voted_for)
-        pending = Pending(self, records, self.last_index, vote, min(self._commit_index, self.last_index))
+        commit_index = min(self._commit_index, self.last_index)
+        pending = Pending(self, records, self.last_index, vote, commit_index, self._known_index())
         with self._lock:
             self._outstanding.append(pending)
         return pending
 
     def rest(self) -> None:
-        """Write what the next group would take along, since there is none now; only while none is outstanding.
+        """Write what the next group would take along, since there is none now; nothing while one is outstanding.
 
         Raises JournalFailed.
         """
         if not self._outstanding:
-            self._writer.rest()
+            self._writer.rest(self._known_index())
 
     def close(self) -> None:
         """Sync what is left and release the files. A journal that has failed is just released."""
@@ -204,7 +215,7 @@ class Journal:
                 if pending is not None and len(self._outstanding) == 1:
                     pending.sync()
         finally:
-            self._writer.close()
+            self._writer.close(0 if self._outstanding else self._known_index())
 
     def _destroy(self) -> None:
         self.close()
@@ -212,6 +223,10 @@ class Journal:
     def _change(self, record: Record) -> None:
         self._state.apply(record)
         self._buffer.append(record)
+
+    def _known_index(self) -> int:
+        """Up to here entries are committed, and durable here."""
+        return min(self._commit_index, self._durable_index)
 
     def _forget_from(self, index: int) -> None:
         """Entries from `index` on are no longer what the disk holds, whatever is being synced now."""
@@ -221,13 +236,13 @@ class Journal:
                 pending.covers_index = min(pending.covers_index, max(0, index - 1))
 
     def _sync(self, pending: Pending) -> None:
-        self._writer.commit(pending.records, pending.commit_index, lambda: self._synced(pending))
+        self._writer.commit(pending.records, pending.commit_index, pending.known_index, lambda: self._synced(pending))
 
     def _write(self, pending: Pending) -> int:
-        return self._writer.begin(pending.records)
+        return self._writer.begin(pending.records, pending.known_index)
 
     def _finish(self, pending: Pending, error: OSError | None) -> None:
-        self._writer.finish(pending.commit_index, error, lambda: self._synced(pending))
+        self._writer.finish(error, lambda: self._synced(pending))
 
     def _synced(self, pending: Pending) -> None:
         with self._lock:
@@ -246,12 +261,16 @@ class Pending:
         covers_index: int,
         vote: tuple[int, str | None],
         commit_index: int,
+        known_index: int,
     ) -> None:
         self._journal = journal
         self.records = records
         self.covers_index = covers_index
         self.vote = vote
         self.commit_index = commit_index
+        """Committed once this group is durable, as far as was known when it was taken …"""
+        self.known_index = known_index
+        """… and before it is."""
 
     def sync(self) -> None:
         """Write and fdatasync; blocks. Raises JournalFailed, after which the server must stop."""

@@ -50,8 +50,8 @@ class Writer:
         self._durable_bytes = self._bytes - (
             CERTIFICATE_BYTES if self._bytes and found.certified_bytes == self._bytes else 0
         )
-        self._uncertified: int | None = None
-        """The commit index to certify what is durable with, if that is still to be done."""
+        self._uncertified = False
+        """Whether something is durable that no certificate says so of."""
         self._oldest = found.segments.first_segment
         try:
             self._open(found)
@@ -90,14 +90,19 @@ class Writer:
         self._durable_bytes = self._bytes
         self._bytes += len(certificate)
 
-    def commit(self, records: list[Record], commit_index: int, on_durable: Callable[[], None]) -> None:
-        """Append, sync, and call `on_durable`; blocks. Raises JournalFailed."""
+    def commit(
+        self, records: list[Record], commit_index: int, known_index: int, on_durable: Callable[[], None]
+    ) -> None:
+        """Append, sync, and call `on_durable`; blocks. Raises JournalFailed.
+
+        Up to `known_index` entries are committed and durable already; up to `commit_index` they are then.
+        """
         with self._busy:
             if self.failed is not None:
                 raise self.failed
             try:
                 made = self._file is None or self._bytes >= self._segment_bytes
-                data = self._begin_segment(commit_index) if made else self._due_certificate()
+                data = self._begin_segment(commit_index) if made else self._due_certificate(known_index)
                 data += self._encode(records)
                 assert self._file is not None
                 self._file.append(data)
@@ -105,13 +110,13 @@ class Writer:
                 if made:
                     self._disk.sync_dir(self._directory)
                 self._bytes += len(data)
-                self._durable(commit_index, on_durable)
-                self._certify()
+                self._durable(on_durable)
+                self._certify(commit_index)
                 self._remove_old()
             except OSError as error:
                 raise self._fail(error) from error
 
-    def begin(self, records: list[Record]) -> int:
+    def begin(self, records: list[Record], known_index: int) -> int:
         """Append what needs no wait; return the file to sync before `finish`, or -1: `commit` these instead."""
         if self.failed is not None:
             raise self.failed
@@ -126,53 +131,59 @@ class Writer:
         if size > QUICK_BYTES or (fd := file.descriptor(size)) < 0:
             return -1
         try:
-            data = self._due_certificate() + self._encode(records)
+            data = self._due_certificate(known_index) + self._encode(records)
             file.append(data)
         except OSError as error:
             raise self._fail(error) from error
         self._bytes += len(data)
         return fd
 
-    def finish(self, commit_index: int, error: OSError | None, on_durable: Callable[[], None]) -> None:
+    def finish(self, error: OSError | None, on_durable: Callable[[], None]) -> None:
         """What `begin` appended is durable, unless there is an error."""
         if self.failed is not None:
             raise self.failed
         if error is not None:
             raise self._fail(error) from error
-        self._durable(commit_index, on_durable)
+        self._durable(on_durable)
 
-    def rest(self) -> None:
-        """Certify what is durable, if the next group has not done so by now. Not while a group is under way."""
-        if self.failed is not None or self._uncertified is None:
+    def rest(self, known_index: int) -> None:
+        """Certify what is durable, and what of it is committed. Not while a group is under way."""
+        if self.failed is not None or self._file is None:
             return
         try:
-            self._certify()
+            self._certify(known_index)
         except OSError as error:
             raise self._fail(error) from error
 
-    def _durable(self, commit_index: int, on_durable: Callable[[], None]) -> None:
+    def _durable(self, on_durable: Callable[[], None]) -> None:
         self._durable_bytes = self._bytes
-        self._uncertified = commit_index
+        self._uncertified = True
         on_durable()
 
-    def _certify(self) -> None:
+    def _certify(self, known_index: int) -> None:
         # Not synced: it reaches the disk with the next group or when the kernel writes back.
-        assert self._file is not None
-        certificate = self._due_certificate()
-        self._file.append(certificate)
-        self._bytes += len(certificate)
+        certificate = self._due_certificate(known_index)
+        if certificate:
+            assert self._file is not None
+            self._file.append(certificate)
+            self._bytes += len(certificate)
 
-    def _due_certificate(self) -> bytes:
-        """What certifies the group before, to be written where the records end; b"" if it is certified."""
-        commit_index, self._uncertified = self._uncertified, None
-        return b"" if commit_index is None else self._certificate(commit_index).encode()
+    def _due_certificate(self, known_index: int) -> bytes:
+        """What certifies the group before, to be written where its records end; b"" if that is done.
 
-    def close(self) -> None:
-        """Release the files; nothing is written any more."""
+        Never a second one before the next sync: behind a first that was torn it would make a torn tail look damaged.
+        """
+        if not self._uncertified:
+            return b""
+        self._uncertified = False
+        return self._certificate(known_index).encode()
+
+    def close(self, known_index: int = 0) -> None:
+        """Certify as `rest` does, and release the files; nothing is written any more."""
         with self._busy:
             if self._file is not None:
                 try:
-                    self.rest()
+                    self.rest(known_index)
                 except JournalFailed as error:
                     log.warning("raft journal %s: closed without its last certificate: %s", self._directory, error)
                 self._file.close()
@@ -182,7 +193,7 @@ class Writer:
 
     def _begin_segment(self, commit_index: int) -> bytes:
         """A new segment. Only called when the one before is durable as far as `_durable_bytes`: it certifies that."""
-        self._uncertified = None
+        self._uncertified = False
         if self._file is not None:
             self._file.close()
         number = 1 if self._header is None else self._header.segment + 1

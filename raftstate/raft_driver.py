@@ -70,6 +70,8 @@ class Driver:
         self._timer_at = 0.0
         self._apply_timer: Handle | None = None
         self._poked = self._scheduled = False
+        self._quiet = True
+        """Whether no sync has begun since the timer fired last."""
         self._running = True
         self._held: list[tuple[str, Message]] = []
         self.syncing = False
@@ -94,19 +96,20 @@ class Driver:
             return
         try:
             core = self._core
-            if core.next_deadline() <= self._clock():
-                core.tick()
             # First what others wait for: while the disks work, there is time to apply.
             began = self._move()
+            more = False
             if began and not apply_now and not core.is_leader:
                 self._apply_later()
-                more = False
             else:
-                self._end_apply_timer()
-                applied = core.applied
-                more = core.apply_some()
+                if self._apply_timer is not None:
+                    self._apply_timer.cancel()
+                    self._apply_timer = None
+                applies = core.applied < core.commit
+                if applies:
+                    more = core.apply_some()
                 self._after()
-                if core.applied != applied:
+                if applies:
                     self._move()
         except BaseException as error:  # noqa: BLE001 - whatever it is, a core in an unknown state must not go on
             self.fail(error)
@@ -120,11 +123,6 @@ class Driver:
         if self._apply_timer is None:
             self._apply_timer = self._loop.call_later(APPLY_LATER_S, self._apply_due)
 
-    def _end_apply_timer(self) -> None:
-        if self._apply_timer is not None:
-            self._apply_timer.cancel()
-            self._apply_timer = None
-
     def _apply_due(self) -> None:
         self._apply_timer = None
         self._pump(apply_now=True)
@@ -134,8 +132,9 @@ class Driver:
         out = self._core.take_outbox()
         for peer, message in out.free:
             self._send(peer, message)
-        self._held += out.held
-        return self._sync(out.term)
+        if out.held:
+            self._held += out.held
+        return not self.syncing and self._sync(out.term)  # what is held during a sync waits for the next group
 
     def _set_timer(self) -> None:
         """Have `_pump` called when the core has something to do. A timer that comes too early is left as it is.
@@ -153,23 +152,29 @@ class Driver:
 
     def _due(self) -> None:
         self._timer = None
-        if not self.syncing and self._running:
-            try:
+        if not self._running:
+            return
+        try:
+            if self._quiet and not self.syncing:
                 self._journal.rest()
-            except BaseException as error:  # noqa: BLE001 - a journal that cannot be written must not be written on
-                self.fail(error)
-                return
+            self._quiet = True
+            if self._core.next_deadline() <= self._clock():
+                self._core.tick()
+        except BaseException as error:  # noqa: BLE001 - as in `_pump`
+            self.fail(error)
+            return
         self._pump()
 
     def _sync(self, term: int) -> bool:
-        if self.syncing:
-            return False  # what is held now waits for the next group
         group = self._journal.take_pending()
-        held, self._held = self._held, []
+        held = self._held
+        if held:
+            self._held = []
         if group is None:
-            self._release(held)
+            if held:
+                self._release(held)
             return False
-        self.syncing = True
+        self.syncing, self._quiet = True, False
         self._run_sync(group, lambda error: self._synced(error, held, term))
         return True
 

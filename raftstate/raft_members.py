@@ -60,7 +60,7 @@ class Members(msgspec.Struct, frozen=True):
 
     def quorum_value(self, value_of: Callable[[str], float]) -> float:
         """The greatest value that a majority of the voters has reached; needs at least one voter."""
-        values = sorted((value_of(voter) for voter in self.voters), reverse=True)
+        values = sorted([value_of(member.id) for member in self.all if member.voter], reverse=True)
         return values[len(values) // 2]
 
     def is_quorum(self, servers: Iterable[str]) -> bool:

@@ -188,6 +188,11 @@ class Receiver(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
+        if not buffer and int.from_bytes(data[:_LENGTH_BYTES], "big") == len(data) - _LENGTH_BYTES <= (
+            self._frame_bytes_max
+        ):
+            self._take(data[_LENGTH_BYTES:])  # most often one whole frame comes
+            return
         buffer += data
         start = 0
         while self._transport is not None and len(buffer) - start >= _LENGTH_BYTES:
@@ -200,12 +205,18 @@ class Receiver(asyncio.Protocol):
                 break
             frame = bytes(buffer[start + _LENGTH_BYTES : end])
             start = end
-            try:
-                self._on_frame(self.peer, frame)
-            except RaftError as error:
-                self._refuse(str(error))
+            if not self._take(frame):
                 return
         del buffer[:start]
+
+    def _take(self, frame: bytes) -> bool:
+        """Hand a frame on; False: it was none that may come, and the link is closed."""
+        try:
+            self._on_frame(self.peer, frame)
+        except RaftError as error:
+            self._refuse(str(error))
+            return False
+        return True
 
     def eof_received(self) -> bool:
         return False
