@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 from aiohttp import web
 
 from node.http.context import Context, Routes
@@ -10,7 +12,7 @@ from node.http.errors import HttpError
 routes = Routes("acl")
 
 
-@routes.add("GET PUT POST DELETE", "/v1/acl/{path:.*}")
+@routes.add("GET PUT POST DELETE", "/v1/acl/{path:.*}", answer=Never)
 async def disabled(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Not supported; where no tokens are asked for, in the words of a Consul agent without access control."""
     if not ctx.options.acl_enabled:

@@ -7,11 +7,12 @@ import logging
 import resource
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Never
 
 from aiohttp import web
 
 from node.errors import NodeError
+from node.http.answers import AgentHost, AgentMetrics, AgentSelf, AgentVersion, MemberRow
 from node.http.context import VERSION, Context, Routes
 from node.http.errors import BadRequest, HttpError, NotSupported
 from node.http.respond import empty, json_response
@@ -34,7 +35,7 @@ async def _ask(ctx: Context, verb: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _member(ctx: Context, node: Node, status: int, server_address: str) -> dict[str, Any]:
+def _member(ctx: Context, node: Node, status: int, server_address: str) -> MemberRow:
     host, _, port = server_address.rpartition(":")
     tags = {
         "role": "consul" if server_address else "node",
@@ -60,7 +61,7 @@ def _member(ctx: Context, node: Node, status: int, server_address: str) -> dict[
     }
 
 
-async def members(ctx: Context) -> list[dict[str, Any]]:
+async def members(ctx: Context) -> list[MemberRow]:
     """Return every node with an agent, this one always among them."""
     configuration = await _ask(ctx, "raft.configuration", {"Servers": []})
     servers = {server["Node"]: server["Address"] for server in configuration["Servers"]}
@@ -78,7 +79,7 @@ async def members(ctx: Context) -> list[dict[str, Any]]:
     ]
 
 
-@routes.add("GET", "/v1/agent/self")
+@routes.add("GET", "/v1/agent/self", answer=AgentSelf)
 async def self_(ctx: Context, request: web.Request) -> web.StreamResponse:
     """What this agent is."""
     options = ctx.agent.options
@@ -88,7 +89,7 @@ async def self_(ctx: Context, request: web.Request) -> web.StreamResponse:
         members(ctx),
     )
     member = next(one for one in found if one["Name"] == options.node)
-    stats: dict[str, Any] = {
+    stats: dict[str, dict[str, str]] = {
         "agent": {
             "check_monitors": str(len(ctx.agent.local.checks)),
             "services": str(len(ctx.agent.local.services)),
@@ -99,7 +100,7 @@ async def self_(ctx: Context, request: web.Request) -> web.StreamResponse:
     }
     if raft is not None:
         stats["raft"] = _raft_stats(raft)
-    body = {
+    body: AgentSelf = {
         "Config": {
             "Datacenter": options.datacenter,
             "PrimaryDatacenter": options.datacenter,
@@ -136,7 +137,7 @@ async def _nothing() -> None:
     return None
 
 
-def _raft_stats(status: Any) -> dict[str, Any]:
+def _raft_stats(status: Any) -> dict[str, str]:
     """Return raft's figures as texts, under Consul's names (lower-case with underscores) where it has them."""
     import msgspec
 
@@ -159,7 +160,7 @@ def _snake(name: str) -> str:
     return out
 
 
-@routes.add("GET", "/v1/agent/host")
+@routes.add("GET", "/v1/agent/host", answer=AgentHost)
 async def host(ctx: Context, request: web.Request) -> web.StreamResponse:
     """What is known of the machine: as little as is useful."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -167,7 +168,7 @@ async def host(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, {"Memory": memory, "CPU": [], "Host": {"hostname": ctx.agent.options.node}})
 
 
-@routes.add("GET", "/v1/agent/version")
+@routes.add("GET", "/v1/agent/version", answer=AgentVersion)
 async def version(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The version of the API and of Lictor."""
     return json_response(
@@ -182,7 +183,7 @@ async def version(ctx: Context, request: web.Request) -> web.StreamResponse:
     )
 
 
-@routes.add("GET", "/v1/agent/members")
+@routes.add("GET", "/v1/agent/members", answer=list[MemberRow])
 async def members_(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Every node with an agent."""
     return json_response(request, [] if "wan" in request.query else await members(ctx))
@@ -228,7 +229,7 @@ async def force_leave(ctx: Context, request: web.Request) -> web.StreamResponse:
     return empty()
 
 
-@routes.add("GET", "/v1/agent/metrics")
+@routes.add("GET", "/v1/agent/metrics", answer=AgentMetrics, text="text/plain")
 async def metrics(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Figures of this agent, as JSON or with ``?format=prometheus`` as text."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -277,7 +278,7 @@ class _Lines(logging.Handler):
         self.queue.put_nowait(text)
 
 
-@routes.add("GET", "/v1/agent/monitor", streams=True)
+@routes.add("GET", "/v1/agent/monitor", answer=bytes, streams=True)
 async def monitor(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The agent's log as it is written, from a level on."""
     level = request.query.get("loglevel", "info").lower()
@@ -296,7 +297,7 @@ async def monitor(ctx: Context, request: web.Request) -> web.StreamResponse:
         logger.removeHandler(handler)
 
 
-@routes.add("PUT", "/v1/agent/token/{kind}")
+@routes.add("PUT", "/v1/agent/token/{kind}", answer=Never)
 async def token(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The agent's own tokens: none while access control is off."""
     raise HttpError(401, "ACL support disabled")

@@ -6,6 +6,7 @@ from aiohttp import web
 
 from node.agent.definitions import CHECK_ALIASES, CheckDefinition
 from node.http.agent_services import plain_check
+from node.http.answers import AgentCheckRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import read_options
@@ -20,7 +21,7 @@ routes = Routes("agent checks")
 _HIDDEN = ("CreateIndex", "ModifyIndex")
 
 
-@routes.add("GET", "/v1/agent/checks")
+@routes.add("GET", "/v1/agent/checks", answer=dict[str, AgentCheckRow])
 async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The checks registered with this agent, by id."""
     options = read_options(request.query, request.headers, ctx.rng)

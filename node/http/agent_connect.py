@@ -10,6 +10,7 @@ from aiohttp import web
 
 from node.agent.sidecars import SidecarFeed
 from node.http.agent_services import definition_of
+from node.http.answers import Authorization, Roots
 from node.http.connect import answer_roots
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
@@ -17,7 +18,7 @@ from node.http.options import read_options
 from node.http.respond import empty, json_response, query_headers
 from node.http.writing import body_as, read_body
 from proxy.authz import compile_policy
-from raftstate.model.connect import Revocation
+from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.identity import Identity, InvalidSpiffeId, SpiffeId
 from raftstate.model.intention import Intention
 from raftstate.model.wire import Wire, to_json
@@ -29,13 +30,13 @@ ANSWERS_HEADER = "X-Lictor-Answers"
 """``1``: the sidecar will answer each line, by ``PUT /v1/agent/connect/answer/<sidecar-id>``."""
 
 
-@routes.add("GET", "/v1/agent/connect/ca/roots")
+@routes.add("GET", "/v1/agent/connect/ca/roots", answer=Roots, text="application/pem-certificate-chain")
 async def roots(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The trust bundle."""
     return await answer_roots(ctx, request)
 
 
-@routes.add("GET", "/v1/agent/connect/ca/leaf/{service:.*}")
+@routes.add("GET", "/v1/agent/connect/ca/leaf/{service:.*}", answer=Leaf)
 async def leaf(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A service's certificate with its key, made on this host; blocks until it is renewed."""
     service = request.match_info["service"]
@@ -57,7 +58,7 @@ class Authorize(Wire, frozen=True):
     client_cert_serial: str = ""
 
 
-@routes.add("POST PUT", "/v1/agent/connect/authorize", body=Authorize)
+@routes.add("POST PUT", "/v1/agent/connect/authorize", body=Authorize, answer=Authorization)
 async def authorize(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Whether a connection is to be admitted; intentions on requests (L7) count as deny, as in Consul."""
     body = await body_as(ctx, request, Authorize)
@@ -89,7 +90,7 @@ async def _decide(ctx: Context, source: SpiffeId, body: Authorize) -> tuple[bool
         return decision.allowed, decision.reason
 
 
-@routes.add("POST", "/v1/agent/connect/proxy/{id}/stream", streams=True)
+@routes.add("POST", "/v1/agent/connect/proxy/{id}/stream", answer=bytes, streams=True)
 async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A sidecar's registration and, in answer, its configuration as a stream of JSON lines (Lictor's own)."""
     definition = definition_of(await read_body(request, ctx.options.body_bytes_max))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -13,6 +13,7 @@ from aiohttp import web
 from node.agent.agent import SERVER_SERVICE
 from node.agent.definitions import CHECK_ALIASES, CheckDefinition, ConnectDefinition, ServiceDefinition
 from node.agent.local import Item
+from node.http.answers import AgentHealthRow, AgentServiceRow, Status
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.options import parse_bool, read_options, wait_of
@@ -27,7 +28,7 @@ from raftstate.model.wire import to_json
 routes = Routes("agent services")
 
 
-@routes.add("GET", "/v1/agent/services")
+@routes.add("GET", "/v1/agent/services", answer=dict[str, AgentServiceRow])
 async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The services registered with this agent, by id."""
     options = read_options(request.query, request.headers, ctx.rng)
@@ -39,19 +40,20 @@ async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, {row["ID"]: row for row in filtered(rows, options)})
 
 
-@routes.add("GET", "/v1/agent/service/{id:.*}")
+@routes.add("GET", "/v1/agent/service/{id:.*}", answer=AgentServiceRow)
 async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     """One service of this agent; with ``?hash=`` blocks while it is unchanged."""
     service_id = request.match_info["id"]
     if not service_id:
         raise BadRequest("Missing service ID")
 
-    def shown() -> dict[str, Any] | None:
+    def shown() -> AgentServiceRow | None:
         found = ctx.agent.local.services.get(service_id)
         if found is None:
             return None
         shape = agent_service_shape(found.row, ctx.agent.options.datacenter)
-        return shape | {"ContentHash": hashlib.sha256(to_json(shape)).hexdigest()[:16]}
+        shape["ContentHash"] = hashlib.sha256(to_json(shape)).hexdigest()[:16]
+        return shape
 
     shape = shown()
     wanted = request.query.get("hash", "")
@@ -65,7 +67,7 @@ async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, shape, headers={"X-Consul-ContentHash": shape["ContentHash"]})
 
 
-def _hash(shape: dict[str, Any] | None) -> str:
+def _hash(shape: AgentServiceRow | None) -> str:
     return "" if shape is None else str(shape["ContentHash"])
 
 
@@ -181,19 +183,22 @@ async def node_maintenance(ctx: Context, request: web.Request) -> web.StreamResp
 
 
 _HEALTH_STATUS = {PASSING: 200, WARNING: 429, CRITICAL: 503}
+_STATUSES = tuple(_HEALTH_STATUS.values())
 
 
-def _health_entry(ctx: Context, service_id: str) -> dict[str, Any]:
+def _health_entry(ctx: Context, service_id: str) -> AgentHealthRow:
     status, checks = ctx.agent.local.health(service_id)
     service = ctx.agent.local.services[service_id]
     return {
-        "AggregatedStatus": status,
+        "AggregatedStatus": cast(Status, status),
         "Service": agent_service_shape(service.row, ctx.agent.options.datacenter),
         "Checks": [check_shape(check) for check in checks],
     }
 
 
-@routes.add("GET", "/v1/agent/health/service/id/{id:.*}")
+@routes.add(
+    "GET", "/v1/agent/health/service/id/{id:.*}", answer=AgentHealthRow, statuses=_STATUSES, text="text/plain"
+)
 async def health_by_id(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A local service's health; the status code tells it too (200, 429, 503)."""
     service_id = request.match_info["id"]
@@ -206,7 +211,13 @@ async def health_by_id(ctx: Context, request: web.Request) -> web.StreamResponse
     return json_response(request, entry, status=code)
 
 
-@routes.add("GET", "/v1/agent/health/service/name/{name:.*}")
+@routes.add(
+    "GET",
+    "/v1/agent/health/service/name/{name:.*}",
+    answer=list[AgentHealthRow],
+    statuses=_STATUSES,
+    text="text/plain",
+)
 async def health_by_name(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The health of all local instances of a service; the status code tells the worst."""
     name = request.match_info["name"]

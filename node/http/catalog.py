@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from node.http.answers import CatalogServiceRow, Empty, NodeRow, NodeServiceList, NodeServices
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.reading import answer, answer_rendered, filtered, nearest, read, with_meta
@@ -26,7 +27,7 @@ async def datacenters(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, [ctx.agent.options.datacenter])
 
 
-@routes.add("GET", "/v1/catalog/nodes", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/catalog/nodes", answer=list[NodeRow])
 async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All nodes by name."""
     reading = await read(ctx, request, "catalog.nodes")
@@ -60,7 +61,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
     return answer_rendered(ctx, request, reading, shapes)
 
 
-@routes.add("GET", "/v1/catalog/service/{service:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/catalog/service/{service:.*}", answer=list[CatalogServiceRow])
 async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The instances of a service."""
     name = _required(request, "service", "Missing service name")
@@ -68,14 +69,14 @@ async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _instances(ctx, request, "catalog.service", {"service": name} | ({"tags": tags} if tags else {}))
 
 
-@routes.add("GET", "/v1/catalog/connect/{service:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/catalog/connect/{service:.*}", answer=list[CatalogServiceRow])
 async def connect(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The proxies and mesh-native instances that answer for a service."""
     name = _required(request, "service", "Missing service name")
     return await _instances(ctx, request, "catalog.connect", {"service": name})
 
 
-@routes.add("GET", "/v1/catalog/node/{node:.*}")
+@routes.add("GET", "/v1/catalog/node/{node:.*}", answer=NodeServices | None)
 async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A node and its services by id; null for an unknown one."""
     name = _required(request, "node", "Missing node name")
@@ -87,7 +88,7 @@ async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, {"Node": node_shape(found.node), "Services": {row["ID"]: row for row in rows}})
 
 
-@routes.add("GET", "/v1/catalog/node-services/{node:.*}")
+@routes.add("GET", "/v1/catalog/node-services/{node:.*}", answer=NodeServiceList)
 async def node_services(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A node and the list of its services."""
     name = _required(request, "node", "Missing node name")
@@ -99,7 +100,7 @@ async def node_services(ctx: Context, request: web.Request) -> web.StreamRespons
     return answer(request, reading, {"Node": node_shape(found.node), "Services": rows})
 
 
-@routes.add("GET", "/v1/catalog/gateway-services/{gateway:.*}")
+@routes.add("GET", "/v1/catalog/gateway-services/{gateway:.*}", answer=list[Empty])
 async def gateway_services(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Services behind a gateway: none, as Lictor has no gateways."""
     reading = await read(ctx, request, "catalog.services", {}, rows=False)

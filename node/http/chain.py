@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from node.http.answers import Chain, ChainNode, ChainResolver, ChainRoute, ChainSplit, ChainTarget
 from raftstate.model.durations import format_duration
 from raftstate.model.plan import HeaderChange, Node, Plan, ResolverNode, Route, RouterNode, Split, Target
 from raftstate.state.step import plain
 
 
-def shown_chain(plan: Plan, datacenter: str) -> dict[str, Any]:
+def shown_chain(plan: Plan, datacenter: str) -> Chain:
     """Return a plan as ``Chain`` of Consul's answer; one that cannot be followed has ``Error`` besides."""
-    return {
+    shown: Chain = {
         "ServiceName": plan.service,
         "Namespace": "default",
         "Partition": "default",
@@ -21,18 +22,22 @@ def shown_chain(plan: Plan, datacenter: str) -> dict[str, Any]:
         "StartNode": plan.start,
         "Nodes": {name: _node(plan, name, node) for name, node in plan.nodes.items()},
         "Targets": {id: _target(plan, target, datacenter) for id, target in plan.targets.items()},
-        **({"Error": plan.error} if plan.error else {}),
     }
+    if plan.error:
+        shown["Error"] = plan.error
+    return shown
 
 
-def _node(plan: Plan, name: str, node: Node) -> dict[str, Any]:
+def _node(plan: Plan, name: str, node: Node) -> ChainNode:
     if isinstance(node, RouterNode):
-        routes = [{"Definition": _route(route), "NextNode": route.next_node} for route in node.routes]
+        routes: list[ChainRoute] = [
+            {"Definition": _route(route), "NextNode": route.next_node} for route in node.routes
+        ]
         return {"Type": "router", "Name": name.partition(":")[2], "Routes": routes}
     if not isinstance(node, ResolverNode):
         splits = [_split(plan, split) for split in node.splits]
         return {"Type": "splitter", "Name": name.partition(":")[2], "Splits": splits}
-    resolver: dict[str, Any] = {
+    resolver: ChainResolver = {
         "Default": node == ResolverNode(node.target),
         "ConnectTimeout": format_duration(node.connect_timeout_s),
         "Target": node.target,
@@ -41,7 +46,7 @@ def _node(plan: Plan, name: str, node: Node) -> dict[str, Any]:
         resolver["RequestTimeout"] = format_duration(node.request_timeout_s)
     if node.failover:
         resolver["Failover"] = {"Targets": list(node.failover)}
-    shown: dict[str, Any] = {"Type": "resolver", "Name": node.target, "Resolver": resolver}
+    shown: ChainNode = {"Type": "resolver", "Name": node.target, "Resolver": resolver}
     if node.balancing.policy:
         shown["LoadBalancer"] = {"Policy": node.balancing.policy}
         if node.balancing.hash_policies:
@@ -64,7 +69,7 @@ def _route(route: Route) -> dict[str, Any]:
     return {"Match": {"HTTP": http}, "Destination": {name: value for name, value in destination.items() if value}}
 
 
-def _split(plan: Plan, split: Split) -> dict[str, Any]:
+def _split(plan: Plan, split: Split) -> ChainSplit:
     node = plan.nodes.get(split.next_node)
     target = plan.targets.get(node.target) if isinstance(node, ResolverNode) else None
     definition = {
@@ -81,7 +86,7 @@ def _changes(request: HeaderChange, response: HeaderChange) -> dict[str, Any]:
     return {name: plain(change) for name, change in pairs if change}
 
 
-def _target(plan: Plan, target: Target, datacenter: str) -> dict[str, Any]:
+def _target(plan: Plan, target: Target, datacenter: str) -> ChainTarget:
     subset = {"Filter": target.filter, "OnlyPassing": target.only_passing} if target.subset else {}
     timeouts = [
         node.connect_timeout_s

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from node.http.answers import ChainAnswer, Empty
 from node.http.chain import shown_chain
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
@@ -59,7 +60,7 @@ def cas_index(request: web.Request) -> int | None:
     return int(given)
 
 
-@routes.add("GET", "/v1/config/{kind}/{name:.+}")
+@routes.add("GET", "/v1/config/{kind}/{name:.+}", answer=dict[str, Any])
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """An entry."""
     kind, name = request.match_info["kind"], request.match_info["name"]
@@ -71,14 +72,14 @@ async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, reading.value)
 
 
-@routes.add("GET", "/v1/config/{kind}")
+@routes.add("GET", "/v1/config/{kind}", answer=list[dict[str, Any]])
 async def list_kind(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All entries of a kind."""
     reading = await read(ctx, request, "config.list", {"kind": request.match_info["kind"]}, rows=False)
     return answer(request, reading, filtered(list(reading.value), reading.options))
 
 
-@routes.add("DELETE", "/v1/config/{kind}/{name:.+}")
+@routes.add("DELETE", "/v1/config/{kind}/{name:.+}", answer=bool | Empty)
 async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Delete an entry; with ``?cas=`` only if it is as old as that."""
     cas = cas_index(request)
@@ -87,7 +88,7 @@ async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, done if cas is not None else {})
 
 
-@routes.add("GET POST", "/v1/discovery-chain/{service}")
+@routes.add("GET POST", "/v1/discovery-chain/{service}", answer=ChainAnswer)
 async def discovery_chain(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The way that a call to a service takes, as its configuration entries make it."""
     params = {"service": request.match_info["service"], "datacenter": ctx.agent.options.datacenter}

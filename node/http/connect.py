@@ -6,12 +6,13 @@ from typing import Any
 
 from aiohttp import web
 
+from node.http.answers import AuthorityConfig, Roots
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import Reading, answer, read
 from node.http.respond import json_response
 from node.http.writing import body_as, write
-from raftstate.model.connect import CAConfig, CARoots, Revocation
+from raftstate.model.connect import CAConfig, CARoot, CARoots, Revocation
 from raftstate.model.wire import Wire
 from raftstate.state import commands
 
@@ -19,7 +20,7 @@ routes = Routes("connect")
 REVOCATION_KINDS = ("instance", "service", "serial")
 
 
-def roots_shape(roots: CARoots) -> dict[str, Any]:
+def roots_shape(roots: CARoots) -> Roots:
     """The trust bundle as Consul shows it."""
     return {
         "ActiveRootID": roots.active_root_id,
@@ -58,13 +59,13 @@ async def answer_roots(ctx: Context, request: web.Request) -> web.Response:
     return answer(request, reading, roots_shape(roots))
 
 
-@routes.add("GET", "/v1/connect/ca/roots")
+@routes.add("GET", "/v1/connect/ca/roots", answer=Roots, text="application/pem-certificate-chain")
 async def roots(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The trust bundle."""
     return await answer_roots(ctx, request)
 
 
-@routes.add("GET", "/v1/connect/ca/configuration")
+@routes.add("GET", "/v1/connect/ca/configuration", answer=AuthorityConfig)
 async def configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The certificate authority's configuration."""
     reading = await read(ctx, request, "connect.ca_config", rows=False)
@@ -91,7 +92,7 @@ class ConfigurationBody(Wire, frozen=True):
     force_without_cross_signing: bool = False
 
 
-@routes.add("PUT", "/v1/connect/ca/configuration", body=ConfigurationBody)
+@routes.add("PUT", "/v1/connect/ca/configuration", body=ConfigurationBody, answer=bool)
 async def set_configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Set the certificate authority's configuration."""
     body = await body_as(ctx, request, ConfigurationBody)
@@ -110,7 +111,7 @@ async def set_configuration(ctx: Context, request: web.Request) -> web.StreamRes
     return json_response(request, True)
 
 
-@routes.add("PUT", "/v1/connect/ca/rotate")
+@routes.add("PUT", "/v1/connect/ca/rotate", answer=CARoot)
 async def rotate(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Make a new root, cross-signed by the old one (Lictor's own endpoint)."""
     return json_response(request, await ctx.backend.operator("ca.rotate", {}))
@@ -120,7 +121,7 @@ def _revocations(reading: Reading) -> list[Revocation]:
     return sorted(reading.decode(list[Revocation]), key=lambda row: (row.kind, row.service, row.value))
 
 
-@routes.add("GET", "/v1/connect/revocations")
+@routes.add("GET", "/v1/connect/revocations", answer=list[Revocation])
 async def revocations(ctx: Context, request: web.Request) -> web.StreamResponse:
     """What identities are withdrawn (Lictor's own endpoint)."""
     reading = await read(ctx, request, "connect.revocations")
@@ -136,7 +137,7 @@ class RevocationBody(Wire, frozen=True):
     reason: str = ""
 
 
-@routes.add("PUT", "/v1/connect/revocations", body=RevocationBody)
+@routes.add("PUT", "/v1/connect/revocations", body=RevocationBody, answer=bool)
 async def revoke(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Withdraw an identity: an instance's, a service's, or one certificate by serial number."""
     body = await body_as(ctx, request, RevocationBody)
@@ -146,7 +147,7 @@ async def revoke(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, await write(ctx, request, command))
 
 
-@routes.add("DELETE", "/v1/connect/revocations")
+@routes.add("DELETE", "/v1/connect/revocations", answer=bool)
 async def restore(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Take a withdrawal back: ``?kind=&value=&service=``."""
     kind, value = request.query.get("kind", ""), request.query.get("value", "")

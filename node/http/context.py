@@ -84,7 +84,11 @@ class Route:
     body: Any = None
     """Type of the JSON body, for the API's description; None: any."""
     answer: Any = None
-    """Type of the JSON in the answer; None: any."""
+    """Type of the JSON in the answer; bytes: no JSON; None: an empty body; Never: there is only a refusal."""
+    statuses: tuple[int, ...] = (200,)
+    """With which the answer may come."""
+    text: str = ""
+    """Media type of the answer's other form, that some parameter asks for."""
     streams: bool = False
     """The handler sends its answer, or reads the body, piece by piece."""
 
@@ -97,17 +101,27 @@ class Routes:
         self.table: list[Route] = []
 
     def add(
-        self, methods: str, path: str, *, body: Any = None, answer: Any = None, streams: bool = False
+        self,
+        methods: str,
+        path: str,
+        *,
+        body: Any = None,
+        answer: Any = None,
+        statuses: tuple[int, ...] = (200,),
+        text: str = "",
+        streams: bool = False,
     ) -> Callable[[Handler], Handler]:
         """Answer ``methods`` (separated by blanks) at ``path``; the docstring's first line is the summary.
 
-        ``body`` and ``answer`` are types, for the API's description. ``streams``: the answer is no whole
-        ``web.Response``, or the body may be too large to be gathered first.
+        ``body``, ``answer``, ``statuses`` and ``text`` are for the API's description; see `Route`. ``streams``: the
+        answer is no whole ``web.Response``, or the body may be too large to be gathered first.
         """
 
         def register(handler: Handler) -> Handler:
             summary = (handler.__doc__ or "").strip().splitlines()[0].rstrip(".") if handler.__doc__ else ""
-            self.table.append(Route(tuple(methods.split()), path, handler, summary, body, answer, streams))
+            self.table.append(
+                Route(tuple(methods.split()), path, handler, summary, body, answer, statuses, text, streams)
+            )
             return handler
 
         return register

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from aiohttp import web
 
+from node.http.answers import CoordRow, DatacenterCoords, NodeCoord
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import answer, read
@@ -13,28 +12,28 @@ from node.http.respond import empty, json_response
 from raftstate.model.catalog import CatalogNode, Node
 
 routes = Routes("coordinate")
-_ORIGIN: dict[str, Any] = {"Vec": [0.0] * 8, "Error": 1.5, "Adjustment": 0.0, "Height": 0.00001}
+_ORIGIN: CoordRow = {"Vec": [0.0] * 8, "Error": 1.5, "Adjustment": 0.0, "Height": 0.00001}
 
 
-def _entry(name: str) -> dict[str, Any]:
+def _entry(name: str) -> NodeCoord:
     return {"Node": name, "Segment": "", "Coord": _ORIGIN}
 
 
-@routes.add("GET", "/v1/coordinate/datacenters")
+@routes.add("GET", "/v1/coordinate/datacenters", answer=list[DatacenterCoords])
 async def datacenters(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The servers' coordinates by datacenter."""
     datacenter = ctx.agent.options.datacenter
     return json_response(request, [{"Datacenter": datacenter, "AreaID": "wan", "Coordinates": []}])
 
 
-@routes.add("GET", "/v1/coordinate/nodes")
+@routes.add("GET", "/v1/coordinate/nodes", answer=list[NodeCoord])
 async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All nodes' coordinates."""
     reading = await read(ctx, request, "catalog.nodes")
     return answer(request, reading, [_entry(row.node) for row in reading.decode(list[Node])])
 
 
-@routes.add("GET", "/v1/coordinate/node/{node:.*}")
+@routes.add("GET", "/v1/coordinate/node/{node:.*}", answer=list[NodeCoord])
 async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """One node's coordinates."""
     name = request.match_info["node"]

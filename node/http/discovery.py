@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from node.http.answers import TargetGroup
 from node.http.context import Context, Routes
 from node.http.options import read_options
 from node.http.reading import filtered
@@ -20,7 +21,7 @@ def _label(text: str) -> str:
     return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in text)
 
 
-def target(row: InstanceHealth) -> dict[str, Any]:
+def target(row: InstanceHealth) -> TargetGroup:
     """Return one target group with the labels of Prometheus' ``consul_sd_config``."""
     node, service = row.node, row.service
     host = row.dial_address()
@@ -41,13 +42,13 @@ def target(row: InstanceHealth) -> dict[str, Any]:
     return {"targets": [f"[{host}]:{service.port}" if ":" in host else f"{host}:{service.port}"], "labels": labels}
 
 
-@routes.add("GET", "/v1/discovery/prometheus", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/discovery/prometheus", answer=list[TargetGroup])
 async def prometheus(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Targets for Prometheus' ``http_sd_configs``; ``?service=`` (repeated) and ``?tag=`` narrow them."""
     options = read_options(request.query, request.headers, ctx.rng)
     wanted, tags = request.query.getall("service", []), request.query.getall("tag", [])
     names = wanted or sorted((await ctx.backend.query("catalog.services", {}, mode="stale")).value)
-    groups: list[dict[str, Any]] = []
+    groups: list[TargetGroup] = []
     for name in names:
         params: dict[str, Any] = {"service": name} | ({"tags": tags} if tags else {})
         rows = (await ctx.backend.query("health.service", params, mode="stale")).decode(list[InstanceHealth])

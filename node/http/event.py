@@ -43,7 +43,7 @@ class Event(Wire, frozen=True):
     l_time: int = msgspec.field(default=0, name="LTime")
 
 
-@routes.add("PUT", "/v1/event/fire/{name:.*}", body=bytes, answer=dict[str, Any])
+@routes.add("PUT", "/v1/event/fire/{name:.*}", body=bytes, answer=Event)
 async def fire(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Fire an event; ``?node=``, ``?service=`` and ``?tag=`` (regular expressions) say whom it is for."""
     name, query = request.match_info["name"], request.query
@@ -99,7 +99,7 @@ def concerns(ctx: Context, event: Event) -> bool:
     )
 
 
-@routes.add("GET", "/v1/event/list", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/event/list", answer=list[Event])
 async def list_all(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The last events for this node, oldest first; ``?name=`` narrows them."""
     reading = await read(ctx, request, "kv.list", {"prefix": PREFIX})

@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from node.http.answers import CheckRow, Empty, HealthRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import parse_bool
@@ -46,7 +47,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
     return answer_rendered(ctx, request, reading, shapes)
 
 
-@routes.add("GET", "/v1/health/service/{service:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/health/service/{service:.*}", answer=list[HealthRow])
 async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A service's instances with their health."""
     params: dict[str, Any] = {"service": request.match_info["service"]}
@@ -55,13 +56,13 @@ async def service(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _instances(ctx, request, "health.service", params)
 
 
-@routes.add("GET", "/v1/health/connect/{service:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/health/connect/{service:.*}", answer=list[HealthRow])
 async def connect(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The health of what answers for a service in the mesh."""
     return await _instances(ctx, request, "health.connect", {"service": request.match_info["service"]})
 
 
-@routes.add("GET", "/v1/health/ingress/{service:.*}")
+@routes.add("GET", "/v1/health/ingress/{service:.*}", answer=list[Empty])
 async def ingress(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Ingress gateways of a service: none, as Lictor has no gateways."""
     reading = await read(ctx, request, "health.connect", {"service": request.match_info["service"]})
@@ -76,7 +77,7 @@ def _checks(ctx: Context, request: web.Request, reading: Reading) -> web.Respons
     return answer(request, reading, filtered(rows, reading.options))
 
 
-@routes.add("GET", "/v1/health/node/{node:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/health/node/{node:.*}", answer=list[CheckRow])
 async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All checks of a node."""
     if not request.match_info["node"]:
@@ -84,7 +85,7 @@ async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     return _checks(ctx, request, await read(ctx, request, "health.node", {"node": request.match_info["node"]}))
 
 
-@routes.add("GET", "/v1/health/checks/{service:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/health/checks/{service:.*}", answer=list[CheckRow])
 async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The checks of a service's instances."""
     if not request.match_info["service"]:
@@ -93,7 +94,7 @@ async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     return _checks(ctx, request, reading)
 
 
-@routes.add("GET", "/v1/health/state/{state:.*}", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/health/state/{state:.*}", answer=list[CheckRow])
 async def state(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All checks in a state."""
     wanted = request.match_info["state"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
 
+from node.http.answers import Created, HttpMatchRow, IntentionCheck, IntentionRow, PermissionRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id
@@ -22,7 +23,7 @@ from raftstate.state import commands
 routes = Routes("intentions")
 
 
-def shape(row: Intention) -> dict[str, Any]:
+def shape(row: Intention) -> IntentionRow:
     """An intention as Consul shows it; Lictor's service of an instance is added where there is one."""
     built: dict[str, Any] = msgspec.to_builtins(row)
     for field in ("SourceService", "DestinationService"):
@@ -33,14 +34,14 @@ def shape(row: Intention) -> dict[str, Any]:
     else:
         del built["Action"]
         built["Permissions"] = [_permission(one) for one in built["Permissions"]]
-    return built
+    return cast(IntentionRow, built)
 
 
-def _permission(permission: dict[str, Any]) -> dict[str, Any]:
+def _permission(permission: dict[str, Any]) -> PermissionRow:
     http = {name: value for name, value in permission["HTTP"].items() if value}
     if "Header" in http:
         http["Header"] = [{name: value for name, value in one.items() if value} for one in http["Header"]]
-    return {"Action": permission["Action"], "HTTP": http}
+    return {"Action": permission["Action"], "HTTP": cast(HttpMatchRow, http)}
 
 
 def name_of(reference: str, what: str) -> str:
@@ -102,7 +103,7 @@ class IntentionBody(Intention, frozen=True, kw_only=True):
         return Intention(**msgspec.structs.asdict(self))
 
 
-@routes.add("GET", "/v1/connect/intentions", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/connect/intentions", answer=list[IntentionRow])
 async def list_all(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All intentions by falling precedence."""
     reading = await read(ctx, request, "intentions.list")
@@ -116,7 +117,7 @@ def _rows(reading: Reading) -> list[Intention]:
     return rows
 
 
-@routes.add("POST", "/v1/connect/intentions", body=IntentionBody, answer=dict[str, str])
+@routes.add("POST", "/v1/connect/intentions", body=IntentionBody, answer=Created)
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create an intention; one that exists for the pair is an error."""
     body = (await body_as(ctx, request, IntentionBody)).intention()
@@ -130,7 +131,7 @@ async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, {"ID": stored["ID"]})
 
 
-@routes.add("GET", "/v1/connect/intentions/exact")
+@routes.add("GET", "/v1/connect/intentions/exact", answer=IntentionRow)
 async def get_exact(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The intention of a source and a destination."""
     source, destination = _pair(request)
@@ -164,7 +165,7 @@ async def delete_exact(ctx: Context, request: web.Request) -> web.StreamResponse
     return json_response(request, True)
 
 
-@routes.add("GET", "/v1/connect/intentions/match", answer=dict[str, list[dict[str, Any]]])
+@routes.add("GET", "/v1/connect/intentions/match", answer=dict[str, list[IntentionRow]])
 async def match(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The intentions that may bear on a source or destination, by falling precedence."""
     by = request.query.get("by", "")
@@ -185,7 +186,7 @@ async def match(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, found)
 
 
-@routes.add("GET", "/v1/connect/intentions/check")
+@routes.add("GET", "/v1/connect/intentions/check", answer=IntentionCheck)
 async def check(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Whether a source may connect to a destination; intentions on requests (L7) count as deny, as in Consul."""
     source, destination = _pair(request)
@@ -210,7 +211,7 @@ async def _meaning(ctx: Context, reference: str) -> tuple[str, str]:
     return str(found["Service"]), str(found["Instance"])
 
 
-@routes.add("GET", "/v1/connect/intentions/{id}")
+@routes.add("GET", "/v1/connect/intentions/{id}", answer=IntentionRow)
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """An intention by id."""
     return _one(request, await read(ctx, request, "intentions.get", {"id": _id(request)}, rows=False))
@@ -225,7 +226,7 @@ def _one(request: web.Request, reading: Reading) -> web.Response:
     return answer(request, reading, shape(row))
 
 
-@routes.add("PUT", "/v1/connect/intentions/{id}", body=IntentionBody, answer=dict[str, str])
+@routes.add("PUT", "/v1/connect/intentions/{id}", body=IntentionBody, answer=Created)
 async def update(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Change an intention by id."""
     intention_id = _id(request)

@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from node.http.answers import Neighbour, ServiceSummary, Topology
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.reading import answer, read
@@ -20,7 +21,7 @@ SERVICES_MAX = 1000
 """Services of which a topology tells whether they may call; a larger catalog is cut, and says so."""
 
 
-def _summary(name: str, rows: list[InstanceHealth]) -> dict[str, Any]:
+def _summary(name: str, rows: list[InstanceHealth]) -> ServiceSummary:
     statuses = [row.status() for row in rows]
     return {
         "Kind": rows[0].service.kind if rows else "",
@@ -41,7 +42,7 @@ async def _instances(ctx: Context, name: str) -> list[InstanceHealth]:
     return found.decode(list[InstanceHealth])
 
 
-@routes.add("GET", "/v1/internal/ui/services")
+@routes.add("GET", "/v1/internal/ui/services", answer=list[ServiceSummary])
 async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All services with how many instances are well."""
     reading = await read(ctx, request, "catalog.services", {}, rows=False)
@@ -54,7 +55,7 @@ async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, found)
 
 
-@routes.add("GET", "/v1/internal/ui/service-topology/{service:.*}")
+@routes.add("GET", "/v1/internal/ui/service-topology/{service:.*}", answer=Topology)
 async def topology(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Who calls a service and whom it calls: by its proxies' upstreams and by the intentions."""
     name = request.match_info["service"]
@@ -97,8 +98,9 @@ async def topology(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, body)
 
 
-def _neighbour(name: str, rows: list[InstanceHealth], decision: Any, source: str) -> dict[str, Any]:
-    return _summary(name, rows) | {
+def _neighbour(name: str, rows: list[InstanceHealth], decision: Any, source: str) -> Neighbour:
+    return {
+        **_summary(name, rows),
         "Source": source,
         "Intention": {
             "DefaultAllow": False,

@@ -32,7 +32,7 @@ def _uint(request: web.Request, name: str) -> int | None:
     return int(given)
 
 
-@routes.add("GET", "/v1/kv/{key:.*}", answer=list[Any])
+@routes.add("GET", "/v1/kv/{key:.*}", answer=list[KVEntry | str], text="text/plain")
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A key; with ``?recurse`` all below a prefix, with ``?keys`` their names."""
     key = _key(request)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, Never, is_typeddict
 
 import msgspec
 from aiohttp import web
 
+from node.http import answers
 from node.http.context import Context, Route, Routes
 from node.http.respond import json_response
 
@@ -25,6 +26,11 @@ _QUERY = {
     "near": "Sort this node first; _agent means the agent's own.",
     "pretty": "Indent the JSON; present or not.",
 }
+_MEANINGS = {
+    409: "Nothing was done; the errors say why.",
+    429: "A warning: not all is well.",
+    503: "Critical.",
+}
 _BLOCKING = (
     "/v1/catalog/", "/v1/health/", "/v1/kv/", "/v1/session/", "/v1/connect/", "/v1/config",
     "/v1/agent/connect/ca",
@@ -34,8 +40,11 @@ _BLOCKING = (
 def describe(table: list[Route], version: str) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a route table."""
     types = {route.body: None for route in table} | {route.answer: None for route in table}
-    kinds = [kind for kind in types if kind not in (None, bytes)]
+    kinds = [kind for kind in types if kind not in (None, bytes, Never)]
     shapes, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for name, kind in vars(answers).items():
+        if is_typeddict(kind) and name in components:
+            components[name]["additionalProperties"] = False  # nothing is sent that is not said
     schemas = dict(zip(kinds, shapes, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in table:
@@ -66,20 +75,12 @@ def _operation(
             {"name": name, "in": "query", "description": text, "schema": {"type": "string"}}
             for name, text in _QUERY.items()
         ]
+    family = route.handler.__module__.rpartition(".")[2]
     operation: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": f"{route.handler.__module__.rpartition('.')[2]}.{route.handler.__name__}.{method.lower()}",
-        "tags": [route.handler.__module__.rpartition(".")[2]],
-        "responses": {
-            "200": {
-                "description": "Done.",
-                "content": {_media(route.answer): {"schema": schemas.get(route.answer, {})}},
-            },
-            "default": {
-                "description": "An error: a text; JSON where Consul answers so (a transaction's conflict).",
-                "content": {"text/plain": {"schema": {"type": "string"}}, "application/json": {"schema": {}}},
-            },
-        },
+        "operationId": f"{family}.{route.handler.__name__}.{method.lower()}",
+        "tags": [family],
+        "responses": _responses(route, schemas),
     }
     if parameters:
         operation["parameters"] = parameters
@@ -89,8 +90,23 @@ def _operation(
     return operation
 
 
+def _responses(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    responses: dict[str, Any] = {}
+    for status in () if route.answer is Never else route.statuses:
+        response: dict[str, Any] = {"description": _MEANINGS.get(status, "Done.")}
+        if route.answer is not None:
+            content = {_media(route.answer): {"schema": schemas.get(route.answer, {})}}
+            response["content"] = content | ({route.text: {"schema": {}}} if route.text else {})
+        responses[str(status)] = response
+    responses["default"] = {
+        "description": "An error, as a text.",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+    return responses
+
+
 def _media(kind: Any) -> str:
-    """Return the media type of a body: bytes are a snapshot or a value, everything else is JSON."""
+    """Return the media type of a body: bytes are a snapshot, a value or a stream, everything else is JSON."""
     return "application/octet-stream" if kind is bytes else "application/json"
 
 
@@ -101,7 +117,7 @@ def _document(version: str) -> dict[str, Any]:
     return describe(all_routes(), version)
 
 
-@routes.add("GET", "/v1/openapi.json")
+@routes.add("GET", "/v1/openapi.json", answer=dict[str, Any])
 async def openapi(ctx: Context, request: web.Request) -> web.StreamResponse:
     """This description."""
     return json_response(request, _document(ctx.options.lictor_version))

@@ -8,6 +8,15 @@ from aiohttp import web
 
 from node.autopilot import DEFAULTS, state
 from node.errors import NodeError
+from node.http.answers import (
+    AutopilotHealth,
+    AutopilotSettings,
+    AutopilotState,
+    Blocked,
+    RaftConfiguration,
+    TransferAnswer,
+    Usage,
+)
 from node.http.config import cas_index
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError
@@ -20,13 +29,13 @@ from raftstate.state.commands import SetAutopilot
 routes = Routes("operator")
 
 
-@routes.add("GET", "/v1/operator/raft/configuration")
+@routes.add("GET", "/v1/operator/raft/configuration", answer=RaftConfiguration)
 async def configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The servers of the raft cluster."""
     return json_response(request, await ctx.backend.operator("raft.configuration", {}))
 
 
-@routes.add("DELETE", "/v1/operator/raft/peer")
+@routes.add("DELETE", "/v1/operator/raft/peer", answer=bool)
 async def remove_peer(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Remove a server: ``?id=`` or ``?address=``."""
     given = {name: request.query[name] for name in ("id", "address") if request.query.get(name)}
@@ -36,7 +45,7 @@ async def remove_peer(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, True)
 
 
-@routes.add("PUT", "/v1/operator/raft/peer")
+@routes.add("PUT", "/v1/operator/raft/peer", answer=bool)
 async def add_peer(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Add a running server: ``?id=`` (its node name) and ``?address=``; a non-voter until it has caught up.
 
@@ -49,7 +58,7 @@ async def add_peer(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, True)
 
 
-@routes.add("POST PUT", "/v1/operator/raft/transfer-leader")
+@routes.add("POST PUT", "/v1/operator/raft/transfer-leader", answer=TransferAnswer)
 async def transfer_leader(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Hand the leadership to another server."""
     given = {"id": request.query["id"]} if request.query.get("id") else {}
@@ -57,20 +66,20 @@ async def transfer_leader(ctx: Context, request: web.Request) -> web.StreamRespo
     return json_response(request, {"Success": True})
 
 
-@routes.add("GET", "/v1/operator/autopilot/health")
+@routes.add("GET", "/v1/operator/autopilot/health", answer=AutopilotHealth, statuses=(200, 429))
 async def autopilot_health(ctx: Context, request: web.Request) -> web.StreamResponse:
     """How many servers may fail; 429 when the cluster is not healthy."""
     health: dict[str, Any] = await ctx.backend.operator("autopilot.health", {})
     return json_response(request, health, status=200 if health.get("Healthy") else 429)
 
 
-@routes.add("GET", "/v1/operator/autopilot/state")
+@routes.add("GET", "/v1/operator/autopilot/state", answer=AutopilotState)
 async def autopilot_state(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The same by server: who votes, who leads, who is well."""
     return json_response(request, state(await ctx.backend.operator("autopilot.health", {})))
 
 
-@routes.add("GET", "/v1/operator/autopilot/configuration")
+@routes.add("GET", "/v1/operator/autopilot/configuration", answer=AutopilotSettings)
 async def autopilot_configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """How dead servers are cleaned up, and when a server is well."""
     return json_response(request, await ctx.backend.operator("autopilot.configuration", {}))
@@ -98,7 +107,7 @@ _FIXED = {
 }
 
 
-@routes.add("PUT", "/v1/operator/autopilot/configuration", body=AutopilotBody)
+@routes.add("PUT", "/v1/operator/autopilot/configuration", body=AutopilotBody, answer=bool)
 async def set_autopilot_configuration(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Set them; with ``?cas=`` only if they are as old as that. What is not acted on may only be given as it is."""
     body = await body_as(ctx, request, AutopilotBody)
@@ -121,7 +130,7 @@ async def set_autopilot_configuration(ctx: Context, request: web.Request) -> web
     return json_response(request, done)
 
 
-@routes.add("GET", "/v1/operator/usage")
+@routes.add("GET", "/v1/operator/usage", answer=Usage)
 async def usage(ctx: Context, request: web.Request) -> web.StreamResponse:
     """How many nodes, services and instances there are."""
     nodes = await ctx.backend.query("catalog.nodes", {})
@@ -137,7 +146,7 @@ class Partition(Wire, frozen=True):
     one_way: bool = False
 
 
-@routes.add("PUT", "/v1/operator/debug/partition")
+@routes.add("PUT", "/v1/operator/debug/partition", answer=Blocked)
 async def partition(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Drop every frame to and from the named nodes, on this node, with ``OneWay`` only those from them; an empty list
     heals (local clusters only)."""

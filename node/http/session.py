@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from node.durations import parse_duration_s
+from node.http.answers import Created
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id
@@ -57,7 +58,7 @@ def _require_ttl(ttl: str) -> None:
         raise HttpError(500, f"Invalid Session TTL '{ttl[:40]}', must be between [10s=24h0m0s]")
 
 
-@routes.add("PUT", "/v1/session/create", body=SessionBody, answer=dict[str, str])
+@routes.add("PUT", "/v1/session/create", body=SessionBody, answer=Created)
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a session; with an empty body on this node, by its liveness."""
     body = await body_as(ctx, request, SessionBody)

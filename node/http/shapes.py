@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import msgspec
 
+from node.http.answers import (
+    AgentServiceRow,
+    CatalogServiceRow,
+    CheckRow,
+    HealthRow,
+    NodeRow,
+    ProxyRow,
+    ServiceRow,
+    Status,
+    UpstreamRow,
+)  # fmt: skip
 from raftstate.model.catalog import (
     CatalogService,
     Check,
@@ -16,10 +27,10 @@ from raftstate.model.catalog import (
     Upstream,
 )
 
-_NO_PROXY = {"Mode": "", "MeshGateway": {}, "Expose": {}}
+_NO_PROXY: ProxyRow = {"Mode": "", "MeshGateway": {}, "Expose": {}}
 
 
-def node_shape(node: Node) -> dict[str, Any]:
+def node_shape(node: Node) -> NodeRow:
     """A node as the health and catalog endpoints show it."""
     return {
         "ID": node.id,
@@ -33,9 +44,9 @@ def node_shape(node: Node) -> dict[str, Any]:
     }
 
 
-def upstream_shape(upstream: Upstream) -> dict[str, Any]:
+def upstream_shape(upstream: Upstream) -> UpstreamRow:
     """One upstream of a proxy; Lictor's own fields only where they are set."""
-    shape: dict[str, Any] = {
+    shape: UpstreamRow = {
         "DestinationType": upstream.destination_type,
         "DestinationName": upstream.destination_name,
         "LocalBindAddress": upstream.local_bind_address,
@@ -50,11 +61,11 @@ def upstream_shape(upstream: Upstream) -> dict[str, Any]:
     return shape
 
 
-def proxy_shape(proxy: ServiceProxy | None) -> dict[str, Any]:
+def proxy_shape(proxy: ServiceProxy | None) -> ProxyRow:
     """The Proxy part of a service; Consul shows it, nearly empty, for services without one too."""
     if proxy is None:
         return _NO_PROXY
-    shape: dict[str, Any] = {
+    shape: ProxyRow = {
         "DestinationServiceName": proxy.destination_service_name,
         "DestinationServiceID": proxy.destination_service_id,
         "LocalServiceAddress": proxy.local_service_address,
@@ -69,9 +80,9 @@ def proxy_shape(proxy: ServiceProxy | None) -> dict[str, Any]:
     return shape
 
 
-def service_shape(row: ServiceInstance) -> dict[str, Any]:
+def service_shape(row: ServiceInstance) -> ServiceRow:
     """A service as ``/v1/health/service`` and ``/v1/catalog/node`` show it."""
-    shape: dict[str, Any] = {
+    shape: ServiceRow = {
         "ID": row.id,
         "Service": row.service,
         "Tags": row.tags,
@@ -94,13 +105,13 @@ def service_shape(row: ServiceInstance) -> dict[str, Any]:
     return shape
 
 
-def check_shape(row: Check) -> dict[str, Any]:
+def check_shape(row: Check) -> CheckRow:
     """A check as the health endpoints show it."""
     return {
         "Node": row.node,
         "CheckID": row.check_id,
         "Name": row.name,
-        "Status": row.status,
+        "Status": cast(Status, row.status),
         "Notes": row.notes,
         "Output": row.output,
         "ServiceID": row.service_id,
@@ -116,7 +127,7 @@ def check_shape(row: Check) -> dict[str, Any]:
     }
 
 
-def health_shape(row: InstanceHealth) -> dict[str, Any]:
+def health_shape(row: InstanceHealth) -> HealthRow:
     """One entry of ``/v1/health/service/:name``."""
     return {
         "Node": node_shape(row.node),
@@ -125,9 +136,9 @@ def health_shape(row: InstanceHealth) -> dict[str, Any]:
     }
 
 
-def catalog_service_shape(row: CatalogService) -> dict[str, Any]:
+def catalog_service_shape(row: CatalogService) -> CatalogServiceRow:
     """One entry of ``/v1/catalog/service/:name``."""
-    shape: dict[str, Any] = msgspec.to_builtins(row)
+    shape: CatalogServiceRow = msgspec.to_builtins(row)
     shape["ServiceProxy"] = proxy_shape(row.service_proxy)
     shape["ServiceTaggedAddresses"] = row.service_tagged_addresses or None
     if not row.service_locality:
@@ -135,9 +146,9 @@ def catalog_service_shape(row: CatalogService) -> dict[str, Any]:
     return shape
 
 
-def agent_service_shape(row: ServiceInstance, datacenter: str) -> dict[str, Any]:
+def agent_service_shape(row: ServiceInstance, datacenter: str) -> AgentServiceRow:
     """A service as ``/v1/agent/services`` shows it: without indexes, optional parts only where they are set."""
-    shape: dict[str, Any] = {
+    shape: AgentServiceRow = {
         "ID": row.id,
         "Service": row.service,
         "Tags": row.tags,

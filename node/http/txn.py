@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from node.http.answers import TxnAnswer
 from node.http.catalog import CatalogCheck, CatalogServiceBody
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError
@@ -81,7 +82,7 @@ class Operation(Wire, frozen=True):
     check: CheckOp | None = None
 
 
-@routes.add("PUT", "/v1/txn", body=tuple[Operation, ...])
+@routes.add("PUT", "/v1/txn", body=tuple[Operation, ...], answer=TxnAnswer, statuses=(200, 409))
 async def txn(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Run operations, all or none: 200, or 409 with the errors of those that failed."""
     body = await body_as(ctx, request, tuple[Operation, ...])

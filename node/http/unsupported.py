@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 from aiohttp import web
 
 from node.http.context import Context, Routes
@@ -24,7 +26,7 @@ _REASONS = {
 }
 
 
-@routes.add("GET PUT POST DELETE", f"/v1/{{family:{'|'.join(_REASONS)}}}{{rest:(?:/.*)?}}")
+@routes.add("GET PUT POST DELETE", f"/v1/{{family:{'|'.join(_REASONS)}}}{{rest:(?:/.*)?}}", answer=Never)
 async def left_out(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Not supported, with what to use instead."""
     raise NotSupported(*_REASONS[request.match_info["family"]])
