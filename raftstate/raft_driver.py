@@ -167,12 +167,9 @@ class Driver:
 
     def _sync(self, term: int) -> bool:
         group = self._journal.take_pending()
-        held = self._held
-        if held:
-            self._held = []
+        held, self._held = self._held, []
         if group is None:
-            if held:
-                self._release(held)
+            self._release(held)
             return False
         self.syncing, self._quiet = True, False
         self._run_sync(group, lambda error: self._synced(error, held, term))

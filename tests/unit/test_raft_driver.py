@@ -174,6 +174,20 @@ def test_a_follower_lets_the_sync_begin_before_it_applies() -> None:
     assert rig.core.did == ["send leader", "synced", "apply"]
 
 
+def test_a_promise_made_during_a_sync_waits_for_the_next_one() -> None:
+    rig = Rig()
+    rig.journal.add(b"entry", 1, 1)
+    rig.driver.poke()
+    rig.loop.turn()
+    rig.append(2, commit=0)
+    rig.loop.turn()
+    assert len(rig.syncs) == 1
+    rig.end_sync()
+    assert rig.core.did == ["synced"]
+    rig.end_sync()
+    assert rig.core.did == ["synced", "send leader", "synced"]
+
+
 def test_a_follower_on_a_slow_disk_applies_meanwhile() -> None:
     rig = Rig()
     rig.append(1, commit=1)
