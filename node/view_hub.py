@@ -150,6 +150,11 @@ class _View:
         self.rested_at = 0.0
         self._whole: ViewEvent | None = None
 
+    def end(self) -> None:
+        """Follow nothing any more; the one who called is let go of as well, since it knows this view."""
+        stop, self.stop_listening = self.stop_listening, _nothing
+        stop()
+
     def whole(self) -> ViewEvent:
         if self._whole is None:
             self._whole = ViewEvent(self.index, True, self.rows)
@@ -243,7 +248,7 @@ class ViewHub:
     def _drop_if_idle(self, view: _View) -> None:
         if not view.subscribers and not view.fed and self._views.get(view.key) is view:
             del self._views[view.key]
-            view.stop_listening()
+            view.end()
 
     def _open(self, name: str, params: Mapping[str, Any]) -> _View:
         key = canonical(name, params)
@@ -343,7 +348,7 @@ class ViewHub:
 
     def _fail(self, view: _View, error: BaseException) -> None:
         del self._views[view.key]
-        view.stop_listening()
+        view.end()
         for subscriber in view.subscribers:
             subscriber.fail(error)
         for fed in tuple(view.fed):
@@ -353,7 +358,7 @@ class ViewHub:
         """Stop following; parked subscribers stay parked, their owners cancel them."""
         self._closed = True
         for view in self._views.values():
-            view.stop_listening()
+            view.end()
         self._views.clear()
         self._stale.clear()
         self._owed.clear()

@@ -308,13 +308,13 @@ async def test_a_connection_that_ended_is_freed_without_the_collector(tmp_path: 
             await anext(stream)
         await streams.pop().aclose()
         (server_side,) = ends.listener.connections
-        ended = weakref.ref(server_side)
+        ended = [weakref.ref(server_side), *map(weakref.ref, backend.reads.hub._views.values())]
         del server_side
         gc.collect()
         gc.disable()
         try:
             connection.close()
-            await eventually(lambda: ended() is None)
+            await eventually(lambda: [one() for one in ended] == [None, None])
         finally:
             gc.enable()
     await backend.close()
