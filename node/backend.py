@@ -21,14 +21,14 @@ Operator verbs (`Backend.operator`), with their parameters and values:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from node.errors import Refused
+from node.errors import NodeError, Refused
 from raftstate.model.wire import from_msgpack, to_json, to_msgpack
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class Applied(msgspec.Struct, frozen=True):
         if self.refusal is not None:
             raise Refused(self.refusal.message, reason=self.refusal.code, http_status=self.refusal.http_status)
         return self.value
+
+
+Told = Callable[[Applied | NodeError], None]
+"""What is told of a write that was submitted."""
 
 
 @dataclass(slots=True)
@@ -152,6 +156,13 @@ class Backend(Protocol):
 
         A refusal is a value (`Applied.unwrap` raises it). Raises UnknownOutcome when the time ran out after the
         command may have been proposed, NoLeader when it surely was not, Busy, BadRequest (too large).
+        """
+
+    def submit(self, command: Command, told: Told) -> bool:
+        """Begin to write, if this node is the one that can, at once; else nothing has begun, and `apply` may be used.
+
+        For who has no task to wait in: `told` gets what `apply` would return or raise, once, in a later turn of the
+        loop. It must not raise.
         """
 
     async def query(

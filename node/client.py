@@ -22,6 +22,7 @@ from node.backend import (
     Contact,
     QueryResult,
     ReadMode,
+    Told,
     ViewEvent,
 )
 from node.errors import BadRequest, Busy, NodeError, NoLeader, Stopped, TimedOut, UnknownOutcome, Unreachable
@@ -108,6 +109,10 @@ class RpcBackend:
         applied = as_applied(decode(answer, ApplyReply))
         self._seen_index = max(self._seen_index, applied.index)
         return applied
+
+    def submit(self, command: Command, told: Told) -> bool:
+        """See Backend.submit. An agent writes nothing itself."""
+        return False
 
     async def query(
         self,

@@ -47,16 +47,24 @@ class LeaderRoute:
         return next((member.address for member in self._replica.members() if member.id == server), None)
 
     async def run(
-        self, here: Here[T], there: There[T], *, timeout_s: float, write: bool, forwarded: bool = False
+        self,
+        here: Here[T],
+        there: There[T],
+        *,
+        timeout_s: float,
+        write: bool,
+        forwarded: bool = False,
+        begun: bool = False,
     ) -> T:
         """Run until it succeeded or the time is up.
 
         `forwarded`: the request has been forwarded already; then this server answers or says that it does not lead.
+        `begun`: an attempt before this call may have reached the log.
         For a `write` an attempt that may have reached the log turns a final failure into UnknownOutcome.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        open_outcome = False
+        open_outcome = begun
         busy = failures = 0
         while True:
             left_s = deadline - loop.time()

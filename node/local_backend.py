@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from node.backend import APPLY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, ViewEvent
+from node.backend import APPLY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, Told, ViewEvent
 from node.errors import Refused
 from node.store_reads import StoreReads, outcome
-from raftstate.state.commands import Envelope, decode_envelope, encode_envelope
+from raftstate.state.commands import Envelope, MalformedCommand, decode_envelope, encode_envelope
 from raftstate.state.machine import StateMachine
 from raftstate.watch import Watches
 
@@ -35,10 +36,22 @@ class LocalBackend:
         self, command: Command, *, request_id: str | None = None, timeout_s: float = APPLY_TIMEOUT_S
     ) -> Applied:
         """Apply at once; the bytes take the way they take through raft."""
-        self._index += 1
+        return self._apply(command, request_id)
+
+    def submit(self, command: Command, told: Told) -> bool:
+        """See Backend.submit."""
+        try:
+            applied = self._apply(command, None)
+        except (OverflowError, MalformedCommand):
+            return False
+        asyncio.get_running_loop().call_soon(told, applied)
+        return True
+
+    def _apply(self, command: Command, request_id: str | None) -> Applied:
         now = datetime.datetime.now(datetime.UTC)
         data = encode_envelope(Envelope(request_id or str(uuid.uuid4()), now.isoformat(), command))
         decode_envelope(data)
+        self._index += 1
         applied = self.machine.apply(self._index, data)
         self.watches.notify(applied.touched)
         return outcome(applied)

@@ -20,9 +20,10 @@ from node.backend import (
     Contact,
     QueryResult,
     ReadMode,
+    Told,
     ViewEvent,
 )
-from node.errors import BadRequest, TimedOut
+from node.errors import BadRequest, NodeError, TimedOut
 from node.leader_route import LeaderRoute
 from node.protocol import (
     ApplyReply,
@@ -36,8 +37,10 @@ from node.protocol import (
 )
 from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
 from node.store_reads import StoreReads
+from node.tasks import Tasks
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
+from raftstate.state.commands import Envelope, SessionRenew
 
 if TYPE_CHECKING:
     from node.ca.authority import Authority
@@ -61,6 +64,21 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     command: msgspec.Raw
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat()
+
+
+def _is_renewal(command: Command | msgspec.Raw) -> bool:
+    if isinstance(command, msgspec.Raw):
+        return protocol.command_name(command) == "SessionRenew"
+    return isinstance(command, SessionRenew)
+
+
+def _owned(reply: ApplyReply) -> Applied:
+    """Return the outcome with a value of its own: the state's must not be changed."""
+    return as_applied(reply if isinstance(reply.value, _PLAIN) else decode(encode(reply), ApplyReply))
+
+
 class ServerBackend:
     """Backend of a server. `seen_index` keeps every later read on this node from being older."""
 
@@ -72,6 +90,7 @@ class ServerBackend:
         self.verbs: OperatorVerbs | None = None
         self.on_session_renewed: Any = lambda session: None
         self._seen_index = 0
+        self._tasks = Tasks("writes")
         # Request ids of this process's own writes: nobody else has or guesses the first part.
         self._boot, self._count = secrets.token_hex(12), itertools.count()
 
@@ -86,24 +105,52 @@ class ServerBackend:
         self, command: Command, *, request_id: str | None = None, timeout_s: float = APPLY_TIMEOUT_S
     ) -> Applied:
         """See Backend.apply."""
+        return await self._apply(command, request_id or self._new_request_id(), timeout_s)
+
+    async def _apply(self, command: Command, request_id: str, timeout_s: float, *, begun: bool = False) -> Applied:
         try:
             raw = msgspec.Raw(to_msgpack(command))
         except (TypeError, OverflowError) as error:
             raise BadRequest(f"the command cannot be encoded: {error}") from None
-        request = ApplyRequest(request_id or self._new_request_id(), raw)
+        request = ApplyRequest(request_id, raw)
 
         async def here(left_s: float) -> Applied:
-            reply = await self._apply_here(request, left_s)
-            if isinstance(reply.value, _PLAIN):
-                return as_applied(reply)
-            return as_applied(decode(encode(reply), ApplyReply))  # the state's own value must not be changed
+            return _owned(await self._apply_here(request, left_s))
 
         async def there(leader: ClientConnection, left_s: float) -> Applied:
             return as_applied(decode(await self._forward(request, leader, left_s), ApplyReply))
 
-        applied = await self.route.run(here, there, timeout_s=timeout_s, write=True)
+        applied = await self.route.run(here, there, timeout_s=timeout_s, write=True, begun=begun)
         self._seen_index = max(self._seen_index, applied.index)
         return applied
+
+    def submit(self, command: Command, told: Told) -> bool:
+        """See Backend.submit. What goes wrong with the first attempt goes the way of `apply`, under the same id."""
+        if not self.replica.is_leader:
+            return False
+        request_id = self._new_request_id()
+        deadline = asyncio.get_running_loop().time() + APPLY_TIMEOUT_S
+
+        def attempted(applied: Any, error: RaftError | None) -> None:
+            if error is None:
+                outcome = _owned(self._reply(command, applied))
+                self._seen_index = max(self._seen_index, outcome.index)
+                told(outcome)
+            else:
+                self._tasks.spawn(self._go_on(command, request_id, deadline, told))
+
+        try:
+            self.replica.submit(encode(Envelope(request_id, _now(), command)), attempted, APPLY_TIMEOUT_S)
+        except (TypeError, OverflowError, RaftError):
+            return False  # nothing was proposed: `apply` waits for what stands in the way, or has the words for it
+        return True
+
+    async def _go_on(self, command: Command, request_id: str, deadline: float, told: Told) -> None:
+        left_s = deadline - asyncio.get_running_loop().time()
+        try:
+            told(await self._apply(command, request_id, left_s, begun=True))
+        except NodeError as error:
+            told(error)
 
     async def apply_raw(self, request: ApplyRequest, timeout_s: float) -> bytes:
         """Write a command that is encoded already; return an encoded ApplyReply."""
@@ -117,12 +164,14 @@ class ServerBackend:
         return await self.route.run(here, there, timeout_s=timeout_s, write=True, forwarded=request.forwarded)
 
     async def _apply_here(self, request: ApplyRequest, left_s: float) -> ApplyReply:
-        at = datetime.datetime.now(datetime.UTC).isoformat()
-        applied = await self.replica.apply(encode(_Envelope(request.request_id, at, request.command)), left_s)
+        envelope = encode(_Envelope(request.request_id, _now(), request.command))
+        return self._reply(request.command, await self.replica.apply(envelope, left_s))
+
+    def _reply(self, command: Command | msgspec.Raw, applied: Any) -> ApplyReply:
         refusal = applied.refusal
         if refusal is not None:
             return ApplyReply(applied.index, applied.value, (refusal.code, refusal.message, refusal.http_status))
-        if protocol.command_name(request.command) == "SessionRenew":
+        if _is_renewal(command):
             self.on_session_renewed(applied.value)
         return ApplyReply(applied.index, applied.value)
 

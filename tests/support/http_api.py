@@ -104,6 +104,12 @@ class SigningBackend(LocalBackend):
             # As the backends of servers and agents do.
             raise BadRequest(f"the command cannot be encoded: {error}") from error
 
+    def submit(self, command: Any, told: Any) -> bool:
+        begun = self.away is None and super().submit(command, told)
+        if begun:
+            self.applied.append(command)
+        return begun
+
     async def sign_leaf(self, csr_pem: str, *, service: str, instance: str = "") -> str:
         if self.away is not None:
             raise self.away
