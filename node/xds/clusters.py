@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from node.xds import plan, rbac, types
+from node.xds.settings import ClusterSettings, bounds, own_bounds, own_connect_timeout, seconds
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
+from raftstate.model.plan import CONNECT_TIMEOUT_S
 from raftstate.model.sidecar import Endpoint, SidecarUpstream
-
-CONNECT_TIMEOUT = "5s"
-BOUND = 1_000_000
-"""Envoy's own bounds (1,024 connections and requests) would fail calls that a Lictor sidecar carries."""
 
 
 def cluster_name(upstream: SidecarUpstream) -> str:
@@ -23,7 +21,8 @@ def cluster_name(upstream: SidecarUpstream) -> str:
 def local_app(snapshot: Snapshot) -> Rule:
     """Return the cluster of the app behind the sidecar; without endpoints when it takes no calls."""
     own = snapshot.self
-    return _static(types.LOCAL_APP, own.local_address, own.local_port, http=True)
+    cluster = _static(types.LOCAL_APP, own.local_address, own.local_port, http=True)
+    return cluster | {"connect_timeout": own_connect_timeout(own), "circuit_breakers": own_bounds(own)}
 
 
 def upstream_clusters(upstream: SidecarUpstream, snapshot: Snapshot) -> dict[str, Rule]:
@@ -33,41 +32,25 @@ def upstream_clusters(upstream: SidecarUpstream, snapshot: Snapshot) -> dict[str
         http = is_http(upstream.protocol)
         return {name: _static(name, snapshot.self.local_address, upstream.loopback_port, http=http)}
     if upstream.plan is None:
-        return {name: _cluster(name, [upstream.service or "nobody"], upstream, snapshot)}
+        settings = ClusterSettings(upstream, snapshot.self)
+        return {name: _cluster(name, [upstream.service or "nobody"], upstream, snapshot, settings)}
     found = {}
     for node_name, node in plan.resolvers(upstream.plan).items():
         one = plan.node_cluster(name, node_name)
         whom = plan.services(upstream.plan, node) or ["nobody"]
-        found[one] = _cluster(one, whom, upstream, snapshot) | plan.balancing(node)
+        found[one] = _cluster(one, whom, upstream, snapshot, ClusterSettings(upstream, snapshot.self, node))
     return found
 
 
-def _cluster(name: str, services: list[str], upstream: SidecarUpstream, snapshot: Snapshot) -> Rule:
+def _cluster(
+    name: str, services: list[str], upstream: SidecarUpstream, snapshot: Snapshot, settings: ClusterSettings
+) -> Rule:
     """Return a cluster. Who answers at an instance must be of the instance's service."""
     cluster: Rule = {
         "name": name,
         "type": "EDS",
-        "connect_timeout": CONNECT_TIMEOUT,
         "eds_cluster_config": {"eds_config": types.ADS},
-        "lb_policy": "LEAST_REQUEST",
-        # As Lictor's balancer: health is ignored when no instance is healthy (0 would mean never), and a check that
-        # turns critical ends no call: it may be the agent over there that is gone, not the instance.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
-        "ignore_health_on_host_removal": True,
-        "circuit_breakers": _bounds(),
-        "outlier_detection": {
-            "split_external_local_origin_errors": True,
-            "consecutive_local_origin_failure": 1,
-            "enforcing_consecutive_local_origin_failure": 100,
-            "enforcing_local_origin_success_rate": 0,
-            "enforcing_consecutive_5xx": 0,
-            "enforcing_consecutive_gateway_failure": 0,
-            "enforcing_success_rate": 0,
-            "base_ejection_time": "1s",
-            "max_ejection_time": "30s",
-            "interval": "1s",
-            "max_ejection_percent": 100,
-        },
+        **settings.cluster(),
         "transport_socket": _tls_to(services[0], snapshot),
     }
     if len(services) > 1:
@@ -85,27 +68,30 @@ def upstream_endpoints(upstream: SidecarUpstream, snapshot: Snapshot) -> dict[st
     if upstream.loopback_port:
         return {}
     if upstream.plan is None:
-        return {name: _assignment(name, [upstream.endpoints], snapshot)}
+        return {name: _assignment(name, [upstream.endpoints], snapshot, ClusterSettings(upstream, snapshot.self))}
     found = {}
     for node_name, node in plan.resolvers(upstream.plan).items():
         one = plan.node_cluster(name, node_name)
         groups = [upstream.targets.get(target, ()) for target in (node.target, *node.failover)]
-        found[one] = _assignment(one, groups, snapshot)
+        found[one] = _assignment(one, groups, snapshot, ClusterSettings(upstream, snapshot.self, node))
     return found
 
 
-def _assignment(name: str, groups: Sequence[Sequence[Endpoint]], snapshot: Snapshot) -> Rule:
+def _assignment(
+    name: str, groups: Sequence[Sequence[Endpoint]], snapshot: Snapshot, settings: ClusterSettings
+) -> Rule:
     """Return a cluster's instances in groups of falling priority, without those whose identity is revoked."""
     found: Rule = {"cluster_name": name}
     rows: list[Rule] = []
-    for group in groups:
+    parts, factor = settings.nearest_first(groups)
+    for group in parts:
         live = [one for one in group if not rbac.is_revoked(one.service, one.service_id, snapshot.revocations)]
         if live:  # Envoy wants priorities without gaps
             rows.append({"priority": len(rows), "lb_endpoints": [_endpoint(one) for one in live]})
     if rows:
         found["endpoints"] = rows
-    if len(groups) > 1:
-        found["policy"] = {"overprovisioning_factor": plan.ONLY_WHEN_NONE_IS_LEFT}
+    if factor:
+        found["policy"] = {"overprovisioning_factor": factor}
     return found
 
 
@@ -192,18 +178,13 @@ def _static(name: str, host: str, port: int, *, http: bool) -> Rule:
     cluster: Rule = {
         "name": name,
         "type": "STATIC",
-        "connect_timeout": CONNECT_TIMEOUT,
+        "connect_timeout": seconds(CONNECT_TIMEOUT_S),
         "load_assignment": assignment,
-        "circuit_breakers": _bounds(),
+        "circuit_breakers": bounds(),
     }
     if http:
         cluster["typed_extension_protocol_options"] = _protocols()
     return cluster
-
-
-def _bounds() -> Rule:
-    bound = {"max_connections": BOUND, "max_pending_requests": BOUND, "max_requests": BOUND, "max_retries": 100}
-    return {"thresholds": [{"priority": "DEFAULT", **bound}]}
 
 
 def _protocols() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from node.xds import rbac, types
 from node.xds.clusters import cluster_name, common_tls, secret
 from node.xds.plan import DEFAULT_RETRY, http_routes, tcp_way
+from node.xds.settings import own_request_timeout
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
 from raftstate.model.sidecar import SidecarUpstream
@@ -130,7 +131,8 @@ def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
 
 
 def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
-    routes = {"route_config": _route_table("inbound", types.LOCAL_APP, {})}
+    timeout = {"timeout": own_request_timeout(snapshot.self)}
+    routes = {"route_config": _route_table("inbound", types.LOCAL_APP, timeout)}
     denial = json.dumps({"error": f"destination {snapshot.self.service!r} denies this request"}) + "\n"
     more: Rule = {
         # Always, because a policy that looks at paths reaches the listener that is there before its successor comes.

@@ -1,17 +1,16 @@
 """An upstream's compiled plan as Envoy's clusters and routes: router, splitter, resolver, failover. Pure.
 
 Each resolver becomes a cluster whose instances are in priorities: the target's, then those that take over. Envoy
-moves on to the next priority only when no instance of the one before is healthy, as a Lictor sidecar does. Of a
-resolver's balancing, ``locality`` is not carried over.
+moves on to the next priority only when no instance of the one before is healthy, as a Lictor sidecar does.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from node.xds.settings import seconds
 from node.xds.types import Rule
 from raftstate.model.plan import (
-    Balancing,
     HeaderChange,
     HeaderCondition,
     Match,
@@ -23,11 +22,8 @@ from raftstate.model.plan import (
     SplitterNode,
 )
 
-ONLY_WHEN_NONE_IS_LEFT = 1_000_000
-"""Overprovisioning, percent: a priority counts as whole while one in ten thousand of its instances is healthy."""
 DEFAULT_RETRY: Rule = {"retry_on": "connect-failure,refused-stream,reset-before-request", "num_retries": 2}
 """Only what the other side cannot have begun to answer is tried again."""
-_LB = {"random": "RANDOM", "round_robin": "ROUND_ROBIN", "ring_hash": "RING_HASH", "maglev": "MAGLEV"}
 
 
 def resolvers(plan: Plan) -> dict[str, ResolverNode]:
@@ -46,23 +42,6 @@ def services(plan: Plan, node: ResolverNode) -> list[str]:
     """Return the services whose instances a resolver may lead to, the first choice first."""
     ids = [node.target, *node.failover]
     return list(dict.fromkeys(plan.targets[one].service for one in ids if one in plan.targets))
-
-
-def balancing(node: ResolverNode) -> Rule:
-    """Return how a resolver's cluster chooses, and how long it tries to connect."""
-    how: Balancing = node.balancing
-    rule: Rule = {
-        "lb_policy": _LB.get(how.policy, "LEAST_REQUEST"),
-        "connect_timeout": _seconds(node.connect_timeout_s),
-    }
-    if how.policy == "least_request":
-        rule["least_request_lb_config"] = {"choice_count": max(how.choice_count, 2)}
-    elif how.policy == "ring_hash":
-        rule["ring_hash_lb_config"] = {
-            "minimum_ring_size": how.ring_size_min,
-            "maximum_ring_size": max(how.ring_size_max, how.ring_size_min),
-        }
-    return rule
 
 
 def tcp_way(plan: Plan, upstream: str) -> Rule:
@@ -91,9 +70,9 @@ def http_routes(plan: Plan, upstream: str) -> list[Rule]:
 
 
 def _route(plan: Plan, upstream: str, route: Route) -> Rule:
-    action: Rule = {"timeout": _seconds(route.request_timeout_s), "retry_policy": _retry(route)}
+    action: Rule = {"timeout": seconds(route.request_timeout_s), "retry_policy": _retry(route)}
     if route.idle_timeout_s:
-        action["idle_timeout"] = _seconds(route.idle_timeout_s)
+        action["idle_timeout"] = seconds(route.idle_timeout_s)
     if route.prefix_rewrite:
         action |= _rewrite(route)
     action |= _way(plan, upstream, route)
@@ -121,7 +100,7 @@ def _of_resolver(node: object, route: Route) -> Rule:
         return {}
     rule: Rule = {}
     if not route.request_timeout_s and node.request_timeout_s:
-        rule["timeout"] = _seconds(node.request_timeout_s)
+        rule["timeout"] = seconds(node.request_timeout_s)
     policies = []
     for part in node.balancing.hash_policies:
         if part.source_ip:
@@ -131,7 +110,7 @@ def _of_resolver(node: object, route: Route) -> Rule:
         elif part.field == "cookie":
             one = {"cookie": {"name": part.field_value}}
             if part.cookie_session or part.cookie_ttl_s:
-                one["cookie"] |= {"ttl": _seconds(part.cookie_ttl_s), "path": part.cookie_path}
+                one["cookie"] |= {"ttl": seconds(part.cookie_ttl_s), "path": part.cookie_path}
         else:
             one = {"query_parameter": {"name": part.field_value}}
         policies.append({**one, "terminal": part.terminal})
@@ -222,7 +201,3 @@ def _headers(request: HeaderChange, response: HeaderChange) -> Rule:
 
 def _weight(percent: float) -> int:
     return round(percent * 100)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
