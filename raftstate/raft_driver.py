@@ -85,10 +85,14 @@ class Driver:
                 self._scheduled = True
                 self._loop.call_soon(self._turn)
 
+    def pump_if_poked(self) -> None:
+        """See to it at once: no more will come in this turn of the loop."""
+        if self._poked:
+            self._pump()
+
     def _turn(self) -> None:
         self._scheduled = False
-        if self._poked:  # else a sync that ended has pumped meanwhile
-            self._pump()
+        self.pump_if_poked()  # a sync that ended may have pumped meanwhile
 
     def _pump(self, *, apply_now: bool = False) -> None:
         self._poked = False

@@ -448,6 +448,11 @@ class Replica:
             return
         self._driver.poke()
 
+    def delivered(self) -> None:
+        """What a connection had to deliver for now is delivered: answer it in this very turn of the loop."""
+        if self._driver is not None:
+            self._driver.pump_if_poked()
+
     def peer_lost(self, peer: str) -> None:
         """The connection to `peer` broke."""
         if self._core is not None and self._driver is not None:
@@ -467,6 +472,7 @@ class Replica:
     def _after_pump(self) -> None:
         core = self._core
         assert core is not None
+        self._submissions.tell()
         if core.members is not self._known_members:
             self._known_members = core.members
             self._peers.set_peers({m.id: m.address for m in core.members.all if m.id != self.id})

@@ -43,7 +43,7 @@ class Submissions:
     """Outcomes on their way to their callers.
 
     The core tells outcomes while it applies. What callers do then, write to sockets and propose more, must not run in
-    the midst of that, and one callback of the loop serves them all.
+    the midst of that: who lets the core apply calls `tell` afterwards. For outcomes of another origin the loop does.
     """
 
     def __init__(self, forget: Callable[[Submission], object]) -> None:
@@ -52,12 +52,15 @@ class Submissions:
         self._due: list[tuple[Submission, Any, RaftError | None]] = []
 
     def add(self, submission: Submission, applied: Any, error: RaftError | None) -> None:
-        """Have the caller told in the next turn of the loop."""
+        """Have the caller told: by `tell`, or in the next turn of the loop."""
         if not self._due:
-            asyncio.get_running_loop().call_soon(self._tell)
+            asyncio.get_running_loop().call_soon(self.tell)
         self._due.append((submission, applied, error))
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Tell what is known by now."""
+        if not self._due:
+            return
         due, self._due = self._due, []
         for submission, applied, error in due:
             self._forget(submission)

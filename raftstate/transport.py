@@ -66,6 +66,7 @@ class TlsPeerTransport:
     - `context`: client context with this server's certificate, the cluster's CA and ALPN `lictor-raft/1`.
     - `peer_name(ssl_object)`: node name of a verified certificate if it is a *server's*, else None.
     - `on_frame(peer, frame)`: a message has come. If it raises RaftError, the link it came on is closed.
+    - `on_read()`: nothing more has come on a link for now.
     - `on_connected(peer)`, `on_disconnected(peer)`: a link for sending is up, or lost.
     - `fault_filter(peer, direction)`: True drops a message, `direction` is "out" or "in"; only for test clusters.
 
@@ -80,6 +81,7 @@ class TlsPeerTransport:
         *,
         peer_name: Callable[[Any], str | None],
         on_frame: Callable[[str, bytes], None],
+        on_read: Callable[[], None] = lambda: None,
         on_connected: Callable[[str], None] | None = None,
         on_disconnected: Callable[[str], None] | None = None,
         fault_filter: Callable[[str, str], bool] | None = None,
@@ -94,7 +96,7 @@ class TlsPeerTransport:
         """Replaced when the certificate is renewed; used from the next dial on."""
         self.fault_filter = fault_filter
         self.frames_dropped = 0
-        self._peer_name, self._on_frame = peer_name, on_frame
+        self._peer_name, self._on_frame, self._on_read = peer_name, on_frame, on_read
         self._on_connected, self._on_disconnected = on_connected, on_disconnected
         self._lane_of, self._frame_bytes_max = lane_of, frame_bytes_max
         self._queue_bytes_max, self._queue_frames_max = queue_bytes_max, queue_frames_max
@@ -158,7 +160,12 @@ class TlsPeerTransport:
     def incoming(self, peer: str) -> Receiver:
         """A protocol for a connection that `peer` dialled, its ALPN and certificate checked by the caller."""
         return Receiver(
-            peer, self._frame_bytes_max, on_frame=self._received, on_open=self._opened, on_closed=self._closed
+            peer,
+            self._frame_bytes_max,
+            on_frame=self._received,
+            on_read=self._on_read,
+            on_open=self._opened,
+            on_closed=self._closed,
         )
 
     def accept(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -171,12 +171,13 @@ class Receiver(asyncio.Protocol):
         frame_bytes_max: int,
         *,
         on_frame: Callable[[str, bytes], None],
+        on_read: Callable[[], None],
         on_open: Callable[[Receiver], None],
         on_closed: Callable[[Receiver], None],
     ) -> None:
         self.peer = peer
         self._frame_bytes_max = frame_bytes_max
-        self._on_frame, self._on_open, self._on_closed = on_frame, on_open, on_closed
+        self._on_frame, self._on_read, self._on_open, self._on_closed = on_frame, on_read, on_open, on_closed
         self._buffer = bytearray()
         self._transport: asyncio.Transport | None = None
 
@@ -188,10 +189,11 @@ class Receiver(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
-        if not buffer and int.from_bytes(data[:_LENGTH_BYTES], "big") == len(data) - _LENGTH_BYTES <= (
-            self._frame_bytes_max
-        ):
-            self._take(data[_LENGTH_BYTES:])  # most often one whole frame comes
+        body = len(data) - _LENGTH_BYTES
+        if not buffer and 0 <= body <= self._frame_bytes_max and int.from_bytes(data[:_LENGTH_BYTES], "big") == body:
+            # Most often one whole frame comes.
+            if self._transport is not None and self._take(data[_LENGTH_BYTES:]):
+                self._on_read()
             return
         buffer += data
         start = 0
@@ -208,6 +210,8 @@ class Receiver(asyncio.Protocol):
             if not self._take(frame):
                 return
         del buffer[:start]
+        if start:
+            self._on_read()
 
     def _take(self, frame: bytes) -> bool:
         """Hand a frame on; False: it was none that may come, and the link is closed."""
