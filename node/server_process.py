@@ -74,6 +74,7 @@ class ServerNode:
             pki.client_context(files, node.name, pki.ALPN_RAFT),
             peer_name=self._server_name,
             on_frame=self._deliver,
+            on_read=lambda: self.replica.delivered(),
             on_connected=self._peer_lost,  # what was sent before there was a link is lost as well
             on_disconnected=self._peer_lost,
             fault_filter=self.faults.blocks if config.fault_injection else None,
