@@ -16,7 +16,7 @@ from proxy.metrics import PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.relay import SocketChannel
-from proxy.stream import Channel, Data, Early, join
+from proxy.stream import NOBODY, Channel, Data, Early, join
 from raftstate.model.identity import Identity
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Call:
 
     __slots__ = (
         "_desk",
+        "_dialed",
         "_early",
         "_early_eof",
         "_task",
@@ -60,32 +61,43 @@ class Call:
         self.gone = False
         self.http = False
         self.stats: PairStats = desk.pair(identity)
+        self._dialed: AppChannel | None = None
+        """The connection that is relayed, from before the app has taken it."""
         self._early: list[Data] = []
         self._early_eof = False
         self._task: asyncio.Task[None] | None = None
         self.started = desk.now() if desk.observer is not None else 0.0
-        outside.peer = self
         desk.calls.add(self)
         self.stats.total += 1
         self.stats.active += 1
 
     def start(self) -> None:
         """Connect the app and join, or serve as HTTP where requests are to be decided."""
-        self.http = self._desk.needs_http(self.decision)
-        self._task = self._desk.tasks.spawn(self._serve_http() if self.http else self._relay())
-
-    async def _relay(self) -> None:
-        app = await self._dial()
-        if app is None:
+        desk = self._desk
+        self.http = desk.needs_http(self.decision)
+        if self.http:
+            self.outside.peer = self
+            self._task = desk.tasks.spawn(self._serve_http())
             return
-        self._accept()
+        # What comes before the app has taken the connection waits in its transport, and nothing comes from it.
+        app = self._dialed = AppChannel(self.stats, desk.apps, self)
         join(app, self.outside)
-        for data in self._early:
-            app.write(data)
-        self._early.clear()
-        if self._early_eof:
-            app.write_eof()
-        app.early.release(self.outside)  # the app may have spoken first
+        desk.dialing[self] = desk.now() + APP_CONNECT_TIMEOUT_S
+        desk.connect(app)
+
+    def app_connected(self, app: AppChannel) -> None:
+        """The app took the connection."""
+        self._desk.dialing.pop(self, None)
+        if self.gone:
+            app.abort()
+            return
+        self.app = app
+        self._accept()
+
+    def app_refused(self, error: OSError) -> None:
+        """The app did not take the connection."""
+        if not self.gone:
+            self._app_down(error.strerror or str(error) or type(error).__name__)
 
     async def _serve_http(self) -> None:
         app = await self._dial()
@@ -97,7 +109,7 @@ class Call:
             desk.http,
             self.outside,
             None if app.transport.is_closing() else app,
-            app.early,
+            app.early or Early(app),
             peer=self.identity,
             dial=self._dial_again,
             decide=self._decide_request,
@@ -120,11 +132,12 @@ class Call:
 
     async def _dial(self) -> AppChannel | None:
         desk = self._desk
-        desk.dialing[self] = asyncio.get_running_loop().time() + APP_CONNECT_TIMEOUT_S
+        desk.dialing[self] = desk.now() + APP_CONNECT_TIMEOUT_S
         try:
             app = await desk.connect_app(self)
         except OSError as error:
-            self._app_down(str(error) or type(error).__name__)
+            if not self.gone:
+                self._app_down(error.strerror or str(error) or type(error).__name__)
             return None
         finally:
             desk.dialing.pop(self, None)
@@ -177,6 +190,10 @@ class Call:
             self._desk.tell_connection(self)
         self.stats.active -= 1
         self._desk.calls.discard(self)
+        dialed, self._dialed = self._dialed, None
+        if dialed is not None and self.app is None:
+            self._desk.dialing.pop(self, None)
+            dialed.abort()
         if self._task is not None and not self._task.done() and self._task is not asyncio.current_task():
             self._task.cancel()
 
@@ -192,7 +209,7 @@ class Call:
         if self.app is None or not self.http:
             self.end()
 
-    # Channel, while the app is being connected
+    # Channel, while the app is being connected whose requests are to be decided
 
     def write(self, data: Data) -> None:
         self._early.append(data)
@@ -213,23 +230,50 @@ class Call:
 class AppChannel(SocketChannel):
     """The connection to our app for one call. It is among ``opened`` for as long as it is open."""
 
-    __slots__ = ("_opened", "_stats", "early")
+    __slots__ = ("_call", "_opened", "_stats", "_waiter", "early")
 
-    def __init__(self, stats: PairStats, peer: Channel | None, opened: set[AppChannel]) -> None:
+    def __init__(
+        self,
+        stats: PairStats,
+        opened: set[AppChannel],
+        call: Call | None = None,
+        waiter: asyncio.Future[None] | None = None,
+    ) -> None:
+        """``call``, or ``waiter``, is told whether the app has taken the connection."""
         super().__init__()
-        self.early = Early(self)
-        """Its peer where that is yet to come, for the app may speak before it is there."""
-        self.peer = peer or self.early
-        if peer is not None:
-            self.early.done()
+        self.early: Early | None = None
+        """Its peer until its real one is known, where the app may speak before that."""
         self._stats = stats
         self._opened = opened
+        self._call = call
+        self._waiter = waiter
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._opened.add(self)
+        if self._call is not None:
+            self._call.app_connected(self)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def connect_failed(self, error: OSError) -> None:
+        """The app did not take the connection."""
+        self._closing = True
+        if self._call is not None:
+            self._call.app_refused(error)
+        elif self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+        self._let_go()
 
     def on_closed(self) -> None:
         self._opened.discard(self)
         self._stats.bytes_in += self.received
         self._stats.bytes_out += self.sent
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(ConnectionAbortedError("the sidecar gave the connection up"))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What refers to each other is parted, so that it is freed without the collector."""
+        self._call = self._waiter = None
+        self.peer = NOBODY

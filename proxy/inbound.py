@@ -20,8 +20,10 @@ from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
+from proxy.plain import PlainTransport, numeric, resolve
+from proxy.poller import Poller
 from proxy.relay import SocketChannel
-from proxy.stream import Channel
+from proxy.stream import NOBODY, Channel, Early
 from proxy.tasks import Tasks
 from raftstate.model.identity import Identity, SpiffeId
 
@@ -38,7 +40,7 @@ MAX_DECISIONS = 10_000
 class Desk:
     """Admits calls and keeps those that live."""
 
-    def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks) -> None:
+    def __init__(self, config: Configuration, metrics: Metrics, tasks: Tasks, poller: Poller | None = None) -> None:
         self.calls: set[Call] = set()
         self.apps: set[AppChannel] = set()
         """Connections to the app; some outlive their calls, until the app ends its side too."""
@@ -47,6 +49,7 @@ class Desk:
         timer for each would cost more than the rest of the call's admission."""
         self.draining = False
         self.tasks = tasks
+        self.poller = poller or Poller()
         self.observer: Observer | None = None
         """Who is told of calls that have ended; set before any is taken."""
         self._http: HttpEntry | None = None
@@ -235,20 +238,40 @@ class Desk:
         me = self._config.self
         return bool(decision.permissions) or (me is not None and me.protocol in HTTP_PROTOCOLS)
 
-    async def dial_app(self, call: Call, peer: Channel | None = None) -> AppChannel:
+    async def dial_app(self, call: Call, peer: Channel) -> AppChannel:
         """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""
         async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
             return await self.connect_app(call, peer)
 
     async def connect_app(self, call: Call, peer: Channel | None = None) -> AppChannel:
-        """As :meth:`dial_app` without a time limit of its own. Raises OSError."""
+        """As :meth:`dial_app` without a time limit of its own; without ``peer``, what the app sends is kept in the
+        channel's ``early``. Raises OSError."""
+        waiter = asyncio.get_running_loop().create_future()
+        app = AppChannel(call.stats, self.apps, waiter=waiter)
+        if peer is None:
+            app.early = Early(app)
+        app.peer = peer or app.early or NOBODY
+        self.connect(app)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            app.abort()
+            raise
+        return app
+
+    def connect(self, app: AppChannel) -> None:
+        """Begin to connect to our app; ``app`` is told how it went."""
+        transport = app.transport = PlainTransport(self.poller, app)
         me = self._config.self
         if me is None or not me.local_port:
-            raise ConnectionRefusedError("no app is registered")
-        _, app = await asyncio.get_running_loop().create_connection(
-            lambda: AppChannel(call.stats, peer, self.apps), me.local_address or "127.0.0.1", me.local_port
-        )
-        return app
+            transport.cannot_connect(ConnectionRefusedError("no app is registered"))
+            return
+        host = me.local_address or "127.0.0.1"
+        address = numeric(host, me.local_port)
+        if address is not None:
+            transport.connect((address,))
+        else:
+            self.tasks.spawn(_look_up(transport, host, me.local_port))
 
     def tick(self, now: float) -> None:
         """Give up on apps that took too long to connect. Called every second."""
@@ -277,6 +300,15 @@ class Desk:
         """Return the counters for calls from ``identity``."""
         me = self._config.self
         return self._metrics.pair("inbound", identity.service, me.service if me else "")
+
+
+async def _look_up(transport: PlainTransport, host: str, port: int) -> None:
+    try:
+        addresses = await resolve(host, port)
+    except OSError as error:
+        transport.cannot_connect(error)
+    else:
+        transport.connect(addresses)
 
 
 def _overdue(deadlines: dict[Call, float], now: float) -> list[Call]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from typing import cast
 
 from proxy.mux.core import NOBODY
+from proxy.plain import LINGER_RESET, PlainTransport
 from proxy.stream import Channel, Data
-
-_LINGER_RESET = struct.pack("ii", 1, 0)
 
 
 class SocketChannel(asyncio.Protocol):
@@ -93,14 +91,14 @@ class SocketChannel(asyncio.Protocol):
         if self._closing:
             return
         self._closing = True
-        if self._plain:
-            # A reset, so that the app does not take what it has for the whole of the data.
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-                except OSError:
-                    pass  # already gone
+        if isinstance(self.transport, PlainTransport):
+            self.transport.reset()  # so that the app does not take what it has for the whole of the data
+            return
+        if self._plain and (sock := self.transport.get_extra_info("socket")) is not None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+            except OSError:
+                pass  # already gone
         self.transport.abort()
 
     def pause_reading(self) -> None:

@@ -15,9 +15,11 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from proxy import config as sections
 from proxy import http_metrics
+from proxy.acceptor import Acceptor
 from proxy.access import AccessLog, Observers, SpanExporter
 from proxy.admin import AdminServer
 from proxy.config import Configuration
@@ -30,6 +32,8 @@ from proxy.memory import calm_collector, keep_freed_memory
 from proxy.metrics import Labels, Metrics
 from proxy.mux.flow import BUFFER_BYTES, MemoryBudget
 from proxy.outbound import Upstream
+from proxy.plain import PlainTransport
+from proxy.poller import Poller
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
 from raftstate.model.sidecar import SidecarUpdate, SidecarUpstream
@@ -86,7 +90,8 @@ class Sidecar:
         self._tasks = Tasks("sidecar")
         self._memory = MemoryBudget(options.buffer_bytes)
         self._pool = SessionPool(self.metrics, self._tasks, memory=self._memory)
-        self._desk = Desk(self.config, self.metrics, self._tasks)
+        self._poller = Poller()
+        self._desk = Desk(self.config, self.metrics, self._tasks, self._poller)
         self._log: AccessLog | None = None
         self._spans: SpanExporter | None = None
         self._observer = self._make_observer()
@@ -94,7 +99,7 @@ class Sidecar:
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
         self._sockets: dict[str, socket.socket] = {}
-        self._servers: dict[str, asyncio.Server] = {}
+        self._servers: dict[str, Acceptor] = {}
         self._admin: AdminServer | None = None
         self._drained = asyncio.Event()
         self._running = False
@@ -166,7 +171,7 @@ class Sidecar:
             await self._admin.start()
         self._running = True
         for name in list(self._sockets):
-            await self._serve_upstream(name)
+            self._serve_upstream(name)
         self._tasks.spawn(self._sweep())
         try:
             await follow_until(self._drained, updates, self.apply, self._tasks, log)
@@ -187,7 +192,7 @@ class Sidecar:
                 config.policy_version += 1  # decisions are about the service and instance that we are
             self._desk.recheck()
         if changed & {sections.UPSTREAMS, sections.SELF}:
-            await self._update_upstreams()
+            self._update_upstreams()
         self._block_if_revoked()
         if not self.draining:
             self._public.start()
@@ -212,7 +217,7 @@ class Sidecar:
                 upstream.drain()
         try:
             async with asyncio.timeout(timeout_s):
-                while self.live_calls():  # noqa: ASYNC110 - calls must not pay for signalling their end
+                while self.live_calls() or self._being_left():  # noqa: ASYNC110 - calls must not pay for signalling their end
                     await asyncio.sleep(0.02)
         except TimeoutError:
             log.warning("%d calls were still live when the time to drain was over", self.live_calls())
@@ -240,6 +245,11 @@ class Sidecar:
         if self._log is not None:
             self._log.close()
         await asyncio.sleep(0)  # sockets are closed on the loop's next turn
+        self._poller.close()
+
+    def _being_left(self) -> int:
+        """Sessions that peers dialed and have not left yet: calls that they begin now are refused, not lost."""
+        return len(self._public.sessions) if self._public is not None else 0
 
     def live_calls(self) -> int:
         """Calls in both directions that have not ended."""
@@ -252,19 +262,23 @@ class Sidecar:
         upstream.observer = self._observer
         return upstream
 
-    async def _serve_upstream(self, name: str) -> None:
+    def _serve_upstream(self, name: str) -> None:
         if name not in self._servers:
             upstream = self._upstreams[name]
-            loop = asyncio.get_running_loop()
-            self._servers[name] = await loop.create_server(upstream.protocol_factory, sock=self._sockets[name])
 
-    async def _update_upstreams(self) -> None:
+            def take(fd: int, address: tuple[Any, ...]) -> None:
+                PlainTransport(self._poller, upstream.protocol_factory()).accepted(fd, address)
+
+            self._servers[name] = Acceptor(self._poller, self._sockets[name], take)
+            self._servers[name].start()
+
+    def _update_upstreams(self) -> None:
         specs = {spec.name: spec for spec in self.config.upstreams}
         for name, spec in specs.items():
             if name not in self._upstreams and not self._add_upstream(name, spec):
                 continue
             if self._running and not self.draining:
-                await self._serve_upstream(name)
+                self._serve_upstream(name)
         gone = [
             key for name, each in self._upstreams.items() for key in each.update(specs.get(name), self.config.self)
         ]

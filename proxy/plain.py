@@ -1,0 +1,443 @@
+"""TCP connections on a :class:`~proxy.poller.Poller`, in asyncio's terms: a transport that calls a protocol.
+
+Cheaper than the event loop's own: a connection is watched by one system call for all its life, a read or write is one
+system call and no more, and nothing is set that a listening socket hands down (``TCP_NODELAY``) or that a connection
+of one request does without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Protocol
+
+from proxy.poller import READ, READ_WRITE, Poller
+
+READ_FIRST_BYTES = 16 * 1024
+READ_MAX_BYTES = 256 * 1024
+"""A read asks for four times as much whenever the last one was filled, up to this."""
+HIGH_BYTES = 64 * 1024
+_WRITEV_PIECES = 16
+LINGER_RESET = struct.pack("ii", 1, 0)
+"""Value of SO_LINGER with which closing a connection resets it."""
+_MORE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+"""There is more to read although a read was not filled: the end, or what follows an urgent byte."""
+
+_CONNECTING, _OPEN, _CLOSING, _GONE = range(4)
+
+Address = tuple[int, tuple[Any, ...]]
+"""Family, and address as the family has it."""
+
+
+class Connecting(Protocol):
+    """What a protocol that dials is told beside what asyncio tells."""
+
+    def connect_failed(self, error: OSError) -> None:
+        """No address took the connection; called in place of ``connection_made`` and ``connection_lost``."""
+
+
+class PlainTransport(asyncio.Transport):
+    """A TCP connection. Its protocol is called as asyncio calls it; ``connection_lost`` never from within a call."""
+
+    __slots__ = (
+        "_addresses", "_eof_in", "_eof_out", "_error", "_fd", "_high", "_low", "_paused", "_poller", "_protocol",
+        "_queue", "_queued", "_read_bytes", "_sends", "_sock", "_state", "_thorough", "_unread",
+        "_watches_writes", "_write_paused", "peername",
+    )  # fmt: skip
+
+    def __init__(self, poller: Poller, protocol: asyncio.Protocol) -> None:
+        self._poller = poller
+        self._protocol = protocol
+        self.peername: tuple[Any, ...] | None = None
+        """Address of the other side, where it is the one that dialed."""
+        self._fd = -1
+        self._sock: socket.SocketType | None = None
+        self._state = _CONNECTING
+        self._addresses: list[Address] | None = None
+        """Those that are left to be tried."""
+        self._error: Exception | None = None
+        self._read_bytes = READ_FIRST_BYTES
+        self._paused = False
+        self._unread = False
+        """Readable while paused: no further event will say so."""
+        self._thorough = False
+        """Reads go on until there is nothing, filled or not: what an event said is said once."""
+        self._eof_in = False
+        self._eof_out = False
+        self._queue: deque[bytes | bytearray | memoryview] | None = None
+        self._queued = 0
+        self._high, self._low = HIGH_BYTES, HIGH_BYTES // 4
+        self._write_paused = False
+        self._watches_writes = False
+        self._sends = 0
+        """Writes until now; on a dialed connection the second one sets TCP_NODELAY."""
+
+    # How it begins
+
+    def accepted(self, fd: int, peername: tuple[Any, ...]) -> None:
+        """Begin with a connection that a listener took. Raises OSError, and closes it then."""
+        self._fd = fd
+        self.peername = peername
+        self._state = _OPEN
+        self._sends = 2  # the listener handed TCP_NODELAY down
+        try:
+            os.set_blocking(fd, False)
+            self._poller.add(fd, self, READ)
+        except OSError:
+            self._state = _GONE
+            os.close(fd)
+            raise
+        self._protocol.connection_made(self)
+
+    def connect(self, addresses: Sequence[Address]) -> None:
+        """Begin by dialing the first of these that takes the connection."""
+        if self._state == _CONNECTING:
+            self._addresses = list(addresses)
+            self._try_next(OSError(errno.EADDRNOTAVAIL, "the name leads to no address"))
+
+    def cannot_connect(self, error: OSError) -> None:
+        """There is no address to dial."""
+        if self._state == _CONNECTING:
+            self._end(error)
+
+    def _try_next(self, error: OSError) -> None:
+        while self._addresses:
+            family, address = self._addresses.pop(0)
+            sock = None
+            try:
+                # The C type: Python's own socket class costs as much again as the system call.
+                sock = socket.SocketType(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                code = sock.connect_ex(address)
+                if code in (0, errno.EINPROGRESS):
+                    self._fd, self._sock = sock.fileno(), sock
+                    self._watches_writes = True
+                    # Connected to already, on loopback: a write at once will show, else the event does.
+                    self._poller.add(self._fd, self, READ_WRITE)
+                    return
+                error = OSError(code, os.strerror(code))
+            except OSError as failure:
+                error = failure
+            if sock is not None:
+                sock.close()
+            self._fd, self._sock = -1, None
+        self._end(error)
+
+    def _connected(self) -> None:
+        self._state = _OPEN
+        self._addresses = None
+        self._protocol.connection_made(self)
+
+    def _connect_failed(self, error: OSError) -> None:
+        """One address did not take it."""
+        if self._addresses and self._sock is not None:
+            self._poller.remove(self._fd)
+            self._sock.close()
+            self._try_next(error)
+        else:
+            self._end(error)
+
+    # Poller's handler
+
+    def on_ready(self, events: int) -> None:
+        state = self._state
+        if state == _OPEN:
+            if self._queued and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
+                self._drain()
+                if self._state != _OPEN:
+                    return
+            if events & ~select.EPOLLOUT:
+                self._readable(events)
+        elif state == _CONNECTING:
+            self._finish_connecting(events)
+        elif state == _CLOSING:
+            self._drain()
+
+    def _finish_connecting(self, events: int) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._connect_failed(OSError(code, os.strerror(code)))
+        elif events & select.EPOLLOUT:
+            self._connected()
+            if self._state == _OPEN and self._queue is not None:
+                self._drain()
+            if self._state == _OPEN and events & ~select.EPOLLOUT:
+                self._readable(events)
+
+    def on_failure(self, error: Exception) -> None:
+        self._end(error)
+
+    def _readable(self, events: int) -> None:
+        if events & _MORE:
+            self._thorough = True
+            if self._eof_in:
+                # A read tells of the end only, again and again.
+                if events & select.EPOLLERR:
+                    self._end(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+                return
+        if self._paused:
+            self._unread = True
+            return
+        data = self._receive()
+        if not data:
+            return
+        if len(data) == self._read_bytes:
+            if self._read_bytes < READ_MAX_BYTES:
+                self._read_bytes *= 4
+            self._poller.again(self)
+            self._protocol.data_received(data)
+            return
+        self._protocol.data_received(data)
+        if self._thorough:
+            if not self.is_reading():
+                self._unread = True
+            elif data := self._receive():
+                self._poller.again(self)
+                self._protocol.data_received(data)
+
+    def _receive(self) -> bytes:
+        """Read once; the end and errors are dealt with here."""
+        try:
+            data = os.read(self._fd, self._read_bytes)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            self._end(error)
+            return b""
+        if not data and not self._eof_in:
+            self._eof_in = True
+            if not self._protocol.eof_received():
+                self.close()
+        return data
+
+    # asyncio.Transport: reading
+
+    def pause_reading(self) -> None:
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        if self._unread:
+            self._unread = False
+            self._poller.again(self)
+
+    def is_reading(self) -> bool:
+        return not self._paused and self._state == _OPEN
+
+    # asyncio.Transport: writing
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        state = self._state
+        if state >= _CLOSING or not data:
+            return
+        if self._queued or (state == _CONNECTING and self._fd < 0):
+            self._enqueue(data)
+            return
+        if self._sends < 2:
+            self._sends += 1
+            if self._sends == 2:
+                self._no_delay()
+        try:
+            sent = os.write(self._fd, data)
+        except BlockingIOError:
+            self._enqueue(data)
+            return
+        except OSError as error:
+            if state == _CONNECTING:
+                self._enqueue(data)  # there may be another address
+                self._connect_failed(error)
+            else:
+                self._end(error)
+            return
+        if state == _CONNECTING:
+            self._connected()
+        if sent < len(data):
+            self._enqueue(memoryview(data)[sent:])
+
+    def _no_delay(self) -> None:
+        if self._sock is not None:
+            try:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError:
+                pass  # gone; the write tells
+
+    def _enqueue(self, data: bytes | bytearray | memoryview) -> None:
+        if self._state >= _CLOSING:
+            return
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.append(data)
+        self._queued += len(data)
+        if not self._watches_writes and self._fd >= 0:
+            self._watches_writes = True
+            try:
+                self._poller.change(self._fd, READ_WRITE)
+            except OSError as error:
+                self._end(error)
+                return
+        if self._queued > self._high and not self._write_paused:
+            self._write_paused = True
+            self._protocol.pause_writing()
+
+    def _drain(self) -> None:
+        queue = self._queue
+        while queue:
+            try:
+                sent = os.writev(self._fd, list(islice(queue, _WRITEV_PIECES)))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._end(error)
+                return
+            self._queued -= sent
+            while sent:
+                size = len(queue[0])
+                if size > sent:
+                    queue[0] = memoryview(queue[0])[sent:]
+                    break
+                sent -= size
+                queue.popleft()
+        if self._write_paused and self._queued <= self._low:
+            self._write_paused = False
+            self._protocol.resume_writing()
+        if not self._queued and self._state != _GONE:
+            if self._state == _CLOSING:
+                self._end(None)
+            elif self._eof_out:
+                self._shut_down()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high = HIGH_BYTES if high is None else high
+        self._low = self._high // 4 if low is None else low
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._low, self._high
+
+    def get_write_buffer_size(self) -> int:
+        return self._queued
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        if self._eof_out or self._state >= _CLOSING:
+            return
+        self._eof_out = True
+        if not self._queued and self._state == _OPEN:
+            self._shut_down()
+        elif self._queue is None:
+            self._queue = deque()  # so that a connection that is being made looks at what is to be done
+
+    def _shut_down(self) -> None:
+        try:
+            with_socket(self._fd, lambda sock: sock.shutdown(socket.SHUT_WR))
+        except OSError as error:
+            self._end(error)
+
+    # asyncio.Transport: the end
+
+    def is_closing(self) -> bool:
+        return self._state >= _CLOSING
+
+    def close(self) -> None:
+        """End the connection once all that was written is sent."""
+        if self._state >= _CLOSING:
+            return
+        if self._queued and self._state == _OPEN:
+            self._state = _CLOSING
+        else:
+            self._end(None)
+
+    def abort(self) -> None:
+        """End the connection now."""
+        self._end(None)
+
+    def reset(self) -> None:
+        """End the connection now, so that the other side does not take what it has for the whole of the data."""
+        if self._state != _GONE and self._fd >= 0:
+            try:
+                with_socket(self._fd, lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET))
+            except OSError:
+                pass  # already gone
+        self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        state = self._state
+        if state == _GONE:
+            return
+        self._state = _GONE
+        self._error = error
+        self._queue, self._queued = None, 0
+        self._poller.end_later(self._let_go_undone if state == _CONNECTING else self._let_go)
+
+    def _let_go(self) -> None:
+        self._close_socket()
+        self._protocol.connection_lost(self._error)
+
+    def _let_go_undone(self) -> None:
+        self._close_socket()
+        protocol: Any = self._protocol
+        error = self._error
+        if isinstance(error, OSError):
+            protocol.connect_failed(error)
+        else:
+            protocol.connection_lost(error)
+
+    def _close_socket(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        self._poller.forget(fd)
+        if self._sock is not None:
+            self._sock.close()
+        else:
+            os.close(fd)
+
+    # asyncio.BaseTransport
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``peername`` of a connection that was accepted; nothing else is kept."""
+        return self.peername if name == "peername" else default
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.Protocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+
+def with_socket(fd: int, use: Any) -> None:
+    """Call ``use`` with a socket object of a descriptor that stays open. Raises what ``use`` raises."""
+    sock = socket.SocketType(fileno=fd)
+    try:
+        use(sock)
+    finally:
+        sock.detach()
+
+
+@lru_cache(256)
+def numeric(host: str, port: int) -> Address | None:
+    """Return the address that ``host`` is, or None when it is a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return family, (host, port)
+    return None
+
+
+async def resolve(host: str, port: int) -> list[Address]:
+    """Return the addresses of a name. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]

@@ -1,0 +1,164 @@
+"""Readiness of the data plane's own sockets, in batches: one epoll instance, nested in the event loop.
+
+The event loop sees one descriptor, the epoll instance, however many connections there are. Its sockets are watched
+edge-triggered: one ``epoll_ctl`` for the life of a connection, none for pausing, resuming or closing it. What a batch
+of events has made (frames for a session, connections that ended) is dealt with once, at the batch's end, so that no
+callback of the loop is spent on it. Linux only, as is all of the sidecar. See ``docs/decisions/0040-*``.
+
+Handlers must take an event for a hint: it may come late, or twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable
+from typing import Protocol
+
+READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+"""What every connection is watched for; errors and hang-ups are reported unasked."""
+READ_WRITE = READ | select.EPOLLOUT
+ACCEPT = select.EPOLLIN
+"""For listening sockets, level-triggered: what is not accepted now is reported again."""
+BATCH = 256
+"""Events taken at a time."""
+
+
+class Handler(Protocol):
+    """What is told of events on a descriptor."""
+
+    def on_ready(self, events: int) -> None:
+        """``events``: a mask of EPOLL bits."""
+
+    def on_failure(self, error: Exception) -> None:
+        """:meth:`on_ready` raised: a bug. The connection must end, others go on."""
+
+
+class Poller:
+    """The epoll instance of one sidecar; comes to life on the loop that first adds a descriptor."""
+
+    __slots__ = ("_again", "_due", "_ends", "_epoll", "_flushes", "_handlers", "_inside", "_loop")
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._epoll: select.epoll | None = None
+        self._handlers: dict[int, Handler] = {}
+        self._again: dict[Handler, None] = {}
+        """Those that have more to read than one turn allows."""
+        self._flushes: list[Callable[[], None]] = []
+        self._ends: list[Callable[[], None]] = []
+        self._inside = False
+        """A batch is being handled; its end deals with flushes and ends."""
+        self._due = False
+        """The loop will call us for what was left outside of a batch."""
+
+    def add(self, fd: int, handler: Handler, events: int) -> None:
+        """Watch a descriptor. Raises OSError."""
+        epoll = self._epoll
+        if epoll is None:
+            epoll = self._start()
+        epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def change(self, fd: int, events: int) -> None:
+        """Watch it for something else; what is the case now is reported anew. Raises OSError."""
+        if self._epoll is not None:
+            self._epoll.modify(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """The descriptor is about to be closed, which is what makes the kernel forget it."""
+        self._handlers.pop(fd, None)
+
+    def remove(self, fd: int) -> None:
+        """Watch it no longer; it stays open."""
+        if self._handlers.pop(fd, None) is not None and self._epoll is not None:
+            self._epoll.unregister(fd)
+
+    def again(self, handler: Handler) -> None:
+        """Report ``handler`` as readable in the next turn, without an event."""
+        self._again[handler] = None
+        self._call_later()
+
+    def flush_later(self, flush: Callable[[], None]) -> None:
+        """Call ``flush`` once the events at hand are handled: it sends what they made."""
+        self._flushes.append(flush)
+        self._call_later()
+
+    def end_later(self, end: Callable[[], None]) -> None:
+        """Call ``end`` after all flushes: it closes a descriptor, whose number may be another's afterwards."""
+        self._ends.append(end)
+        self._call_later()
+
+    def close(self) -> None:
+        """Deal with what is left, and watch nothing any more. Idempotent."""
+        self._settle()
+        if self._epoll is not None and self._loop is not None:
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+        self._handlers.clear()
+        self._again.clear()
+        self._epoll = None
+
+    def _start(self) -> select.epoll:
+        self._loop = asyncio.get_running_loop()
+        epoll = self._epoll = select.epoll()
+        self._loop.add_reader(epoll.fileno(), self._turn)
+        if self._again or self._flushes or self._ends:
+            self._due = False
+            self._call_later()
+        return epoll
+
+    def _call_later(self) -> None:
+        if not self._inside and not self._due:
+            self._due = True
+            loop = self._loop
+            if loop is None:
+                loop = self._loop = asyncio.get_running_loop()
+            loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._inside, self._due = True, False
+        handlers = self._handlers
+        try:
+            if self._again:
+                again, self._again = self._again, {}
+                for handler in again:
+                    self._tell(handler, select.EPOLLIN)
+            if self._epoll is not None:
+                for fd, events in self._epoll.poll(0, BATCH):
+                    found = handlers.get(fd)
+                    if found is not None:
+                        self._tell(found, events)
+            self._settle()
+        finally:
+            self._inside = False
+        if self._again:
+            self._call_later()
+
+    def _tell(self, handler: Handler, events: int) -> None:
+        try:
+            handler.on_ready(events)
+        except Exception as error:  # noqa: BLE001 - a bug in one connection's handling must not end the others
+            self._report("handling of a connection failed", error)
+            handler.on_failure(error)
+
+    def _report(self, message: str, error: Exception) -> None:
+        if self._loop is not None:
+            self._loop.call_exception_handler({"message": message, "exception": error})
+
+    def _settle(self) -> None:
+        inside, self._inside = self._inside, True
+        try:
+            while self._flushes or self._ends:
+                # Flushes first: what ends may have made frames that are to go out with the others.
+                calls, self._flushes = self._flushes, []
+                if not calls:
+                    calls, self._ends = self._ends, []
+                for call in calls:
+                    try:
+                        call()
+                    except Exception as error:  # noqa: BLE001 - as above
+                        self._report("the end of a connection's turn failed", error)
+        finally:
+            self._inside = inside
