@@ -10,19 +10,18 @@ from collections import deque
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, cast
 
-from proxy.balancer import Instance, Key
-from proxy.balancing.routing import Chooses, Way, change_lines, hash_request
+from proxy.balancer import Instance
+from proxy.choosing import Chooser, InstanceUse, is_retiring
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http import HttpOptions, OutboundConnection, OutboundOptions
-from proxy.http.head import RequestHead, ResponseHead
+from proxy.http.head import RequestHead
 from proxy.http.outbound import Aim, Lease
 from proxy.http.upstream import Owner, Upstream
-from proxy.mux import frames
+from proxy.http2.outbound import OutboundHttp2Connection
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
 from proxy.stream import Channel, Data
-from raftstate.model.plan import HeaderChange
 
 if TYPE_CHECKING:
     from proxy.outbound import Upstream as Service
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 IDLE_MAX = 32
 """Streams kept open to one instance between requests."""
 IDLE_S = 60.0
-_INSTANCE_FAULTS = frozenset({frames.APP_DOWN, frames.TIMED_OUT})
-_AVOIDABLE = frozenset({frames.DRAINING, frames.NOT_READY, frames.TOO_MANY})
 
 
 def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
@@ -54,46 +51,30 @@ def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
     )
 
 
-class ServiceFleet:
+class ServiceFleet(Chooser):
     """The instances of one upstream, with the idle streams to each."""
 
     def __init__(self, service: Service) -> None:
-        self.service = service
+        super().__init__(service)
         self.idle: dict[Hashable, deque[tuple[float, Upstream]]] = {}
-
-    def unavailable(self) -> str:
-        return self.service.unavailable()
 
     def aim(self, head: RequestHead, client: Channel) -> Aim | None:
         """What the plan says of a request; None when there is none."""
-        routing = self.service.routing
-        return None if routing is None else RequestAim(self.service, routing.request(head), head, client)
+        return self.aim_at(head, client)
 
     def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
         service = self.service
         if service.spec is not None and service.spec.loopback_port:
             return LoopbackLease(self, service.spec.loopback_port)
-        now = asyncio.get_running_loop().time()
-        exclude = cast("set[Key]", tried)
-        if isinstance(aim, RequestAim):
-            instance = aim.destination.pick(now, exclude, aim.hashed)
-        else:
-            instance = service.balancer.pick(now, exclude)
-        if tried:
-            service.metrics.count("lictor_retries_total", upstream=service.name)
-        else:
-            service.budget.connection()
+        instance = self.choose(tried, aim)
         return None if instance is None else InstanceLease(self, instance)
-
-    def may_retry(self) -> bool:
-        return self.service.budget.take(asyncio.get_running_loop().time())
 
     def take_idle(self, key: Hashable) -> Upstream | None:
         """Return the idle stream that was used last."""
         idle = self.idle.get(key)
         while idle:
             _, upstream = idle.pop()
-            if _retiring(upstream):
+            if is_retiring(upstream.channel):
                 upstream.close()
             elif not upstream.lost:
                 return upstream
@@ -114,7 +95,7 @@ class ServiceFleet:
         for key, idle in list(self.idle.items()):
             while idle and (idle[0][0] < stale or idle[0][1].lost):
                 idle.popleft()[1].close()
-            for at, upstream in [each for each in idle if _retiring(each[1])]:
+            for at, upstream in [each for each in idle if is_retiring(each[1].channel)]:
                 idle.remove((at, upstream))
                 upstream.close()
             if not idle:
@@ -145,121 +126,47 @@ class ServiceFleet:
         """Nothing is being sent."""
 
 
-class RequestAim:
-    """What the plan says of one request, and by what it is hashed."""
-
-    __slots__ = (
-        "_changes", "_way", "attempts_max", "destination", "edits", "hashed", "request_timeout_s", "retry_resets",
-        "retry_statuses",
-    )  # fmt: skip
-
-    def __init__(self, service: Service, way: Way, head: RequestHead, client: Channel) -> None:
-        self._way = way
-        self.request_timeout_s = way.request_timeout_s
-        self.attempts_max = way.attempts_max
-        self.retry_statuses = way.retry_statuses
-        self.retry_resets = way.retry_resets
-        self.hashed: int | None = None
-        self.destination: Chooses = way.destination
-        self._changes = way.response_changes
-        if policies := way.destination.hash_policies:
-            self.hashed, cookie = hash_request(policies, head, source_of(client), service.random)
-            if cookie:
-                self._changes = (*self._changes, HeaderChange(add={"Set-Cookie": cookie}))
-        self.edits = bool(self._changes)
-
-    def prepare(self, head: RequestHead) -> bytes:
-        """Change the request's headers; return the target to ask for."""
-        way = self._way
-        if way.request_changes:
-            head.fields, head.lines = change_lines(head.fields, head.lines, way.request_changes)
-        return way.target(head.target)
-
-    def edit(self, head: ResponseHead) -> None:
-        """Change the response's headers."""
-        head.fields, head.lines = change_lines(head.fields, head.lines, self._changes)
-
-
-def source_of(client: Channel) -> str:
-    """Return the address of the app's connection, or ``""``."""
-    transport = client.transport if isinstance(client, SocketChannel) else None
-    name = transport.get_extra_info("peername") if transport is not None else None
-    return str(name[0]) if isinstance(name, tuple) and name else ""
-
-
-class InstanceLease:
+class InstanceLease(InstanceUse):
     """One request to one instance."""
 
-    __slots__ = ("_done", "_fleet", "_instance", "key")
+    __slots__ = ("_fleet",)
 
     def __init__(self, fleet: ServiceFleet, instance: Instance) -> None:
+        super().__init__(fleet.service, instance)
         self._fleet = fleet
-        self._instance = instance
-        self._done = False
-        self.key: Hashable = instance.key
-        instance.active += 1
 
     def open(self, owner: Owner) -> Upstream | None:
         upstream = self._fleet.take_idle(self.key)
         if upstream is not None:
             upstream.attach(owner)
             return upstream
-        session = self._fleet.service.pool.ready(self._instance.key)
+        session = self.service.pool.ready(self.instance.key)
         return None if session is None else self._open_stream(session, owner)
 
     async def connect(self, owner: Owner) -> Upstream:
-        service = self._fleet.service
-        result = await service.pool.connect(self._instance.key, self._instance.owner.options.connect_timeout_s)
+        service = self.service
+        result = await service.pool.connect(self.instance.key, self.instance.owner.options.connect_timeout_s)
         if isinstance(result, MuxSession):
             return self._open_stream(result, owner)
         upstream = Upstream(owner, service.http_options.http)
         upstream.channel = result
         result.attach(upstream)
-        self._instance.owner.succeeded(self._instance)
+        self.instance.owner.succeeded(self.instance)
         return upstream
 
     def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
-        service = self._fleet.service
-        upstream = Upstream(owner, service.http_options.http)
-        fate = _StreamFate(service, self._instance, upstream)
-        upstream.channel = session.core.open(self._instance.key.service, upstream, fate)
+        upstream = Upstream(owner, self.service.http_options.http)
+        fate = _StreamFate(self.service, self.instance, upstream)
+        upstream.channel = session.core.open(self.instance.key.service, upstream, fate)
         return upstream
 
-    def failed(self, reason: str) -> None:
-        service = self._fleet.service
-        if self._instance.owner.failed(self._instance, asyncio.get_running_loop().time()):
-            service.metrics.count("lictor_ejections_total", upstream=service.name)
-            key = self._instance.key
-            service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
-
-    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
-        service = self._fleet.service
-        cause = frames.CODE_NAMES.get(refused.code, "other")
-        service.metrics.count("lictor_refusals_received_total", upstream=service.name, reason=cause)
-        if refused.code in _INSTANCE_FAULTS:
-            self.failed(str(refused))
-        elif refused.code == frames.DENIED:
-            return 403, f"destination {self._instance.key.service!r} denies calls of this service"
-        elif refused.code not in _AVOIDABLE:
-            return 502, f"{self._instance.key.instance} refused the call: {cause}"
-        return None
-
     def done(self, upstream: Upstream | None) -> None:
-        if self._done:
+        if not self.release() or upstream is None:
             return
-        self._done = True
-        self._instance.active -= 1
-        if upstream is None:
-            return
-        if _retiring(upstream) or self._instance.key not in self._fleet.service.keys:
+        if is_retiring(upstream.channel) or self.instance.key not in self.service.keys:
             upstream.close()
         else:
             self._fleet.keep_idle(self.key, upstream)
-
-
-def _retiring(upstream: Upstream) -> bool:
-    channel = upstream.channel
-    return isinstance(channel, MuxStream) and channel.retiring
 
 
 class _StreamFate:
@@ -339,13 +246,17 @@ class HttpAppConnection(SocketChannel):
         super().__init__()
         self._service = service
         self._stats = service.stats
-        self._connection: OutboundConnection | None = None
+        self._connection: OutboundConnection | OutboundHttp2Connection | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._stats.total += 1
         self._stats.active += 1
         self._service.connections.add(self)
+        self.begin()
+
+    def begin(self) -> None:
+        """The connection is there: serve it."""
         self._connection = self._service.http.serve(self)
 
     def on_closed(self) -> None:
@@ -354,7 +265,14 @@ class HttpAppConnection(SocketChannel):
         self._stats.bytes_out += self.sent
         self._service.connections.discard(self)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known yet what the app speaks."""
+        return self._connection is None
+
     def cut(self, reason: str) -> None:
         """End the connection now, whatever is under way."""
         if self._connection is not None:
             self._connection.cut(StreamClosed(reason))
+        else:
+            self.abort(StreamClosed(reason))

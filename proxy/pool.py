@@ -171,10 +171,12 @@ class SessionPool:
                     return session
         return None
 
-    async def connect(self, key: Key, timeout_s: float = CONNECT_TIMEOUT_S) -> MuxSession | ForeignChannel:
+    async def connect(
+        self, key: Key, timeout_s: float = CONNECT_TIMEOUT_S, *, http2: bool = False
+    ) -> MuxSession | ForeignChannel:
         """Return a session that takes a stream, or a fresh connection if the peer is foreign.
 
-        Raises :class:`ConnectFailed`.
+        ``http2``: offer HTTP/2 to a foreign peer. Raises :class:`ConnectFailed`.
         """
         loop = asyncio.get_running_loop()
         peer = self._peers.setdefault(key, _Peer())
@@ -182,9 +184,9 @@ class SessionPool:
             if (session := self.ready(key)) is not None:
                 return session
             if peer.foreign_until > loop.time():
-                return await self._dial(key, timeout_s, offer_mux=False)
+                return await self._dial(key, timeout_s, offer_mux=False, http2=http2)
             if peer.dialing is None:
-                task = peer.dialing = self._tasks.spawn(self._try_dial(key, timeout_s))
+                task = peer.dialing = self._tasks.spawn(self._try_dial(key, timeout_s, http2=http2))
                 task.add_done_callback(lambda _: setattr(peer, "dialing", None))
                 mine = True
             else:
@@ -201,20 +203,22 @@ class SessionPool:
             if isinstance(result, ForeignChannel) and mine:
                 return result
 
-    async def _try_dial(self, key: Key, timeout_s: float) -> MuxSession | ForeignChannel | ConnectFailed:
+    async def _try_dial(
+        self, key: Key, timeout_s: float, *, http2: bool
+    ) -> MuxSession | ForeignChannel | ConnectFailed:
         """As :meth:`_dial`, for several who wait: the failure is a value, which each of them raises."""
         try:
-            return await self._dial(key, timeout_s, offer_mux=True)
+            return await self._dial(key, timeout_s, offer_mux=True, http2=http2)
         except ConnectFailed as error:
             return error
 
-    async def _dial(self, key: Key, timeout_s: float, *, offer_mux: bool) -> MuxSession | ForeignChannel:
+    async def _dial(self, key: Key, timeout_s: float, *, offer_mux: bool, http2: bool) -> MuxSession | ForeignChannel:
         if self._pending >= MAX_PENDING_DIALS:
             raise ConnectFailed("too-many-pending", f"{self._pending} connections are being made already")
         self._pending += 1
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._handshake(key, timeout_s, offer_mux=offer_mux)
+                return await self._handshake(key, timeout_s, offer_mux=offer_mux, http2=http2)
         except TimeoutError as error:
             raise ConnectFailed("timeout", f"{key.address}:{key.port} did not answer in {timeout_s:g} s") from error
         except (ssl.SSLError, BadCertificate) as error:
@@ -227,7 +231,9 @@ class SessionPool:
         finally:
             self._pending -= 1
 
-    async def _handshake(self, key: Key, timeout_s: float, *, offer_mux: bool) -> MuxSession | ForeignChannel:
+    async def _handshake(
+        self, key: Key, timeout_s: float, *, offer_mux: bool, http2: bool
+    ) -> MuxSession | ForeignChannel:
         material = self._material
         if material is None:
             raise ConnectFailed("not-ready", "no certificate yet")
@@ -236,7 +242,7 @@ class SessionPool:
             ForeignChannel,
             key.address,
             key.port,
-            ssl=material.client if offer_mux else material.client_plain,
+            ssl=material.client_for(mux=offer_mux, http2=http2),
             server_hostname="",
             ssl_handshake_timeout=timeout_s,
             ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,

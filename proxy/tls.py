@@ -35,10 +35,20 @@ class TlsMaterial(NamedTuple):
     client: ssl.SSLContext
     client_plain: ssl.SSLContext
     """As ``client`` without offering mux: for peers known to speak plain mTLS, one connection for each app's."""
+    client_http2: ssl.SSLContext
+    """As ``client``, offering HTTP/2 to a foreign peer."""
+    client_only_http2: ssl.SSLContext
+    """As ``client_plain``, offering HTTP/2."""
     bundle: TrustBundle
     identity: Identity
     not_after_s: float
     """Unix time at which the leaf expires."""
+
+    def client_for(self, *, mux: bool, http2: bool) -> ssl.SSLContext:
+        """Return the context for dialing a peer to which these are offered."""
+        if http2:
+            return self.client_http2 if mux else self.client_only_http2
+        return self.client if mux else self.client_plain
 
 
 class PeerProof(NamedTuple):
@@ -75,10 +85,13 @@ def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
             server_http2 = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "h2", "http/1.1"))
             client = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN,))
             client_plain = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ())
+            client_http2 = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN, "h2"))
+            client_only_http2 = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ("h2",))
     except (ssl.SSLError, ValueError) as error:
         raise BadConfiguration(f"the leaf or its key cannot be used: {error}") from error
     not_after_s = certificate.not_valid_after_utc.timestamp()
-    return TlsMaterial(server, server_http2, client, client_plain, bundle, identity, not_after_s)
+    clients = (client, client_plain, client_http2, client_only_http2)
+    return TlsMaterial(server, server_http2, *clients, bundle, identity, not_after_s)
 
 
 def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:

@@ -40,6 +40,13 @@ _STATUSES = {
     "gateway-error": frozenset((502, 503, 504)),
     "retriable-4xx": frozenset((409,)),
 }
+_GRPC_STATUSES = {
+    "cancelled": b"1",
+    "deadline-exceeded": b"4",
+    "resource-exhausted": b"8",
+    "internal": b"13",
+    "unavailable": b"14",
+}
 Field = tuple[bytes, bytes]
 
 
@@ -94,7 +101,11 @@ class Way(NamedTuple):
     request_timeout_s: float = 0.0
     attempts_max: int = 0
     """0: nothing is said."""
+    idle_timeout_s: float = 0.0
+    """How long neither side may say anything; 0: nothing is said."""
     retry_statuses: frozenset[int] = frozenset()
+    retry_grpc: frozenset[bytes] = frozenset()
+    """gRPC statuses that come without a response before them."""
     retry_resets: bool = False
     """A request whose connection was lost is sent again whatever its method."""
     request_changes: tuple[HeaderChange, ...] = ()
@@ -206,7 +217,9 @@ def _way(destination: Destination, route: Route | None, asked: HeaderChange, ans
         prefix_rewrite=route.prefix_rewrite,
         request_timeout_s=route.request_timeout_s or destination.request_timeout_s,
         attempts_max=route.num_retries + 1 if route.num_retries else 0,
+        idle_timeout_s=route.idle_timeout_s,
         retry_statuses=statuses,
+        retry_grpc=frozenset(_GRPC_STATUSES[word] for word in route.retry_on if word in _GRPC_STATUSES),
         retry_resets=not _RESETS.isdisjoint(route.retry_on),
         request_changes=tuple(change for change in (route.request_headers, asked) if change),
         response_changes=tuple(change for change in (answered, route.response_headers) if change),

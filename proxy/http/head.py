@@ -38,7 +38,7 @@ _HOST_VALUE = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
 _ORDINARY_CONNECTION = (b",keep-alive", b",close")
 _BLANKS = (b" ", b"\t")
-_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
 _names: dict[bytes, tuple[bytes, int]] = {}
 """Names seen, with their lower-case form and kind. Bounded; a cache only."""
@@ -84,7 +84,7 @@ class RequestHead:
     @property
     def idempotent(self) -> bool:
         """Whether sending it twice does what sending it once does (RFC 9110, section 9.2.2)."""
-        return self.method in _IDEMPOTENT
+        return self.method in IDEMPOTENT
 
     def request(self) -> Request:
         """Return what permissions see."""

@@ -43,12 +43,14 @@ log = logging.getLogger("lictor.proxy.http")
 
 _CONTROL_WHILE_FULL_MAX = 1000
 """Pings and settings from a client that reads nothing; then it is cut off."""
-_RESETS_MAX = 200
-"""Streams that a client may reset beyond half of those it opened; then it is cut off (CVE-2023-44487)."""
 
 
 class Http2Connection:
     """A client's connection. Where its requests go is for the subclasses: :meth:`_route` and what follows it."""
+
+    resets_max = 200
+    """Streams that a client may reset, if they are more than half of those it opened; then it is cut off
+    (CVE-2023-44487)."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class Http2Connection:
         """The request has come, and may go: bring it onto a link, now or later."""
         raise NotImplementedError
 
-    def _lost(self, exchange: Exchange, reason: str) -> None:
+    def _lost(self, exchange: Exchange, error: Exception | None) -> None:
         """The link was lost before any response came."""
         raise NotImplementedError
 
@@ -227,7 +229,7 @@ class Http2Connection:
             self._count(exchange, 0, "cut")
             self._forget_link(exchange, event.error_code)
             self._remove(exchange)
-        if self._resets > _RESETS_MAX and self._resets * 2 > self._opened:
+        if self._resets > self.resets_max and self._resets * 2 > self._opened:
             self._side.burst_log.warning(f"{self._client_name()} resets streams faster than it uses them; cut off")
             self._client.go_away(ErrorCodes.ENHANCE_YOUR_CALM)
             self.cut()
@@ -298,7 +300,7 @@ class Http2Connection:
 
     def _answered_whole(self, exchange: Exchange) -> None:
         """All of the response was sent."""
-        self._count(exchange, exchange.status, "app")
+        self._count(exchange, exchange.status, exchange.origin)
         if not exchange.request_ended:
             # The answer is whole; what the client still sends interests nobody (RFC 9113, section 8.1).
             self._client.reset(exchange.client_id, ErrorCodes.NO_ERROR)
@@ -344,7 +346,7 @@ class Http2Connection:
         elif exchange.status:
             self._broken(exchange)
         else:
-            self._lost(exchange, str(error) if error else "the connection was closed")
+            self._lost(exchange, error)
 
     def _broken(self, exchange: Exchange) -> None:
         """The link was lost within the response."""

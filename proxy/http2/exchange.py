@@ -47,7 +47,7 @@ class Exchange:
 
     __slots__ = (
         "active_at", "client_id", "deadline", "grpc_status", "head", "headers", "keep_trailers", "link", "link_id",
-        "owner", "replay", "request_ended", "sent", "started", "status", "to_client", "to_link",
+        "origin", "owner", "replay", "request_ended", "sent", "started", "status", "to_client", "to_link",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
@@ -65,6 +65,8 @@ class Exchange:
         self.status = 0
         """Of the response, once it has begun."""
         self.grpc_status = b""
+        self.origin = "app"
+        """Who ends the response, as :class:`proxy.http.options.HttpStats` counts it."""
         self.keep_trailers = True
         """False when permissions decided on the headers: what came after the decision is not passed on."""
         self.request_ended = False

@@ -10,7 +10,7 @@ import re
 
 from proxy.authz import Request
 from proxy.http.errors import BadRequest
-from proxy.http.head import FORWARDED_CERT, Field
+from proxy.http.head import FORWARDED_CERT, IDEMPOTENT, Field
 
 _GRPC = b"application/grpc"
 _GRPC_STATUS = {400: 13, 403: 7, 502: 14, 503: 14, 504: 4, 500: 13}
@@ -29,6 +29,11 @@ class RequestHead:
         self.scheme = b"http"
         self.fields: list[Field] = []
         self.grpc = False
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether sending it twice does what sending it once does (RFC 9110, section 9.2.2)."""
+        return self.method in IDEMPOTENT
 
     def all_fields(self) -> list[Field]:
         """Return the fields as HTTP/1.1 would have them, the authority as ``host``."""

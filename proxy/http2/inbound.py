@@ -14,6 +14,7 @@ from proxy.http.side import HttpSide
 from proxy.http2.connection import Http2Connection
 from proxy.http2.exchange import Exchange
 from proxy.http2.link import Link
+from proxy.mux.core import MuxStream
 from proxy.stream import Channel
 from raftstate.model.identity import Identity
 
@@ -139,16 +140,21 @@ class InboundHttp2Connection(Http2Connection):
         for exchange in waiting:
             if self._exchanges.get(exchange.client_id) is not exchange:
                 continue  # the client gave it up
-            if problem:
+            if problem and isinstance(self._client.channel, MuxStream):
+                # Another instance may have an app that can be reached; a new link will be told that ours cannot.
+                self._refuse(exchange)
+            elif problem:
                 self._answer(exchange, 503, f"{self._options.service!r} {problem}", "app-down")
             else:
                 self._launch(exchange)
+        if problem and isinstance(self._client.channel, MuxStream):
+            self.drain()
         self.flush()
 
     def not_served(self, exchange: Exchange) -> None:
         self._refuse(exchange)
 
-    def _lost(self, exchange: Exchange, reason: str) -> None:
+    def _lost(self, exchange: Exchange, error: Exception | None) -> None:
         self._answer(exchange, 502, f"{self._options.service!r} gave no usable answer", "app-down")
 
     def _app_ended(self, link: Link, error: Exception | None) -> None:

@@ -31,7 +31,7 @@ _STREAMS_BEFORE_SETTINGS = 100
 class Link:
     """One connection with the exchanges on it. ``on_end`` is called once, when nothing more is asked on it."""
 
-    __slots__ = ("_gone", "_on_end", "_on_settled", "_settings_came", "exchanges", "half", "leaving")
+    __slots__ = ("_gone", "_on_end", "_on_settled", "_settings_came", "exchanges", "half", "heard", "leaving")
 
     def __init__(
         self,
@@ -45,6 +45,8 @@ class Link:
         """By stream id."""
         self.leaving = False
         """No more streams are opened; the end comes with the last one."""
+        self.heard = False
+        """Something has come from the other end."""
         self._gone = self._settings_came = False
         self._on_end = on_end
         self._on_settled = on_settled
@@ -122,6 +124,7 @@ class Link:
     # Events
 
     def _events(self, half: Half, events: list[Event]) -> None:
+        self.heard = True
         owners: set[Owner] = set()
         try:
             for event in events:

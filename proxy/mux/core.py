@@ -294,6 +294,11 @@ class MuxCore:
         return stream
 
     @property
+    def accepts(self) -> bool:
+        """Whether this is the accepting side."""
+        return self._acceptor is not None
+
+    @property
     def can_open(self) -> bool:
         """Whether the dialing side may open one more stream here."""
         full = len(self.streams) >= self.max_streams or self._last_id + 2 > MAX_STREAM_ID

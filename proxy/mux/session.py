@@ -29,6 +29,8 @@ FEW_STREAMS = 2
 """With so few live streams frames are sent at once: there is nothing to gather, and the turn is latency."""
 FIRST_PINGS = 4
 """Pings in a row when the session begins, to know how far the peer is; then one with each keepalive."""
+PARTING_S = 1.0
+"""How long the accepting side of a session that is over waits for the dialing side to close it."""
 WRITE_HIGH_BYTES = 512 * 1024
 
 
@@ -73,6 +75,7 @@ class MuxSession(asyncio.Protocol):
         self._flush_due = False
         self._heard = True
         self._pinged = False
+        self._ending = False
         self._timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
         self._idle_since: float | None = None
@@ -180,7 +183,16 @@ class MuxSession(asyncio.Protocol):
                 break
             core.pump()
         if core.finished:
+            self._end(transport)
+
+    def _end(self, transport: asyncio.Transport) -> None:
+        """Close a session that is over. The accepting side gives the peer a moment to do it: an OPEN that crossed our
+        GOAWAY must be refused, not lost, for only then may its call be made elsewhere."""
+        if self.core.going_away or not self.core.accepts:
             transport.close()
+        elif not self._ending:
+            self._ending = True
+            self._loop.call_later(PARTING_S, transport.close)
 
     @staticmethod
     def _write_long(transport: asyncio.Transport, out: list[Data]) -> None:

@@ -1,0 +1,420 @@
+"""The caller's side of HTTP/2: each stream of the app goes to an instance chosen for it, on links that are shared.
+
+A request is sent again, to another instance, only where that is safe: nothing of an answer has gone to the app, all
+that was sent of it is still at hand (:data:`~proxy.http.outbound.REPLAY_BYTES`), and either nobody has looked at it
+(the link was refused, REFUSED_STREAM, a GOAWAY that leaves it out: RFC 9113, sections 8.7 and 6.8) or its method is
+idempotent. A route may ask for more: attempts after certain statuses, of HTTP or of gRPC, and whatever the method.
+What nobody has looked at but can't be sent again is given back to the app as REFUSED_STREAM. Retries have a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+from h2.errors import ErrorCodes
+from h2.events import InformationalResponseReceived, ResponseReceived
+
+from proxy.errors import ConnectFailed, StreamRefused
+from proxy.http.head import Field
+from proxy.http.options import HttpStats
+from proxy.http.outbound import REPLAY_BYTES, OutboundOptions
+from proxy.http.side import NEVER, HttpSide
+from proxy.http2.connection import Http2Connection
+from proxy.http2.exchange import Exchange, Part, Replay
+from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of
+from proxy.http2.link import Link
+from proxy.stream import Channel
+
+STREAMS_MAX = 512
+"""Of one connection of the app: a gRPC channel keeps to one connection, whatever it has under way."""
+
+
+class Lease(Protocol):
+    """The right to send one request to one instance. ``done`` ends it."""
+
+    key: Hashable
+
+    def link(self) -> Link | None:
+        """Return a link that takes a stream now, or None: then :meth:`connect`."""
+        ...
+
+    async def connect(self) -> Link:
+        """Make a link that takes a stream. Raises :class:`~proxy.errors.ConnectFailed` or OSError."""
+        ...
+
+    def failed(self, reason: str) -> None:
+        """The instance could not be reached or did not answer."""
+        ...
+
+    def answered(self, status: int) -> None:
+        """The instance gave an answer with this HTTP status, or one that says the same."""
+        ...
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        """The instance's sidecar did not take the link: return the answer if no other one would, else None."""
+        ...
+
+    def done(self) -> None:
+        """The request has ended. Idempotent."""
+        ...
+
+
+class Aim(Protocol):
+    """What a plan says of one request; see :class:`proxy.balancing.routing.Way`."""
+
+    request_timeout_s: float
+    idle_timeout_s: float
+    attempts_max: int
+    """0: as the upstream's options say."""
+    retry_statuses: frozenset[int]
+    retry_grpc: frozenset[bytes]
+    retry_resets: bool
+
+    def target(self, target: bytes) -> bytes:
+        """Return the target to ask for."""
+        ...
+
+    def asked(self, fields: list[Field]) -> list[Field]:
+        """Return the request's fields as they are sent on."""
+        ...
+
+    def answered(self, fields: list[Field]) -> list[Field]:
+        """Return the response's fields as they are sent on."""
+        ...
+
+
+class Fleet(Protocol):
+    """The instances of one upstream."""
+
+    def aim(self, head: RequestHead, client: Channel) -> Aim | None:
+        """Return what the plan says of a request; None when there is no plan."""
+        ...
+
+    def unavailable(self) -> str:
+        """Return why nothing can be sent now, or ``""``."""
+        ...
+
+    def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
+        """Choose the instance for a request, outside ``tried``."""
+        ...
+
+    def may_retry(self) -> bool:
+        """Take leave for one retry."""
+        ...
+
+
+class OutboundHttp2(HttpSide):
+    """The HTTP/2 side of one upstream's listener."""
+
+    def __init__(self, options: OutboundOptions, fleet: Fleet, stats: HttpStats) -> None:
+        super().__init__(options.http)
+        self.outbound = options
+        self.fleet = fleet
+        self.stats = stats
+        self.in_flight = 0
+        self.pending = 0
+
+    def use(self, options: OutboundOptions) -> None:
+        """Take new options, for requests and connections to come."""
+        self.outbound = options
+        self.options = options.http
+
+    def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundHttp2Connection:
+        """Serve a connection of the app. ``on_done`` is called once, at the end."""
+        return OutboundHttp2Connection(self, downstream, on_done)
+
+
+class _Call:
+    """Where a request goes, and what was tried."""
+
+    __slots__ = ("aim", "attempts", "lease", "reason", "respond_by", "tried")
+
+    def __init__(self, aim: Aim | None) -> None:
+        self.aim = aim
+        self.lease: Lease | None = None
+        self.attempts = 0
+        self.tried: set[Hashable] = set()
+        self.reason = ""
+        """Why the last attempt failed."""
+        self.respond_by = NEVER
+        """When the response must have begun."""
+
+
+class OutboundHttp2Connection(Http2Connection):
+    """A connection of the app. Each of its streams may go to another instance."""
+
+    resets_max = 2 * STREAMS_MAX
+
+    def __init__(self, side: OutboundHttp2, channel: Channel, on_done: Callable[[], None] | None) -> None:
+        self._outbound = side
+        self._channel = channel
+        self._calls: dict[int, _Call] = {}
+        """By the client's stream id, as the exchanges."""
+        super().__init__(side, channel, side.stats, on_done, streams_max=STREAMS_MAX)
+
+    def _client_name(self) -> str:
+        return f"our app, to {self._options.service!r}"
+
+    def _party(self, exchange: Exchange) -> tuple[str, str]:
+        call = self._calls.get(exchange.client_id)
+        key = call.lease.key if call is not None and call.lease is not None else None
+        return self._options.service, str(getattr(key, "instance", ""))
+
+    def _route(self, exchange: Exchange) -> None:
+        side, head = self._outbound, exchange.head
+        problem = side.fleet.unavailable()
+        if not problem and side.in_flight >= side.outbound.requests_max:
+            problem = f"has {side.in_flight} requests in flight already"
+        if not problem and side.pending >= side.outbound.pending_max:
+            problem = f"has {side.pending} requests waiting for a connection already"
+        if problem:
+            self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
+            return
+        side.in_flight += 1
+        aim = side.fleet.aim(head, self._channel)
+        call = self._calls[exchange.client_id] = _Call(aim)
+        target = head.target
+        if aim is not None:
+            head.fields = aim.asked(head.fields)
+            target = aim.target(target)
+        exchange.headers = head.wire(target, b"")
+        exchange.replay = Replay(REPLAY_BYTES)
+        self._connect(exchange, call)
+
+    # Attempts
+
+    def _connect(self, exchange: Exchange, call: _Call, *, anew: bool = False, paid: bool = True) -> None:
+        """Make an attempt; ``anew``: with an instance that was tried already if there is no other. Unless leave for a
+        retry was ``paid`` for, that takes some."""
+        fleet = self._outbound.fleet
+        lease = fleet.pick(call.tried, call.aim)
+        if lease is None and anew and (paid or fleet.may_retry()):
+            call.tried.clear()
+            lease = fleet.pick(call.tried, call.aim)
+        if lease is None:
+            reason = call.reason or "no instance can be used"
+            self._answer(exchange, 503, f"{self._options.service!r}: {reason}", "app-down")
+            return
+        call.lease = lease
+        call.attempts += 1
+        call.tried.add(lease.key)
+        link = lease.link()
+        if link is not None:
+            self._launch(exchange, call, link)
+        else:
+            self._outbound.pending += 1
+            self._side.tasks.spawn(self._make(exchange, call, lease))
+
+    async def _make(self, exchange: Exchange, call: _Call, lease: Lease) -> None:
+        link: Link | None = None
+        reason = ""
+        try:
+            link = await lease.connect()
+        except (ConnectFailed, OSError) as error:
+            reason = str(error) or type(error).__name__
+        finally:
+            self._outbound.pending -= 1
+        if call.lease is not lease or self._calls.get(exchange.client_id) is not call:
+            return
+        if link is not None:
+            self._launch(exchange, call, link)
+        else:
+            lease.failed(reason)
+            self._again(exchange, call, reason, free=True)
+        self.flush()
+
+    def _launch(self, exchange: Exchange, call: _Call, link: Link) -> None:
+        if not self._send(exchange, link):
+            self._again(exchange, call, "the connection takes no more requests", anew=True, free=True)
+        elif exchange.link is not None:
+            self._watch(exchange, call)
+
+    def _again(self, exchange: Exchange, call: _Call, reason: str, *, anew: bool = False, free: bool = False) -> None:
+        """An attempt came to nothing: make another one, or say so.
+
+        ``free``: nobody has looked at the request, so that another instance may be asked without taking of the
+        budget: hundreds may be under way to an instance that begins to drain, or wait for one dial to it.
+        """
+        call.reason = reason
+        replay = exchange.replay
+        self._drop_lease(call)
+        if replay is None or replay.spent or call.attempts >= self._attempts_max(call):
+            self._answer(exchange, 503, f"{self._options.service!r}: {reason}", "app-down")
+        elif not free and not self._outbound.fleet.may_retry():
+            self._answer(exchange, 503, f"{self._options.service!r}: {reason}; no more retries", "app-down")
+        else:
+            self._resend(exchange, call, anew=anew, paid=not free)
+
+    def _resend(self, exchange: Exchange, call: _Call, *, anew: bool, paid: bool = True) -> None:
+        assert exchange.replay is not None
+        exchange.replay.rewind(exchange.to_link)
+        exchange.request_ended = False
+        exchange.deadline = call.respond_by = NEVER
+        self._connect(exchange, call, anew=anew, paid=paid)
+
+    def _attempts_max(self, call: _Call) -> int:
+        return call.aim.attempts_max if call.aim and call.aim.attempts_max else self._outbound.outbound.attempts_max
+
+    def _may_attempt(self, exchange: Exchange, call: _Call) -> bool:
+        spent = exchange.replay is None or exchange.replay.spent
+        return not spent and call.attempts < self._attempts_max(call) and not self._is_over(exchange, call)
+
+    def _repeatable(self, exchange: Exchange, call: _Call) -> bool:
+        """Whether the request may be sent again though an app may have seen it."""
+        return exchange.head.idempotent or (call.aim is not None and call.aim.retry_resets)
+
+    # Time
+
+    def _limit_s(self, call: _Call) -> float:
+        said = call.aim.request_timeout_s if call.aim is not None else 0.0
+        return said or self._options.response_timeout_s
+
+    def _is_over(self, exchange: Exchange, call: _Call) -> bool:
+        limit_s = self._limit_s(call)
+        return bool(limit_s) and self._side.loop.time() >= exchange.started + limit_s
+
+    def _watch(self, exchange: Exchange, call: _Call) -> None:
+        """Set the times by which something must have happened."""
+        if exchange.request_came and not exchange.status and call.respond_by == NEVER:
+            limit_s, try_s = self._limit_s(call), self._outbound.outbound.try_timeout_s
+            call.respond_by = exchange.started + limit_s if limit_s else NEVER
+            if try_s:
+                call.respond_by = min(call.respond_by, self._side.loop.time() + try_s)
+        idle_s = call.aim.idle_timeout_s if call.aim is not None else 0.0
+        quiet_by = exchange.active_at + idle_s if idle_s else NEVER
+        self._arm(exchange, min(call.respond_by, quiet_by))
+
+    def _timed_out(self, exchange: Exchange) -> None:
+        call, now = self._calls[exchange.client_id], self._side.loop.time()
+        idle_s = call.aim.idle_timeout_s if call.aim is not None else 0.0
+        if call.respond_by > now:
+            if exchange.active_at + idle_s > now:
+                self._watch(exchange, call)
+            elif exchange.status:
+                self._forget_link(exchange, ErrorCodes.CANCEL)
+                self._end_early(exchange, 504, f"{self._options.service!r}: nothing was said for {idle_s:g} s")
+            else:
+                text = f"{self._options.service!r}: nothing was said for {idle_s:g} s"
+                self._answer(exchange, 504, text, "timeout")
+            return
+        if call.lease is not None:
+            call.lease.failed("did not answer in time")
+        may = self._repeatable(exchange, call) and self._may_attempt(exchange, call)
+        if may and self._outbound.fleet.may_retry():
+            self._forget_link(exchange, ErrorCodes.CANCEL)
+            self._drop_lease(call)
+            call.reason = "did not answer in time"
+            self._resend(exchange, call, anew=False)
+        else:
+            super()._timed_out(exchange)
+
+    def _more_came(self, exchange: Exchange) -> None:
+        exchange.active_at = self._side.loop.time()
+        super()._more_came(exchange)
+        call = self._calls.get(exchange.client_id)
+        if call is not None and exchange.link is not None and exchange.request_came:
+            self._watch(exchange, call)
+
+    # Owner
+
+    def answered(self, exchange: Exchange, event: ResponseReceived | InformationalResponseReceived) -> None:
+        call = self._calls[exchange.client_id]
+        exchange.active_at = self._side.loop.time()
+        if isinstance(event, ResponseReceived):
+            headers = dict(event.headers)
+            status = int(headers[b":status"])
+            said = bytes(headers.get(b"grpc-status", b"")) if event.stream_ended is not None else b""
+            if call.lease is not None:
+                call.lease.answered(_as_http(status, said))
+            if self._unwanted(exchange, call, status, said):
+                self._forget_link(exchange, ErrorCodes.CANCEL)
+                self._drop_lease(call)
+                call.reason = f"answered {f'gRPC status {said.decode()}' if said else status}"
+                self._resend(exchange, call, anew=True)
+                return
+        super().answered(exchange, event)
+        if exchange.status and exchange.client_id in self._exchanges:
+            call.respond_by = NEVER
+            self._watch(exchange, call)
+
+    def _unwanted(self, exchange: Exchange, call: _Call, status: int, grpc_status: bytes) -> bool:
+        """Whether another attempt is made instead of passing this answer on; leave for it is then taken."""
+        aim = call.aim
+        if aim is None or not (status in aim.retry_statuses or (grpc_status and grpc_status in aim.retry_grpc)):
+            return False
+        return self._may_attempt(exchange, call) and self._outbound.fleet.may_retry()
+
+    def came(self, exchange: Exchange) -> None:
+        exchange.active_at = self._side.loop.time()
+        super().came(exchange)
+
+    def _edit(self, exchange: Exchange, headers: list[Field]) -> list[Field]:
+        aim = self._calls[exchange.client_id].aim
+        return headers if aim is None else aim.answered(headers)
+
+    def not_served(self, exchange: Exchange) -> None:
+        if exchange.response_came:
+            exchange.request_ended = True
+        elif exchange.status or exchange.replay is None or exchange.replay.spent:
+            self._refuse(exchange)
+        else:
+            call = self._calls[exchange.client_id]
+            self._again(exchange, call, f"{self._party(exchange)[1]} takes no more requests", anew=True, free=True)
+
+    def was_reset(self, exchange: Exchange, code: ErrorCodes | int) -> None:
+        call = self._calls[exchange.client_id]
+        resets = call.aim is not None and call.aim.retry_resets
+        if resets and not exchange.status and self._may_attempt(exchange, call):
+            self._again(exchange, call, "the instance ended the request", anew=True)
+        else:
+            super().was_reset(exchange, code)
+
+    def _lost(self, exchange: Exchange, error: Exception | None) -> None:
+        call = self._calls[exchange.client_id]
+        reason = str(error) if error is not None else "the connection was closed"
+        if isinstance(error, StreamRefused):
+            final = call.lease.refusal(error) if call.lease is not None else None
+            if final is not None:
+                self._answer(exchange, *final, "denied" if final[0] == 403 else "app-down")
+            else:
+                self._again(exchange, call, reason, free=True)
+        elif self._repeatable(exchange, call) and self._may_attempt(exchange, call):
+            self._again(exchange, call, reason, anew=True)
+        else:
+            self._answer(exchange, 502, f"{self._options.service!r}: {reason}", "app-down")
+
+    def _broken(self, exchange: Exchange) -> None:
+        self._end_early(exchange, 503, f"{self._options.service!r}: the connection to the instance was lost")
+
+    def _end_early(self, exchange: Exchange, status: int, text: str) -> None:
+        """End a response that has begun: a gRPC call by a status, any other by a reset."""
+        if not exchange.head.grpc:
+            super().was_reset(exchange, ErrorCodes.INTERNAL_ERROR)
+            return
+        exchange.origin = "timeout" if status == 504 else "cut"
+        exchange.grpc_status = grpc_status_of(status)
+        exchange.to_client.append(Part(b"", 0, end=True, trailers=grpc_ending(status, text)))
+        self._pump_to_client(exchange)
+
+    # Ends
+
+    def _over(self, exchange: Exchange) -> None:
+        call = self._calls.pop(exchange.client_id, None)
+        if call is not None:
+            self._outbound.in_flight -= 1
+            self._drop_lease(call)
+
+    @staticmethod
+    def _drop_lease(call: _Call) -> None:
+        lease, call.lease = call.lease, None
+        if lease is not None:
+            lease.done()
+
+
+_AS_HTTP = {b"2": 500, b"4": 504, b"13": 500, b"14": 503, b"15": 500, b"8": 503}
+
+
+def _as_http(status: int, grpc_status: bytes) -> int:
+    """Return the HTTP status that says the same as a gRPC call's two: what is the instance's fault is a 5xx."""
+    return _AS_HTTP.get(grpc_status, status) if grpc_status else status
