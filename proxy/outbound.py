@@ -14,14 +14,16 @@ from proxy.access import OUTBOUND, Entry, Observer, path_of, trace_of
 from proxy.balancer import Balancer, Key, RetryBudget
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
+from proxy.http2.outbound import OutboundHttp2
 from proxy.logs import LimitedLog
 from proxy.metrics import Metrics, PairStats
 from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of
+from proxy.outbound_http2 import Http2AppConnection, Http2Fleet
 from proxy.outgoing import AppConnection, Outgoing
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
 from proxy.upstream_settings import UpstreamSettings, resolver_of
-from raftstate.model.plan import target_id
+from raftstate.model.plan import HTTP_PROTOCOLS, target_id
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream
 
 log = logging.getLogger("lictor.proxy.outbound")
@@ -55,6 +57,8 @@ class Upstream:
         self.http_counters = HttpCounters()
         self._fleet = ServiceFleet(self)
         self._http: OutboundHttp | None = None
+        self._http2_fleet = Http2Fleet(self)
+        self._http2: OutboundHttp2 | None = None
         self.observer: Observer | None = None
         """Who is told of calls that have ended; set before any is taken."""
         self._unroutable = ""
@@ -69,11 +73,12 @@ class Upstream:
         if spec is not None:
             self.settings = UpstreamSettings(spec.config, me)
             self.http_options = options_of(spec.service or self.name, spec.config)
-            if self._http is not None:
-                self._http.use(self.http_options)
+            for side in self._http_sides():
+                side.use(self.http_options)
             self.stats = self.metrics.pair("outbound", me.service if me else "", spec.service or self.name)
         gone = self._retarget(before, spec, me.datacenter if me else "")
         if gone:
+            self._http2_fleet.drop(gone, f"it is no longer an instance of {self.name}")
             for connection in list(self.connections):
                 if connection.instance is not None and connection.instance.key in gone:
                     connection.cut(f"{connection.instance.key.instance} is no longer an instance of {self.name}")
@@ -127,6 +132,18 @@ class Upstream:
                 self._http.told = self._told
         return self._http
 
+    @property
+    def http2(self) -> OutboundHttp2:
+        """The HTTP/2 side, made when it is first needed."""
+        if self._http2 is None:
+            self._http2 = OutboundHttp2(self.http_options, self._http2_fleet, self.http_counters)
+            if self.observer is not None:
+                self._http2.told = self._told
+        return self._http2
+
+    def _http_sides(self) -> list[OutboundHttp | OutboundHttp2]:
+        return [side for side in (self._http, self._http2) if side is not None]
+
     def tell_connection(self, instance: str, received: int, seconds: float) -> None:
         """A connection of the app has ended, on which ``instance`` (empty: none) sent so many bytes."""
         me, service = self.me, self.spec.service if self.spec else self.name
@@ -157,12 +174,17 @@ class Upstream:
         """Return the protocol of a connection that our app makes."""
         if self.spec is not None and self.spec.protocol == "http":
             return HttpAppConnection(self)
+        if self.spec is not None and self.spec.protocol in HTTP_PROTOCOLS:
+            return Http2AppConnection(self)
         return AppConnection(self)
 
     def drain(self) -> None:
         """HTTP connections end with the request that is under way on them."""
-        if self._http is not None:
-            self._http.drain()
+        for side in self._http_sides():
+            side.drain()
+        for connection in list(self.connections):
+            if isinstance(connection, Http2AppConnection) and connection.undecided:
+                connection.cut("the sidecar is draining")
 
     def tick(self, now: float) -> None:
         """Give up on instances that did not accept in time. Called every second."""
@@ -171,10 +193,12 @@ class Upstream:
             if deadline > now:
                 break
             call.accept_timed_out()
+        self._http2_fleet.tick(now)
 
     def sweep(self) -> None:
         """Let go of what was not needed for long. Called now and then."""
         self._fleet.sweep()
+        self._http2_fleet.sweep()
 
     def unavailable(self) -> str:
         """Return why no connection can be made now, or ``""``."""

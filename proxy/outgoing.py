@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from proxy.balancer import Instance, Key
 from proxy.balancing.routing import Chooses, hash_connection
+from proxy.choosing import source_of
 from proxy.errors import ConnectFailed, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.outbound_http import source_of
 from proxy.pool import ForeignChannel
 from proxy.relay import SocketChannel
 from proxy.stream import Channel, Data, join
