@@ -21,6 +21,7 @@ from node.durations import parse_duration_s
 from node.errors import NodeError
 from node.liveness import ALIVE_OUTPUT, DEAD_OUTPUT, Deadlines
 from node.protocol import ApplyRequest
+from node.roster import Roster
 from node.server import ServerBackend
 from node.tasks import Tasks
 from raftstate.errors import RaftError
@@ -50,6 +51,7 @@ class LeaderDuties:
         self._backend, self._replica, self._authority, self._liveness = backend, replica, authority, liveness
         self._nodes = Deadlines(liveness.node_ttl_s)
         self.session_deadlines = Deadlines(0.0)
+        self._roster = Roster()
         self._dead_since: dict[str, float] = {}
         self._servers: dict[str, tuple[bool, float, str]] = {}
         """(well, loop time, RFC 3339) of each server's last change."""
@@ -138,7 +140,9 @@ class LeaderDuties:
         await self._replica.read_barrier("consistent", PROPOSE_TIMEOUT_S)
         await self._authority.ensure_root()
         now = asyncio.get_running_loop().time()
-        self._nodes.begin((node for node, status in self._watched().items() if status != CRITICAL), now)
+        self._roster.forget()
+        self._roster.look(self._store, now)
+        self._nodes.begin(self._roster.living, now)
         self._ticked_at = now
         self.session_deadlines.begin((), now)
         self._dead_since.clear()
@@ -146,25 +150,20 @@ class LeaderDuties:
         self.in_office = True
         log.info("leader: took office; %d agents are watched", len(self._nodes))
 
-    def _watched(self) -> dict[str, str]:
-        """Return the liveness status of every node that has one."""
-        store = self._store
-        rows = store.checks.rows
-        return {node: row.status for node in store.nodes.rows if (row := rows.get((node, SERF_HEALTH))) is not None}
-
     def _tick(self, now: float) -> None:
-        watched = self._watched()
-        living = {node for node, status in watched.items() if status != CRITICAL}
+        roster = self._roster
+        if roster.look(self._store, now):
+            self._nodes.keep_only(roster.living, now)
         if now - self._ticked_at > STALL_S:
             # This process did not run for a while: the beats of that time wait in sockets, and say nothing yet.
-            self._nodes.begin(living, now)
+            self._nodes.begin(roster.living, now)
         self._ticked_at = now
-        self._nodes.keep_only(living, now)
         for node in self._nodes.expired(now):
             self._judge(node, CRITICAL, DEAD_OUTPUT)
-        self._reap_nodes({node for node, status in watched.items() if status == CRITICAL}, now)
+            roster.forget()  # if the verdict is not written, the node gets a full deadline again
+        self._reap_nodes(roster.critical, now)
         self._end_sessions(now)
-        self._note_servers(watched, now)
+        self._note_servers(now)
 
     def _reap_nodes(self, critical: set[str], now: float) -> None:
         """A node that is critical for days leaves the catalog. Counted from this leader's own office."""
@@ -179,10 +178,11 @@ class LeaderDuties:
 
     # -- servers ---------------------------------------------------------------------------------------------------
 
-    def _note_servers(self, watched: dict[str, str], now: float) -> None:
+    def _note_servers(self, now: float) -> None:
         """Note since when each server has been well or dead, for operators and for the clean-up."""
         for member in self._replica.members():
-            well = watched.get(member.id) != CRITICAL
+            check = self._store.checks.rows.get((member.id, SERF_HEALTH))
+            well = check is None or check.status != CRITICAL
             held = self._servers.get(member.id)
             if held is None or held[0] != well:
                 self._servers[member.id] = (well, now, rfc3339(datetime.datetime.now(datetime.UTC)))
