@@ -24,7 +24,7 @@ from node.errors import PkiError
 from node.http.app import create_app, make_runner
 from node.http.context import HttpOptions
 from node.http.front.guards import FrontOptions
-from node.tokens import TokenGuard, load_secret
+from node.tokens import AccessControl, AgentTokens, tokens_of
 from node.version import lictor_version
 from node.xds.door import Inner, XdsDoor
 
@@ -67,23 +67,23 @@ class AgentSide:
         )
         self._undo.append(agent.stop)
         await agent.start()
-        guard = TokenGuard(backend, load_secret(config.acl_token_file)) if config.acl_enabled else None
-        await self._serve_http(backend, agent, guard)
-        await self._serve_dns(backend, agent)
-        await self._serve_xds(agent, guard)
+        access = None
+        if config.acl_enabled:
+            own = await asyncio.to_thread(AgentTokens, node.data_dir / "agent" / "acl-tokens.json")
+            access = AccessControl(tokens_of(config, backend), own)
+        await self._serve_http(backend, agent, access)
+        await self._serve_dns(backend, agent, access)
+        await self._serve_xds(agent, access)
 
-    async def _serve_http(self, backend: Backend, agent: LocalAgent, guard: TokenGuard | None) -> None:
+    async def _serve_http(self, backend: Backend, agent: LocalAgent, access: AccessControl | None) -> None:
         config, node = self.config, self.node
         options = HttpOptions(
             fault_injection=config.fault_injection,
-            acl_enabled=config.acl_enabled,
             lictor_version=lictor_version(),
             body_timeout_s=config.limits.http_body_timeout_s,
             on_leave=lambda: self._on_stop("an operator asked this node to leave"),
         )
-        app = create_app(backend, agent, options)
-        if guard is not None:
-            app.middlewares.insert(0, guard.middleware())
+        app = create_app(backend, agent, options, access=access)
         limits = config.limits
         front = FrontOptions(
             connections_max=limits.http_connections_max,
@@ -103,22 +103,22 @@ class AgentSide:
         for site in sites:
             await site.start()
 
-    async def _serve_dns(self, backend: Backend, agent: LocalAgent) -> None:
+    async def _serve_dns(self, backend: Backend, agent: LocalAgent, access: AccessControl | None) -> None:
         node = self.node
         if not node.dns_port:
             return
-        dns = DnsServer(backend, agent, domain=self.config.dns_domain)
+        dns = DnsServer(backend, agent, domain=self.config.dns_domain, access=access)
         self._undo.append(dns.stop)
         await dns.start(node.dns_address, node.dns_port)
 
-    async def _serve_xds(self, agent: LocalAgent, guard: TokenGuard | None) -> None:
+    async def _serve_xds(self, agent: LocalAgent, access: AccessControl | None) -> None:
         node = self.node
         if not agent.options.grpc_port:
             return
 
         async def make() -> Inner:
             module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
-            xds: Inner = module.XdsServer(agent, guard.refusal if guard is not None else None)
+            xds: Inner = module.XdsServer(agent, access)
             return xds
 
         door = XdsDoor(make)

@@ -15,6 +15,8 @@ Operator verbs (`Backend.operator`), with their parameters and values:
     autopilot.health {}                  -> Consul's autopilot health object
     autopilot.configuration {}           -> Consul's autopilot configuration object, as it is acted on
     ca.rotate {}                         -> the new CARoot
+    acl.write {token, command, request_id} -> {index, value, refusal}   a command of access control, as MessagePack,
+                                           written if the token's secret may (`node.acl_writes`)
     faults.block {peers: [node, ...], one_way}   -> {"Blocked": [...]}   this node only; only with fault_injection
     node.servers {}                      -> this node's view of the servers and which one it talks to
 """

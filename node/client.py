@@ -250,9 +250,12 @@ class RpcBackend:
         answer = await self._repeat(
             lambda connection, left_s: connection.call(protocol.OPERATOR, body, left_s),
             OPERATOR_TIMEOUT_S if verb.startswith(("raft.", "ca.")) else QUERY_TIMEOUT_S,
-            write=verb.startswith(("raft.add", "raft.remove", "raft.transfer", "ca.")),
+            write=verb.startswith(("raft.add", "raft.remove", "raft.transfer", "ca.", "acl.")),
         )
-        return msgspec.msgpack.decode(answer)
+        value = msgspec.msgpack.decode(answer)
+        if verb == "acl.write":
+            self._seen_index = max(self._seen_index, value["index"])
+        return value
 
     async def snapshot_save(self) -> AsyncIterator[bytes]:
         """See Backend.snapshot_save."""

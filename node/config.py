@@ -108,6 +108,9 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     default_intention_policy: str
     acl_enabled: bool
     acl_token_file: str
+    """The management token that is there from the start; empty: the first one is made by ``lictor acl bootstrap``."""
+    acl_default_policy: str
+    """What no rule speaks of: ``deny`` or ``allow``."""
     fault_injection: bool
     log_level: str
     leaf_ttl_s: float
@@ -161,7 +164,9 @@ def _cluster(top: TableReader, path: Path, problems: list[str]) -> ClusterConfig
     tls_dir = base / table.text("tls_dir", str(data_dir / "tls"))
     acl_enabled = table.boolean("acl_enabled", False)
     token_file = table.text("acl_token_file")
-    nodes = {name: _node(name, reader, base, data_dir, acl_enabled) for name, reader in top.named_tables("nodes")}
+    default_policy = table.choice("acl_default_policy", "deny", ("deny", "allow"))
+    guarded = acl_enabled and default_policy == "deny"
+    nodes = {name: _node(name, reader, base, data_dir, guarded) for name, reader in top.named_tables("nodes")}
     config = ClusterConfig(
         path=path,
         datacenter=table.text("datacenter", "dc1"),
@@ -172,6 +177,7 @@ def _cluster(top: TableReader, path: Path, problems: list[str]) -> ClusterConfig
         default_intention_policy=table.choice("default_intention_policy", "deny", ("deny", "allow")),
         acl_enabled=acl_enabled,
         acl_token_file=str(base / token_file) if token_file else "",
+        acl_default_policy=default_policy,
         fault_injection=table.boolean("fault_injection", False),
         log_level=table.choice("log_level", "info", ("debug", "info", "warning", "error")),
         leaf_ttl_s=table.duration_s("leaf_ttl", "72h", 60.0, 8760 * 3600.0),
@@ -230,7 +236,7 @@ def _liveness(table: TableReader) -> Liveness:
     return liveness
 
 
-def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled: bool) -> NodeConfig:
+def _node(name: str, table: TableReader, base: Path, data_dir: Path, guarded: bool) -> NodeConfig:
     role = table.choice("role", CLIENT, ROLES)
     if not table.has("role"):
         table.fault("role", 'is missing: write role = "server" or role = "client"')
@@ -263,7 +269,7 @@ def _node(name: str, table: TableReader, base: Path, data_dir: Path, acl_enabled
         # Two above HTTP's, as Consul's 8502 is; a server has no sidecars by default.
         grpc_port=table.port("grpc_port", http_port + 2 if role == CLIENT and 0 < http_port < 65534 else 0),
     )
-    _check_node(node, table, acl_enabled)
+    _check_node(node, table, guarded)
     table.finish()
     return node
 
@@ -276,7 +282,7 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def _check_node(node: NodeConfig, table: TableReader, acl_enabled: bool) -> None:
+def _check_node(node: NodeConfig, table: TableReader, guarded: bool) -> None:
     if node.role == CLIENT and table.has("rpc_port"):
         table.fault("rpc_port", "a client does not listen for RPC: remove the key")
     if node.role == CLIENT and table.has("join"):
@@ -297,13 +303,19 @@ def _check_node(node: NodeConfig, table: TableReader, acl_enabled: bool) -> None
             f"plain HTTP on {node.http_address} would let the network control the mesh: "
             "set http_port = 0 and an https_port with certificate, or keep 127.0.0.1",
         )
-    if not acl_enabled:
-        table.fault("http_address", f"the API on {node.http_address} needs tokens: set cluster.acl_enabled = true")
+    if not guarded:
+        table.fault(
+            "http_address",
+            f"the API on {node.http_address} needs tokens: set cluster.acl_enabled = true, and leave "
+            'acl_default_policy at "deny"',
+        )
 
 
 def _check_whole(config: ClusterConfig, problems: list[str]) -> None:
-    if config.acl_enabled and not config.acl_token_file:
-        problems.append("cluster.acl_token_file: is needed with acl_enabled: the file with the management token")
+    if config.acl_token_file and not config.acl_enabled:
+        problems.append(
+            "cluster.acl_token_file: has no effect without acl_enabled = true: set it, or remove the file"
+        )
     if not config.nodes:
         problems.append("nodes: there is none; add a section like [nodes.server-1]")
         return

@@ -17,6 +17,8 @@ from node.backend import Backend
 from node.dns_zone import Zone
 from node.errors import NodeError
 from node.tasks import Tasks
+from node.tokens import AccessControl
+from raftstate.acl import ALLOW_ALL, READ, Authorizer
 from raftstate.model.catalog import InstanceHealth, Node
 
 log = logging.getLogger("lictor.dns")
@@ -32,8 +34,14 @@ REQUEST_MAX = 4096
 class ViewDirectory:
     """The zone's questions, answered from views. Views of services are only made for services that there are."""
 
-    def __init__(self, views: Views) -> None:
-        self._views = views
+    def __init__(self, views: Views, access: AccessControl | None = None) -> None:
+        self._views, self._access = views, access
+
+    async def _authorizer(self) -> Authorizer:
+        """Return what may be told: all of it without access control, else what the agent's token for DNS may read."""
+        if self._access is None:
+            return ALLOW_ALL
+        return (await self._access.bearer("", "dns")).authorizer
 
     def start(self) -> None:
         """Follow the names of services and the nodes."""
@@ -48,23 +56,42 @@ class ViewDirectory:
     async def service_name(self, name: str) -> str | None:
         """Return the registered spelling of a service's name."""
         view = await _known(self._services)
-        return view.memo("by lower case", lambda: {str(key).lower(): str(key) for key in view.rows}).get(name)
+        found = view.memo("by lower case", lambda: {str(key).lower(): str(key) for key in view.rows}).get(name)
+        return found if found is not None and (await self._authorizer()).allows("service", found, READ) else None
 
     async def instances(self, service: str, *, connect: bool) -> list[InstanceHealth]:
         """Return a service's instances."""
         query = "health.connect" if connect else "health.service"
         async with self._views.holding(query, {"service": service}, timeout_s=KNOWN_WAIT_S) as view:
-            return list(view.typed(InstanceHealth))
+            rows, seen = list(view.typed(InstanceHealth)), await self._authorizer()
+        if seen.everything:
+            return rows
+        return [
+            row
+            for row in rows
+            if seen.allows("node", row.node.node, READ) and seen.allows("service", row.service.service, READ)
+        ]
 
     async def node(self, name: str) -> Node | None:
         """Return a node by name."""
         view = await _known(self._nodes)
-        return view.memo("by name", lambda: {row.node.lower(): row for row in view.typed(Node)}).get(name)
+        return await self._visible(view.memo("by name", lambda: _by_name(view)).get(name))
 
     async def node_at(self, address: str) -> Node | None:
         """Return the node of an address."""
         view = await _known(self._nodes)
-        return view.memo("by address", lambda: {row.address: row for row in view.typed(Node)}).get(address)
+        return await self._visible(view.memo("by address", lambda: _by_address(view)).get(address))
+
+    async def _visible(self, row: Node | None) -> Node | None:
+        return row if row is not None and (await self._authorizer()).allows("node", row.node, READ) else None
+
+
+def _by_name(view: View) -> dict[str, Node]:
+    return {row.node.lower(): row for row in view.typed(Node)}
+
+
+def _by_address(view: View) -> dict[str, Node]:
+    return {row.address: row for row in view.typed(Node)}
 
 
 async def _known(view: View) -> View:
@@ -77,9 +104,15 @@ class DnsServer:
     """The DNS of one node. ``await start(address, port)``, ``await stop()``; port 0 takes a free one."""
 
     def __init__(
-        self, backend: Backend, agent: LocalAgent, *, domain: str = "consul", rng: random.Random | None = None
+        self,
+        backend: Backend,
+        agent: LocalAgent,
+        *,
+        domain: str = "consul",
+        rng: random.Random | None = None,
+        access: AccessControl | None = None,
     ) -> None:
-        self._directory = ViewDirectory(agent.views)
+        self._directory = ViewDirectory(agent.views, access)
         self._zone = Zone(
             self._directory, agent.options.datacenter, (domain,), node=agent.options.node, rng=rng or random.Random()
         )

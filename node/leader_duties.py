@@ -25,11 +25,12 @@ from node.roster import Roster
 from node.server import ServerBackend
 from node.tasks import Tasks
 from raftstate.errors import RaftError
+from raftstate.model.acl import Token, expired
 from raftstate.model.catalog import CRITICAL, PASSING, SERF_HEALTH, Check
 from raftstate.model.kv import Session
 from raftstate.model.wire import to_msgpack
 from raftstate.replica import Replica
-from raftstate.state.commands import Command, DeregisterNode, RegisterCheck, SessionDestroy
+from raftstate.state.commands import BootstrapACL, Command, DeleteToken, DeregisterNode, RegisterCheck, SessionDestroy
 
 log = logging.getLogger("lictor.leader")
 
@@ -47,8 +48,18 @@ SESSION_GRACE = 2.0
 class LeaderDuties:
     """Runs while this server leads. `beats` takes heartbeats in whether it does or not."""
 
-    def __init__(self, backend: ServerBackend, replica: Replica, authority: Authority, liveness: Liveness) -> None:
+    def __init__(
+        self,
+        backend: ServerBackend,
+        replica: Replica,
+        authority: Authority,
+        liveness: Liveness,
+        *,
+        first_token: Token | None = None,
+    ) -> None:
+        """``first_token``: written when access control has none yet."""
         self._backend, self._replica, self._authority, self._liveness = backend, replica, authority, liveness
+        self._first_token = first_token
         self._nodes = Deadlines(liveness.node_ttl_s)
         self.session_deadlines = Deadlines(0.0)
         self._roster = Roster()
@@ -125,6 +136,7 @@ class LeaderDuties:
                 if loop.time() >= next_slow:
                     next_slow = loop.time() + SLOW_TICK_S
                     await self._authority.retire_old_roots()
+                    await self._delete_expired_tokens()
                 if loop.time() >= next_cleanup:
                     next_cleanup = loop.time() + CLEANUP_TICK_S
                     await self._remove_dead_server(loop.time())
@@ -139,6 +151,8 @@ class LeaderDuties:
     async def _take_office(self) -> None:
         await self._replica.read_barrier("consistent", PROPOSE_TIMEOUT_S)
         await self._authority.ensure_root()
+        if self._first_token is not None and not self._store.acl_bootstrap.rows:
+            await self._propose(BootstrapACL(self._first_token))
         now = asyncio.get_running_loop().time()
         self._roster.forget()
         self._roster.look(self._store, now)
@@ -226,6 +240,14 @@ class LeaderDuties:
             await self._propose(SessionDestroy(session))
         finally:
             self._judging.discard(session)
+
+    async def _delete_expired_tokens(self) -> None:
+        """A token that has expired is good for nothing at once, on each node by its clock; here its row goes."""
+        now = datetime.datetime.now(datetime.UTC)
+        rows = self._store.tokens.rows.values()
+        for row in [one for one in rows if one.expiration_time and expired(one.expiration_time, now)]:
+            log.info("acl: token %s expired at %s and is deleted", row.accessor_id, row.expiration_time)
+            await self._propose(DeleteToken(row.accessor_id))
 
     async def _propose(self, command: Command) -> None:
         """Propose here and nowhere else: a verdict is the leader's own, and worth nothing once it is deposed."""

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from node.acl_writes import decode_write
+from node.acl_writes import outcome as acl_outcome
 from node.backend import APPLY_TIMEOUT_S, Applied, Contact, QueryResult, ReadMode, Told, ViewEvent
 from node.errors import Refused
 from node.store_reads import StoreReads, outcome
@@ -94,6 +96,9 @@ class LocalBackend:
         """The verbs that make sense for one process."""
         if verb == "status.leader":
             return self._address
+        if verb == "acl.write":
+            _, command, request_id = decode_write(dict(params or {}))
+            return acl_outcome(await self.apply(command, request_id=request_id or None))
         if verb == "status.peers":
             return [self._address]
         raise Refused(

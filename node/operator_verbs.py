@@ -64,6 +64,10 @@ class OperatorVerbs:
             "node.servers": self._servers,
         }
 
+    def add(self, name: str, verb: Verb) -> None:
+        """Add a verb that any server runs by itself."""
+        self._own[name] = verb
+
     async def run(self, request: OperatorRequest) -> bytes:
         """Run a verb; return its value as MessagePack. Raises BadRequest for an unknown one."""
         if (own := self._own.get(request.verb)) is not None:

@@ -97,7 +97,11 @@ class HeartbeatReply(_Body, frozen=True):
 
 T = TypeVar("T")
 
-SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot", "ForgetRequests", "UpsertToken", "DeleteToken"})
+ACL_COMMANDS = frozenset(
+    {"UpsertToken", "DeleteToken", "BootstrapACL", "UpsertPolicy", "DeletePolicy", "UpsertRole", "DeleteRole"}
+)
+"""Commands of access control: written by the verb ``acl.write``, which asks for a token that may."""
+SERVERS_ONLY = frozenset({"AddCARoot", "RetireCARoot", "ForgetRequests", *ACL_COMMANDS})
 """Commands that no agent may write: with a root of its own in the bundle, one stolen host could be anyone, and with
 a token of its own anyone could use the API."""
 QUERIES_SERVERS_ONLY = frozenset({"internal.ca_signing_material", "acl.tokens"})

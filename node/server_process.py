@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from node import pki
+from node.acl_writes import AclWrites
 from node.autopilot import DEFAULTS, health, shown
 from node.ca.authority import Authority
 from node.config import SERVER, ClusterConfig, NodeConfig
@@ -24,6 +25,7 @@ from node.rpc.listener import Listener
 from node.server import ServerBackend
 from node.server_rpc import ServerRpc
 from node.tasks import Tasks
+from node.tokens import first_token_of, tokens_of
 from node.version import lictor_version
 from raftstate.disk import RealDisk
 from raftstate.errors import RaftError
@@ -122,7 +124,12 @@ class ServerNode:
             self.replica, route, authority, self.faults, health=self._health, autopilot=self._autopilot_shown
         )
         self.backend.verbs = verbs
-        self.duties = LeaderDuties(self.backend, self.replica, authority, config.liveness)
+        if config.acl_enabled:
+            writes = AclWrites(self.backend.apply, tokens_of(config, self.backend), node.data_dir)
+            verbs.add("acl.write", writes.run)
+        self.duties = LeaderDuties(
+            self.backend, self.replica, authority, config.liveness, first_token=first_token_of(config)
+        )
         self.rpc = ServerRpc(self.backend, verbs, self.duties)
 
         self.listener = Listener(

@@ -7,16 +7,18 @@ import logging
 import resource
 import time
 from contextlib import suppress
-from typing import Any, Never
+from typing import Any
 
 from aiohttp import web
 
 from node.errors import NodeError
 from node.http.answers import AgentHost, AgentMetrics, AgentSelf, AgentVersion, MemberRow
 from node.http.context import VERSION, Context, Routes
-from node.http.errors import BadRequest, HttpError, NotSupported
+from node.http.errors import BadRequest, HttpError, NotFound, NotSupported
 from node.http.respond import empty, json_response
+from node.http.writing import body_as
 from raftstate.model.catalog import SERF_HEALTH, Check, Node
+from raftstate.model.wire import Wire
 
 routes = Routes("agent")
 
@@ -297,7 +299,21 @@ async def monitor(ctx: Context, request: web.Request) -> web.StreamResponse:
         logger.removeHandler(handler)
 
 
-@routes.add("PUT", "/v1/agent/token/{kind}", answer=Never)
+class TokenBody(Wire, frozen=True):
+    """``PUT /v1/agent/token/:kind``."""
+
+    token: str = ""
+
+
+@routes.add("PUT", "/v1/agent/token/{kind}", body=TokenBody)
 async def token(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """The agent's own tokens: none while access control is off."""
-    raise HttpError(401, "ACL support disabled")
+    """Set a token that this agent uses where none is shown: ``default``, ``dns``; an empty one clears it."""
+    if ctx.access is None:
+        raise HttpError(401, "ACL support disabled")
+    body = await body_as(ctx, request, TokenBody)
+    kind = request.match_info["kind"]
+    try:
+        await asyncio.to_thread(ctx.access.agent_tokens.set, kind, body.token)
+    except KeyError:
+        raise NotFound(f"Token {kind[:40]!r} is unknown; known: {', '.join(ctx.access.agent_tokens.KINDS)}") from None
+    return empty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from node.agent.definitions import CHECK_ALIASES, CheckDefinition
+from node.http.acl_needs import Need, node_write, permit, service_write
 from node.http.agent_services import plain_check
 from node.http.answers import AgentCheckRow
 from node.http.context import Context, Routes
@@ -36,8 +37,22 @@ async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
 async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Register a check on this node or one of its services."""
     definition = plain_check(await body_as(ctx, request, CheckDefinition, aliases=CHECK_ALIASES))
+    permit(request, *_registration_needs(ctx, definition))
     await ctx.agent.register_check(definition)
     return empty()
+
+
+def _registration_needs(ctx: Context, definition: CheckDefinition) -> list[Need]:
+    """A check of a service takes the service, one of the node the node; so does the check that it replaces."""
+    held = ctx.agent.local.checks.get(definition.check_id or definition.name)
+    services = ctx.agent.local.services
+    names = [services[definition.service_id].row.service] if definition.service_id in services else []
+    if held is not None and held.row.service_name:
+        names.append(held.row.service_name)
+    needs = [service_write(name) for name in names]
+    if not definition.service_id or (held is not None and not held.row.service_name):
+        needs.append(node_write(ctx.agent.options.node))
+    return needs
 
 
 def _id(request: web.Request) -> str:

@@ -9,7 +9,8 @@ import msgspec
 from aiohttp import web
 
 from node.agent.sidecars import SidecarFeed
-from node.http.agent_services import definition_of
+from node.http.acl_needs import permit, service_write
+from node.http.agent_services import definition_of, registration_needs
 from node.http.answers import Authorization, Roots
 from node.http.connect import answer_roots
 from node.http.context import Context, Routes
@@ -64,6 +65,7 @@ async def authorize(ctx: Context, request: web.Request) -> web.StreamResponse:
     body = await body_as(ctx, request, Authorize)
     if not body.target:
         raise BadRequest("Target service must be specified")
+    permit(request, service_write(body.target))
     try:
         source = SpiffeId.parse(body.client_cert_uri)
     except InvalidSpiffeId as error:
@@ -98,6 +100,7 @@ async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     if definition.id and definition.id != sidecar_id:
         raise BadRequest(f"the body's ID {definition.id!r} contradicts the path's {sidecar_id!r}")
     definition = msgspec.structs.replace(definition, id=sidecar_id)
+    permit(request, *registration_needs(ctx.agent, definition))
     answers = request.headers.get(ANSWERS_HEADER, "") == "1"
     async with ctx.agent.streams.hold(definition, _pid(request), answers=answers) as feed:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})

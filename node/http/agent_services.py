@@ -10,9 +10,10 @@ from typing import Any, cast
 import msgspec
 from aiohttp import web
 
-from node.agent.agent import SERVER_SERVICE
-from node.agent.definitions import CHECK_ALIASES, CheckDefinition, ConnectDefinition, ServiceDefinition
+from node.agent.agent import SERVER_SERVICE, LocalAgent
+from node.agent.definitions import CHECK_ALIASES, CheckDefinition, ConnectDefinition, ServiceDefinition, sidecar_of
 from node.agent.local import Item
+from node.http.acl_needs import Need, permit, service_write
 from node.http.answers import AgentHealthRow, AgentServiceRow, Status
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
@@ -22,7 +23,7 @@ from node.http.respond import empty, json_response
 from node.http.shapes import agent_service_shape, check_shape
 from node.http.writing import read_body
 from node.loose_json import BadJson, convert
-from raftstate.model.catalog import CRITICAL, PASSING, WARNING
+from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING, WARNING
 from raftstate.model.wire import to_json
 
 routes = Routes("agent services")
@@ -86,6 +87,19 @@ async def _changed(ctx: Context, item: Item, timeout_s: float, done: Callable[[]
         stop()
 
 
+def registration_needs(agent: LocalAgent, definition: ServiceDefinition) -> list[Need]:
+    """Return what registering takes: the service's own name, its sidecar's, and what its id stands for now."""
+    names = {definition.name: None}
+    if definition.kind == KIND_CONNECT_PROXY and definition.proxy is not None:
+        names[definition.proxy.destination_service_name] = None
+    held = agent.local.services.get(definition.service_id())
+    if held is not None:
+        names[held.row.service] = None
+    needs = [service_write(name) for name in names]
+    sidecar = sidecar_of(definition, 0)
+    return needs if sidecar is None else needs + registration_needs(agent, sidecar)
+
+
 def definition_of(data: bytes) -> ServiceDefinition:
     """Parse a service definition as a request gives it. Raises BadRequest."""
     try:
@@ -140,6 +154,7 @@ async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     definition = definition_of(await read_body(request, ctx.options.body_bytes_max))
     given = request.query.get("replace-existing-checks")
     replace = given is not None and (given == "" or _bool(given, "replace-existing-checks"))
+    permit(request, *registration_needs(ctx.agent, definition))
     await ctx.agent.register_service(definition, replace_checks=replace)
     return empty()
 

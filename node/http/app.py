@@ -10,15 +10,17 @@ from aiohttp import web
 
 from node.agent.agent import LocalAgent
 from node.backend import Backend
+from node.http.acl_guard import make_enforcer
 from node.http.context import CONTEXT, Context, Handler, HttpOptions, Route
 from node.http.front.guards import FrontOptions
 from node.http.front.listener import FrontRunner
 from node.http.middleware import guard
+from node.tokens import AccessControl
 
 FAMILIES = (
     "status", "agent", "agent_services", "agent_checks", "agent_connect", "catalog", "health", "intentions",
-    "connect", "operator", "kv", "session", "txn", "config", "event", "coordinate", "snapshot", "acl", "internal",
-    "discovery", "openapi", "unsupported",
+    "connect", "operator", "kv", "session", "txn", "config", "event", "coordinate", "snapshot", "acl_policies", "acl",
+    "internal", "discovery", "openapi", "unsupported",
 )  # fmt: skip
 """Modules with a ``routes`` table, in the order in which a request is matched."""
 
@@ -29,13 +31,21 @@ def all_routes() -> list[Route]:
 
 
 def create_app(
-    backend: Backend, agent: LocalAgent, options: HttpOptions | None = None, *, rng: random.Random | None = None
+    backend: Backend,
+    agent: LocalAgent,
+    options: HttpOptions | None = None,
+    *,
+    rng: random.Random | None = None,
+    access: AccessControl | None = None,
 ) -> web.Application:
-    """Return the API of a node. The agent must be started before the first request and outlive the last."""
+    """Return the API of a node. The agent must be started before the first request and outlive the last.
+
+    ``access``: set to ask for tokens.
+    """
     options = options or HttpOptions()
     # Handlers bound the bodies they read (413); snapshots stream and have no bound here.
     app = web.Application(middlewares=[guard], client_max_size=options.body_bytes_max)
-    app[CONTEXT] = Context(backend, agent, options, rng or random.Random())
+    app[CONTEXT] = Context(backend, agent, options, rng or random.Random(), access=access)
 
     async def end_streams(_: web.Application) -> None:
         agent.streams.end_all()
@@ -44,7 +54,15 @@ def create_app(
     for route in all_routes():
         for method in route.methods:
             app.router.add_route(method, route.path, _bound(app[CONTEXT], route.handler))
+    if access is not None:
+        held = frozenset(canonical(route.path) for route in all_routes() if route.streams)
+        app.middlewares.append(make_enforcer(app[CONTEXT], access, held))
     return app
+
+
+def canonical(path: str) -> str:
+    """Return a route's path as aiohttp names its resource: parameters without their patterns."""
+    return str(web.UrlDispatcher().add_resource(path).canonical)
 
 
 def _bound(ctx: Context, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from node.agent.agent import LocalAgent
 from node.backend import Backend
+from node.tokens import AccessControl
 from raftstate.model.wire import to_json
 
 VERSION = "1.20.0"
@@ -28,7 +29,6 @@ class HttpOptions:
     body_timeout_s: float = 30.0
     """Within which a body must have come; a snapshot's: its next part."""
     fault_injection: bool = False
-    acl_enabled: bool = False
     lictor_version: str = "0.1.0"
     on_leave: Callable[[], None] | None = None
     """Ends the process, when an operator asks the node to leave."""
@@ -67,6 +67,8 @@ class Context:
     options: HttpOptions
     rng: random.Random = field(default_factory=random.Random)
     rendered: Rendered = field(default_factory=Rendered)
+    access: AccessControl | None = None
+    """Set where tokens are asked for."""
 
 
 Handler = Callable[[Context, web.Request], Awaitable[web.StreamResponse]]

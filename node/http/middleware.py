@@ -39,8 +39,8 @@ async def guard(request: web.Request, handler: Next) -> web.StreamResponse:
     """Turn whatever a handler raises into an answer; refuse what a browser was tricked into."""
     ctx = request.app[CONTEXT]
     try:
-        # Where every request needs a token, a browser that was tricked has none to give.
-        refusal = "" if ctx.options.acl_enabled else foreign(request, ctx.options.allowed_hosts)
+        # Where tokens are asked for, a browser that was tricked has none to give; who shows none is judged there.
+        refusal = "" if ctx.access is not None else foreign(request, ctx.options.allowed_hosts)
         if refusal:
             return plain_text(403, refusal)
         if "dc" in request.query:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from node.http.acl_writes import denied_operations
 from node.http.answers import TxnAnswer
 from node.http.catalog import CatalogCheck, CatalogServiceBody
 from node.http.context import Context, Routes
@@ -89,6 +90,8 @@ async def txn(ctx: Context, request: web.Request) -> web.StreamResponse:
     if len(body) > OPERATIONS_MAX:
         raise HttpError(413, f"Transaction contains too many operations ({len(body)} > {OPERATIONS_MAX})")
     ops = tuple(_command(number, operation, ctx) for number, operation in enumerate(body))
+    if denied := await denied_operations(ctx, request, ops):
+        return json_response(request, {"Results": None, "Errors": denied}, status=409)
     outcome: dict[str, Any] = await write(ctx, request, commands.Txn(ops))
     return json_response(request, outcome, status=409 if outcome["Errors"] else 200)
 

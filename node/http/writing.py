@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from node.http.acl_needs import BEARER
+from node.http.acl_writes import permit_command
 from node.http.context import CONTEXT, Context
 from node.http.errors import BadRequest, HttpError
 from node.http.front.repeats import Body
@@ -27,7 +29,9 @@ def request_id(request: web.Request) -> str | None:
 
 
 async def write(ctx: Context, request: web.Request, command: Any) -> Any:
-    """Apply a command and return its value. Raises the refusal, or the backend's errors."""
+    """Apply a command and return its value. Raises the refusal, or the backend's errors; 403 without permission."""
+    if BEARER in request:
+        await permit_command(ctx, request, command)
     return (await ctx.backend.apply(command, request_id=request_id(request))).unwrap()
 
 

@@ -19,9 +19,11 @@ from node.agent.agent import LocalAgent
 from node.agent.definitions import BadDefinition, ServiceDefinition
 from node.agent.sidecars import SidecarFeed
 from node.agent.streams import StreamHeld, UnknownTarget
-from node.errors import NodeError
-from node.http.agent_services import definition_of
+from node.errors import NodeError, Refused
+from node.http.acl_needs import first_lacking, lacks
+from node.http.agent_services import definition_of, registration_needs
 from node.http.errors import BadRequest
+from node.tokens import AccessControl
 from node.xds import messages
 from node.xds.session import Session
 
@@ -29,8 +31,16 @@ log = logging.getLogger("lictor.xds")
 
 METHOD_SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 FIRST_REQUEST_S = 10.0
-TokenCheck = Callable[[str], Awaitable[str]]
-"""Returns why a token does not do, empty when it does."""
+PING_S = ANSWER_S = 5.0
+"""An Envoy that is stopped but not dead keeps its connection and answers no ping: its stream ends after these two."""
+_PINGS = [
+    ("grpc.keepalive_time_ms", int(PING_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(ANSWER_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+Withdrawn = Callable[[], Awaitable[str]]
+"""Returns, with the reason, once an Envoy's token does not do any more."""
 
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (StreamHeld, "ALREADY_EXISTS"),
@@ -42,17 +52,16 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 class XdsServer:
     """Serves the Envoys of this node. ``await start(address, port)``, ``await stop()``."""
 
-    def __init__(self, agent: LocalAgent, token_refusal: TokenCheck | None = None) -> None:
-        self._agent = agent
-        self._token_refusal = token_refusal
+    def __init__(self, agent: LocalAgent, access: AccessControl | None = None) -> None:
+        """``access``: set to ask for tokens."""
+        self._agent, self._access = agent, access
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str, port: int) -> int:
         """Listen; returns the port. Raises OSError when it is taken."""
         # One listener per port: without this a second agent would share the port in silence.
-        self._server = grpc.aio.server(
-            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)]
-        )
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20), *_PINGS]
+        self._server = grpc.aio.server(options=options)
         handler = grpc.stream_stream_rpc_method_handler(
             self._delta,
             request_deserializer=messages.DeltaRequest.FromString,
@@ -76,8 +85,6 @@ class XdsServer:
             await self._server.stop(0.5)
 
     async def _delta(self, requests: AsyncIterator[Any], context: Any) -> None:
-        if self._token_refusal is not None and (refusal := await self._token_refusal(_token(context))):
-            await _abort(context, grpc.StatusCode.PERMISSION_DENIED, refusal)
         try:
             async with asyncio.timeout(FIRST_REQUEST_S):
                 first = await anext(aiter(requests))
@@ -86,14 +93,30 @@ class XdsServer:
         except StopAsyncIteration:
             return
         try:
-            async with self._agent.streams.hold(self._definition(first), "of Envoy") as feed:
+            definition = self._definition(first)
+            withdrawn = await self._permit(_token(context), definition)
+            async with self._agent.streams.hold(definition, "of Envoy") as feed:
                 log.info("Envoy of %s follows its configuration", first.node.id)
-                await _Stream(first, requests, context, feed).run()
+                await _Stream(first, requests, context, feed, withdrawn).run()
         except (NodeError, BadDefinition) as error:
             log.warning("Envoy of %s is turned away: %s", first.node.id or "?", error)
             code = next((name for kind, name in _CODES if isinstance(error, kind)), "UNAVAILABLE")
+            if getattr(error, "http_status", 0) == 403:
+                code = "PERMISSION_DENIED"
             await _abort(context, grpc.StatusCode[code], str(error))
         log.info("Envoy of %s has gone or was told to", first.node.id)
+
+    async def _permit(self, token: str, definition: ServiceDefinition) -> Withdrawn | None:
+        """Return what ends once the token does not do any more. Raises Refused (403) when it does not now."""
+        access = self._access
+        if access is None:
+            return None
+        needs = registration_needs(self._agent, definition)
+        bearer = await access.bearer(token)
+        if lacking := first_lacking(bearer, needs):
+            raise Refused(lacks(bearer, lacking), http_status=403)
+        hashed = access.hash_for(token)
+        return lambda: access.tokens.until_withdrawn(hashed, lambda held: first_lacking(held, needs) is None)
 
     def _definition(self, first: Any) -> ServiceDefinition:
         """Return the registration of the sidecar that a first request speaks for. Raises NodeError."""
@@ -120,15 +143,26 @@ class XdsServer:
 class _Stream:
     """One stream while it lives."""
 
-    def __init__(self, first: Any, requests: AsyncIterator[Any], context: Any, feed: SidecarFeed) -> None:
+    def __init__(
+        self,
+        first: Any,
+        requests: AsyncIterator[Any],
+        context: Any,
+        feed: SidecarFeed,
+        withdrawn: Withdrawn | None = None,
+    ) -> None:
         self._first, self._requests, self._context, self._feed = first, requests, context, feed
+        self._withdrawn = withdrawn
         self._session = Session(first.node.id)
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until either side ends."""
         self._session.request(self._first)
-        parts = [asyncio.ensure_future(part) for part in (self._read(), self._follow(), self._write())]
+        work = [self._read(), self._follow(), self._write()]
+        if self._withdrawn is not None:
+            work.append(self._until_withdrawn(self._withdrawn))
+        parts = [asyncio.ensure_future(part) for part in work]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
@@ -137,6 +171,9 @@ class _Stream:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _until_withdrawn(self, withdrawn: Withdrawn) -> None:
+        log.warning("Envoy of %s gets nothing more: %s", self._first.node.id, await withdrawn())
 
     async def _read(self) -> None:
         async for request in self._requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from raftstate.model.wire import Wire
@@ -91,3 +92,11 @@ class Grants(Wire, frozen=True):
     """Texts of its policies, in the order of their ids."""
     service_identities: tuple[ServiceIdentity, ...] = ()
     node_identities: tuple[NodeIdentity, ...] = ()
+
+
+def expired(expiration_time: str, now: datetime.datetime) -> bool:
+    """Whether a token's time has passed; one that cannot be read has."""
+    try:
+        return datetime.datetime.fromisoformat(expiration_time) <= now
+    except (ValueError, TypeError):  # no time, or one without an offset
+        return True

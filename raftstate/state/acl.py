@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import msgspec
+
 from raftstate.acl.builtin import MANAGEMENT_RULES, READ_ONLY_RULES
 from raftstate.model.acl import (
     ANONYMOUS_ID,
@@ -106,6 +108,8 @@ def _check_token(store: Store, token: Token) -> None:
 def _store_token(step: Step, token: Token) -> None:
     tokens = step.store.tokens
     old = tokens.rows.get(token.accessor_id)
+    if not token.create_time:  # the log's time, so that a write that is sent again is the same
+        token = msgspec.structs.replace(token, create_time=step.at if old is None else old.create_time)
     row = step.stamp(token, old)
     if row is None:
         return
@@ -263,6 +267,13 @@ def tokens(store: Store) -> Answer:
     """All tokens that are stored, by accessor id."""
     rows = store.tokens.rows
     return answer(store, [rows[id] for id in sorted(rows)], ("tokens",))
+
+
+def listed(store: Store) -> Answer:
+    """All tokens, the anonymous one among them, without what their secrets are known by."""
+    rows = {ANONYMOUS_ID: ANONYMOUS} | store.tokens.rows
+    shown = [msgspec.structs.replace(rows[id], secret_hash="") for id in sorted(rows)]
+    return answer(store, shown, ("tokens",))
 
 
 def policy(store: Store, id: str = "", name: str = "") -> Answer:

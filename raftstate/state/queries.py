@@ -65,6 +65,7 @@ QUERIES: dict[str, Callable[..., Answer]] = {
     "operator.autopilot": autopilot.get,
     "acl.token": acl.token,
     "acl.tokens": acl.tokens,
+    "acl.list": acl.listed,
     "acl.resolve": acl.resolve,
     "acl.policy": acl.policy,
     "acl.policies": acl.policies,

@@ -1,8 +1,9 @@
-"""With acl_enabled, nothing of the HTTP API is reached without a token."""
+"""With acl_enabled, the management token of the file opens everything, and nothing else does what it is not given."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import aiohttp
@@ -13,14 +14,14 @@ from node.config import parse_config
 from node.errors import PkiError
 from node.main import NodeProcess
 from node.tokens import load_secret
-from raftstate.model.acl import Token
+from raftstate.model.acl import MANAGEMENT_ID, Token
 from raftstate.state.commands import DeleteToken, UpsertToken
 from tests.support.cluster import free_ports
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
-async def test_no_request_passes_without_a_good_token(tmp_path: Path) -> None:
+async def test_no_request_passes_without_a_token_that_may(tmp_path: Path) -> None:
     rpc, http = free_ports(2)
     secret = tmp_path / "token"
     secret.write_text(SECRET + "\n")
@@ -42,18 +43,23 @@ async def test_no_request_passes_without_a_good_token(tmp_path: Path) -> None:
                 async with session.get(base + path, headers=headers) as response:
                     return response.status, await response.text()
 
-            for path in ("/v1/catalog/nodes", "/v1/kv/a", "/v1/status/leader", "/v1/openapi.json", "/nowhere", "/"):
+            for path in ("/v1/operator/usage", "/v1/kv/a", "/v1/agent/self", "/v1/snapshot", "/v1/acl/tokens"):
                 assert (await status(path))[0] == 403, path
+            assert await status("/v1/catalog/nodes") == (200, "[]"), "nothing that anonymous may see"
             assert await status("/v1/catalog/nodes", **{"X-Consul-Token": "wrong"}) == (403, "ACL not found")
-            assert (await status("/v1/catalog/nodes", Authorization=f"Basic {SECRET}"))[0] == 403
+            assert await status("/v1/catalog/nodes", Authorization=f"Basic {SECRET}") == (200, "[]")
             for headers in ({"X-Consul-Token": SECRET}, {"Authorization": f"Bearer {SECRET}"}):
-                assert (await status("/v1/catalog/nodes", **headers))[0] == 200
-            assert (await status(f"/v1/catalog/nodes?token={SECRET}"))[0] == 200
+                assert "server-1" in (await status("/v1/catalog/nodes", **headers))[1]
+            assert "server-1" in (await status(f"/v1/catalog/nodes?token={SECRET}"))[1]
             other = hashlib.sha256(b"another secret").hexdigest()
-            await node.side.backend.apply(UpsertToken(Token("00000000-0000-0000-0000-0000000000aa", other)))
-            assert (await status("/v1/catalog/nodes", **{"X-Consul-Token": "another secret"}))[0] == 200
+            row = Token("00000000-0000-0000-0000-0000000000aa", other, policies=(MANAGEMENT_ID,))
+            await node.side.backend.apply(UpsertToken(row))
+            assert (await status("/v1/operator/usage", **{"X-Consul-Token": "another secret"}))[0] == 200
             await node.side.backend.apply(DeleteToken("00000000-0000-0000-0000-0000000000aa"))
-            assert (await status("/v1/catalog/nodes", **{"X-Consul-Token": "another secret"}))[0] == 403
+            gone = await status("/v1/operator/usage", **{"X-Consul-Token": "another secret"})
+            assert gone == (403, "ACL not found")
+            listed = json.loads((await status("/v1/acl/tokens", **{"X-Consul-Token": SECRET}))[1])
+            assert {one["Description"] for one in listed} == {"Anonymous Token", "Initial Management Token"}
     finally:
         await node.stop()
 

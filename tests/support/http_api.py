@@ -25,6 +25,7 @@ from node.http.context import HttpOptions
 from node.http.front.guards import FrontOptions
 from node.http.front.listener import FrontRunner
 from node.local_backend import LocalBackend
+from node.tokens import AccessControl
 from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
 from raftstate.state import commands
@@ -162,6 +163,7 @@ async def serving(
     backend: SigningBackend | None = None,
     http_options: HttpOptions | None = None,
     front_options: FrontOptions | None = None,
+    access: AccessControl | None = None,
     **changes: Any,
 ) -> AsyncIterator[Node]:
     """Run an agent and its API on a free port."""
@@ -171,7 +173,7 @@ async def serving(
         await backend.use_root()
     agent = LocalAgent(backend, options(directory, **changes))
     await agent.start()
-    runner = make_runner(create_app(backend, agent, http_options), front_options)
+    runner = make_runner(create_app(backend, agent, http_options, access=access), front_options)
     await runner.setup()
     from aiohttp import web
 

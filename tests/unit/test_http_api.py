@@ -413,9 +413,3 @@ async def test_a_permission_that_can_not_be_compiled_is_400(tmp_path: Path, http
         whole = {"SourceName": "web", "DestinationName": "api", **bad}
         await node.put(f"/v1/connect/intentions/{stored['ID']}", whole, status=400)
         assert (await node.get("/v1/connect/intentions"))[0]["Permissions"] == stored["Permissions"]
-
-
-async def test_tokens_are_said_to_be_asked_for(tmp_path: Path) -> None:
-    async with serving(tmp_path, http_options=HttpOptions(acl_enabled=True)) as node:
-        status, said = await text(node, "GET", "/v1/acl/tokens")
-        assert (status, "not supported" in said) == (501, True)

@@ -93,7 +93,8 @@ def test_all_faults_are_told_at_once_with_their_keys() -> None:
         (SERVER + '[nodes.s2]\nrole = "server"\n', "nodes.s2.rpc_port: 127.0.0.1:8300 is taken by nodes.s1.rpc_port"),
         ('[raft]\nheartbeat = "300ms"\n' + SERVER, "2 x heartbeat < election_timeout_min"),
         ('[liveness]\nnode_ttl = "1500ms"\n' + SERVER, "at least twice the heartbeat"),
-        ("[cluster]\nacl_enabled = true\n" + SERVER, "cluster.acl_token_file: is needed"),
+        ('[cluster]\nacl_token_file = "t"\n' + SERVER, "cluster.acl_token_file: has no effect without acl_enabled"),
+        ('[cluster]\nacl_default_policy = "maybe"\n' + SERVER, "cluster.acl_default_policy"),
         (
             "[cluster]\nfault_injection = true\n" + SERVER + 'advertise_address = "10.0.0.1"\n',
             "fault_injection: is for local clusters only",
