@@ -19,7 +19,7 @@ from proxy.logs import LimitedLog
 from proxy.metrics import Metrics, PairStats
 from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of
 from proxy.outbound_http2 import Http2AppConnection, Http2Fleet
-from proxy.outgoing import AppConnection, Outgoing
+from proxy.outgoing import AppConnection, Outgoing, Waiting
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
 from proxy.upstream_settings import UpstreamSettings, resolver_of
@@ -53,6 +53,8 @@ class Upstream:
         self.connections: set[Outgoing | HttpAppConnection] = set()
         self.opening: dict[Outgoing, float] = {}
         """Calls that an instance is to accept, and until when, the oldest first; one clock watches all of them."""
+        self.waiting = Waiting()
+        """Calls whose app has sent nothing yet."""
         self.http_options = options_of(name, {})
         self.http_counters = HttpCounters()
         self._fleet = ServiceFleet(self)

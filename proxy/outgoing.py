@@ -69,7 +69,7 @@ class Outgoing:
 
     __slots__ = (
         "_attempts", "_choice", "_eof", "_hash", "_held", "_live", "_replay", "_replay_bytes", "_stream",
-        "_stream_full", "_tried", "app", "instance", "peer", "reason", "upstream",
+        "_stream_full", "_tried", "_waits_for", "app", "instance", "peer", "reason", "upstream",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream, app: AppConnection) -> None:
@@ -86,6 +86,8 @@ class Outgoing:
         self._eof = False
         self._held = False
         self._stream: MuxStream | None = None
+        self._waits_for: MuxSession | None = None
+        """The session on which the stream is opened when the app has sent something, or has not for a moment."""
         self._stream_full = False
         self._attempts = 0
         self._tried: set[Key] = set()
@@ -96,7 +98,8 @@ class Outgoing:
         upstream = self.upstream
         upstream.connections.add(self)
         if reason := upstream.unavailable():
-            self._fail("unavailable", reason)
+            # A turn later: the app, whose connect() is hardly over, sees its connection made, and then reset.
+            asyncio.get_running_loop().call_soon(self._fail, "unavailable", reason)
         elif upstream.spec is not None and upstream.spec.loopback_port:
             upstream.tasks.spawn(self._loopback(upstream.spec.loopback_port))
         else:
@@ -132,15 +135,14 @@ class Outgoing:
         elif self._replay or self._eof:
             self._open(session, instance)
         else:
-            asyncio.get_running_loop().call_soon(self._open_soon, session, instance, OPEN_DELAY_TURNS)
+            self._waits_for = session
+            upstream.waiting.add(self)
 
-    def _open_soon(self, session: MuxSession, instance: Instance, turns: int) -> None:
-        if self._stream is not None or self.instance is not instance or not self._live:
-            return
-        if turns > 1 and not self._replay:
-            asyncio.get_running_loop().call_soon(self._open_soon, session, instance, turns - 1)
-        else:
-            self._open(session, instance)
+    def open_now(self) -> None:
+        """Wait no longer for the app's first bytes, if that is what is waited for."""
+        session, self._waits_for = self._waits_for, None
+        if session is not None and self.instance is not None and self._live:
+            self._open(session, self.instance)
 
     async def _dial(self, instance: Instance) -> None:
         upstream = self.upstream
@@ -270,7 +272,7 @@ class Outgoing:
         if self.instance is not None:
             self.instance.active -= 1
             self.instance = None
-        self._stream = None
+        self._stream = self._waits_for = None
 
     def _settle(self) -> None:
         """No instance is to accept any more."""
@@ -312,11 +314,15 @@ class Outgoing:
             self.app.pause_reading()
         if self._stream is not None:
             self._stream.write(data)
+        elif self._waits_for is not None:
+            self.open_now()
 
     def write_eof(self) -> None:
         self._eof = True
         if self._stream is not None:
             self._stream.write_eof()
+        else:
+            self.open_now()
 
     def abort(self, error: Exception | None = None) -> None:
         self._live = False
@@ -336,6 +342,31 @@ class Outgoing:
             self.app.pause_reading()
         elif not self._held:
             self.app.resume_reading()
+
+
+class Waiting:
+    """Calls that wait a moment for their app's first bytes, which then go out with OPEN."""
+
+    def __init__(self) -> None:
+        self._calls: list[list[Outgoing]] = [[] for _ in range(OPEN_DELAY_TURNS)]
+        """By the turns of the loop that are left to them."""
+        self._due = False
+
+    def add(self, call: Outgoing) -> None:
+        """Have :meth:`Outgoing.open_now` called in a moment."""
+        self._calls[-1].append(call)
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        over = self._calls.pop(0)
+        self._calls.append([])
+        self._due = any(self._calls)
+        if self._due:
+            asyncio.get_running_loop().call_soon(self._turn)
+        for call in over:
+            call.open_now()
 
 
 class _Answer:
