@@ -1,4 +1,4 @@
-"""The caller's side of HTTP/2 in memory: what is sent again and what is not, what is held, and junk from both ends."""
+"""The caller's side of HTTP/2 in memory: what is sent again or not, what it holds, and junk from both ends."""
 
 from __future__ import annotations
 
