@@ -15,6 +15,7 @@ from node.http.context import CONTEXT, Context, Handler, HttpOptions, Route
 from node.http.front.guards import FrontOptions
 from node.http.front.listener import FrontRunner
 from node.http.middleware import guard
+from node.http.plain_writes import PLAIN_WRITES
 from node.tokens import AccessControl
 
 FAMILIES = (
@@ -75,4 +76,4 @@ def _bound(ctx: Context, handler: Handler) -> Callable[[web.Request], Awaitable[
 def make_runner(app: web.Application, options: FrontOptions | None = None) -> FrontRunner:
     """Return the runner to serve the API with; see `node.http.front`."""
     streams = tuple(sorted({route.path.partition("{")[0] for route in all_routes() if route.streams}))
-    return FrontRunner(app, options or FrontOptions(), streams)
+    return FrontRunner(app, options or FrontOptions(), streams, PLAIN_WRITES)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from node.http.answers import CatalogServiceRow, Empty, NodeRow, NodeServiceList, NodeServices
@@ -147,18 +147,21 @@ class Registration(Wire, frozen=True):
 @routes.add("PUT", "/v1/catalog/register", body=Registration, answer=bool)
 async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Register a node, a service and checks, past any agent."""
-    body = await body_as(ctx, request, Registration, aliases=None)
+    command = registration(ctx, await body_as(ctx, request, Registration))
+    return json_response(request, await write(ctx, request, command))
+
+
+def registration(ctx: Context, body: Registration) -> commands.CatalogRegister:
+    """Return the command of a registration. Raises BadRequest."""
     if not body.node or not (body.address or body.skip_node_update):
         raise BadRequest("Must provide node and address")
-    row: ServiceInstance | None = None
-    if body.service is not None:
-        given = msgspec.structs.asdict(body.service)
-        service_id = body.service.id or body.service.service
-        if not body.service.service:
+    given, row = body.service, None
+    if given is not None:
+        if not given.service:
             raise BadRequest("Must provide service name (Service.Service) when service is provided")
-        row = ServiceInstance(**given | {"node": body.node, "id": service_id})
+        row = ServiceInstance(body.node, given.id or given.service, given.service, *_rest(given))
     given_checks = ((body.check,) if body.check is not None else ()) + body.checks
-    command = commands.CatalogRegister(
+    return commands.CatalogRegister(
         node=Node(
             node=body.node,
             address=body.address,
@@ -168,10 +171,15 @@ async def register(ctx: Context, request: web.Request) -> web.StreamResponse:
             meta=body.node_meta,
         ),
         service=row,
-        checks=tuple(_check_row(check, body.node, row) for check in given_checks),
+        checks=tuple([_check_row(check, body.node, row) for check in given_checks]),
         skip_node_update=body.skip_node_update,
     )
-    return json_response(request, await write(ctx, request, command))
+
+
+_NAMING = ("node", "id", "service")
+assert ServiceInstance.__struct_fields__[: len(_NAMING)] == _NAMING
+_rest = operator.attrgetter(*ServiceInstance.__struct_fields__[len(_NAMING) :])
+"""All of an instance but what names it, in order."""
 
 
 def _check_row(check: CatalogCheck, node: str, service: ServiceInstance | None) -> Check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -89,19 +89,24 @@ def node_error(error: NodeError) -> web.Response:
 
 
 def foreign(request: web.Request, allowed: frozenset[str]) -> str:
-    """Return why a request is refused as one that a web page may have sent, or an empty text.
+    """Return why a request is refused as one that a web page may have sent, or an empty text."""
+    return foreign_head(request.method, request.headers, allowed)
+
+
+def foreign_head(method: str, headers: Mapping[str, str], allowed: frozenset[str]) -> str:
+    """As `foreign`, of what a request's head alone tells.
 
     A page on another origin can make a browser send requests to loopback, and a name it controls may resolve to
     127.0.0.1 (DNS rebinding). The first shows in Origin, the second in Host.
     """
-    host = _name(request.headers.get("Host", ""))
+    host = _name(headers.get("Host", ""))
     if host and not _trusted(host, allowed):
         return f"Host {host!r} is not a name of this API; use its address, or allow the name in the configuration"
-    origin = request.headers.get("Origin", "")
-    writes = request.method not in ("GET", "HEAD", "OPTIONS")
+    origin = headers.get("Origin", "")
+    writes = method not in ("GET", "HEAD", "OPTIONS")
     if origin and writes and not _own_origin(urlsplit(origin).hostname or "", host, allowed):
         return f"writes from the web origin {origin!r} are not accepted"
-    if request.headers.get("Sec-Fetch-Site", "") == "cross-site" and writes:
+    if headers.get("Sec-Fetch-Site", "") == "cross-site" and writes:
         return "cross-site writes are not accepted"
     return ""
 

@@ -47,6 +47,12 @@ def encode(response: web.StreamResponse, *, closing: bool) -> tuple[bytes, bool]
     return head + body if body else head, ends
 
 
+def json_ok(body: bytes) -> bytes:
+    """Return the answer 200 with JSON, as `encode` gives it for a connection that stays open."""
+    lines = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nDate: {rfc822_formatted_time()}\r\n"
+    return f"HTTP/1.1 200 OK\r\n{lines}Server: {SERVER_SOFTWARE}\r\n\r\n".encode() + body
+
+
 def brief(status: int, reason: str, text: str) -> bytes:
     """Return the answer of a connection that is turned away."""
     body = text.encode() + b"\n"

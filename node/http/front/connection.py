@@ -187,6 +187,8 @@ class Connection(asyncio.Protocol):
         self._busy = True
         if head.parked is not None and front.parking.enter_at_once(self, head, front.ask):
             return False
+        if front.writes is not None and front.writes.begin(head, body, self):
+            return False
         self._begin(head, Body(body))
         return not self._busy
 
@@ -274,6 +276,11 @@ class Connection(asyncio.Protocol):
         slow.data_received(data)
 
     # Ends that the client did not choose
+
+    @property
+    def closing(self) -> bool:
+        """Whether the listener is ending, so that an answer must say that its connection ends with it."""
+        return self._front.closing
 
     @property
     def task(self) -> asyncio.Task[None] | None:

@@ -36,13 +36,13 @@ _NOT_PLAIN = frozenset(
 class Fields:
     """A head's lines below its first, parsed. Requests with the same bytes there share them."""
 
-    __slots__ = ("body_size", "headers", "raw", "refusal")
+    __slots__ = ("body_size", "headers", "may_write", "raw")
 
     def __init__(self, headers: CIMultiDictProxy[str], raw: tuple[tuple[bytes, bytes], ...], body_size: int) -> None:
         self.headers, self.raw = headers, raw
         self.body_size = body_size
-        self.refusal: Any = None
-        """What they are judged to mean for a write, once that was asked; see `writes.py`."""
+        self.may_write: bool | None = None
+        """Whether a write with these is one for `writes.py`; None until that was asked."""
 
 
 class Head:

@@ -16,6 +16,7 @@ from node.http.front.heads import Head, HeadCache
 from node.http.front.parking import Newer, Parking
 from node.http.front.repeats import Ask, Body
 from node.http.front.routing import Router
+from node.http.front.writes import Maker, Writes
 from node.http.middleware import guard
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Front:
         streams: tuple[str, ...],
         ask: Ask | None,
         newer: Newer,
+        writes: Writes | None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.handle = Router(app).handle
@@ -50,6 +52,7 @@ class Front:
         self.repeats = ask is not None
         self.ask: Ask = ask or _never
         self.parking = Parking(newer)
+        self.writes = writes
         self.heads = HeadCache(streams)
         self.closing = False
         self.connections: set[Connection] = set()
@@ -94,10 +97,13 @@ class Front:
         own = [one for one in self.connections if not one.is_slow()]
         tasks = [one.task for one in own if one.task is not None]
         for connection in own:
-            if connection.task is None:
+            if connection.task is None and not (self.writes and self.writes.pending(connection)):
                 connection.close()
+        ends_at = self.loop.time() + timeout_s
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
+        if self.writes:
+            await self.writes.settled(ends_at - self.loop.time())
         for connection in own:
             connection.cancel()
         if tasks:
@@ -109,13 +115,19 @@ class Front:
 class FrontRunner(web.AppRunner):
     """aiohttp's runner of an application, with the front as the protocol of its sites."""
 
-    def __init__(self, app: web.Application, options: FrontOptions, streams: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        options: FrontOptions,
+        streams: tuple[str, ...],
+        makers: Mapping[tuple[str, str], Maker],
+    ) -> None:
         # A handler is cancelled when its client hangs up: a blocking query parks no longer, and a sidecar that is
         # gone shows at once by the end of its stream.
         super().__init__(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, keepalive_timeout=SLOW_IDLE_S
         )
-        self._options, self._streams = options, streams
+        self._options, self._streams, self._makers = options, streams, makers
         self._front: Front | None = None
 
     @property
@@ -132,13 +144,16 @@ class FrontRunner(web.AppRunner):
     async def setup(self) -> None:
         """Make ready to listen."""
         await super().setup()
-        # An answer may be sent again only if nothing but the API's own guard, whose verdict follows from the head,
-        # stands before its handler: where tokens are asked for, one might have been withdrawn.
+        # An answer may be sent again, and a write begun, past the handler only if nothing but the API's own guard,
+        # whose verdict follows from the head, stands before it: where tokens are asked for, one might have been
+        # withdrawn.
         plain = list(self.app.middlewares) == [guard]
-        backend = self.app[CONTEXT].backend
+        ctx = self.app[CONTEXT]
+        backend = ctx.backend
         ask = backend.query_now if plain else None
+        writes = Writes(ctx, self._makers) if plain else None
         server = cast(web.Server, super().server)
-        self._front = Front(self.app, server, self._options, self._streams, ask, backend.newer)
+        self._front = Front(self.app, server, self._options, self._streams, ask, backend.newer, writes)
 
     async def shutdown(self) -> None:
         """End streams, then the connections that are not aiohttp's."""
