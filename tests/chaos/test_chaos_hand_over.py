@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def _said_at(cluster: Supervisor, node: str, text: str) -> datetime:
     return datetime.fromisoformat(found[-1].replace("Z", "+00:00"))
 
 
+def _has_ended(cluster: Supervisor, node: str) -> bool:
+    return cluster.state(node) == DEAD
+
+
+def _writes_go_on(loops: Sequence[Loop], what: str) -> None:
+    counts = [len(loop.done_at) for loop in loops]
+    until(lambda: all(len(loop.done_at) >= count + 20 for loop, count in zip(loops, counts, strict=True)), what)
+
+
 @pytest.mark.parametrize("stop", [_sigterm, _leave], ids=["SIGTERM", "lictor leave"])
 def test_leader_stopped_in_good_order_hands_over_first(
     tmp_path: Path, stop: Callable[[Supervisor, str], None]
@@ -53,16 +63,10 @@ def test_leader_stopped_in_good_order_hands_over_first(
             loops = [Loop(cluster.http_addr(name), name) for name in others]
             for loop in loops:
                 loop.start()
-            until(lambda loops=loops: all(len(loop.done_at) >= 20 for loop in loops), "both write")
+            _writes_go_on(loops, "both write")
             stop(cluster, old)
-            until(lambda old=old: cluster.state(old) == DEAD, f"{old} ends")
-            counts = [len(loop.done_at) for loop in loops]
-            until(
-                lambda loops=loops, counts=counts: all(
-                    len(loop.done_at) >= count + 20 for loop, count in zip(loops, counts, strict=True)
-                ),
-                "both write without the old leader",
-            )
+            until(partial(_has_ended, cluster, old), f"{old} ends")
+            _writes_go_on(loops, "both write without the old leader")
             for loop in loops:
                 loop.end()
 
