@@ -473,9 +473,11 @@ class Replica:
         core = self._core
         assert core is not None
         self._submissions.tell()
-        if core.members is not self._known_members:
-            self._known_members = core.members
-            self._peers.set_peers({m.id: m.address for m in core.members.all if m.id != self.id})
+        members = core.members
+        if members is not self._known_members:
+            known, self._known_members = self._known_members, members
+            if members != known:
+                self._peers.set_peers({m.id: m.address for m in members.all if m.id != self.id})
         if core.term != self._known_leader[1] or core.leader != self._known_leader[0]:
             self._known_leader = (core.leader, core.term)
             log.info("raft: leader of term %d is %s", core.term, core.leader or "not known")

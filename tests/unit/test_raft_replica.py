@@ -10,7 +10,7 @@ import pytest
 
 from raftstate.disk_aio import DiskAio, SyncDone
 from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
-from raftstate.raft import RaftConfig
+from raftstate.raft import Members, RaftConfig
 from raftstate.replica import Replica
 from tests.support.raft_cluster import FAST, ReplicaCluster
 from tests.support.raft_machine import RegisterMachine, command
@@ -177,6 +177,17 @@ async def test_a_far_behind_server_gets_a_snapshot(tmp_path: Path) -> None:
         replica = await cluster.start(behind)
         await replica.wait_applied(applied.index)
         assert registers(replica) == registers(leader)
+
+
+async def test_a_server_that_knows_no_members_keeps_the_peers_it_was_given(tmp_path: Path) -> None:
+    cluster = ReplicaCluster(tmp_path, 1)
+    given = {"server-2": "server-2:8300"}
+    joining = cluster.make("server-1", bootstrap=Members())
+    joining._peers.set_peers(given)
+    await joining.start()
+    joining._after_pump()  # only a log that names the members would name its peers
+    assert joining._peers.addresses == given  # type: ignore[attr-defined]
+    await joining.stop()
 
 
 async def test_servers_are_added_and_removed(tmp_path: Path) -> None:
