@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from proxy.access import OUTBOUND, Entry, Observer, path_of, trace_of
-from proxy.balancer import Balancer, Key, RetryBudget
+from proxy.balancer import Balancer, Key, RetryBudget, key_of
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
 from proxy.http2.outbound import OutboundHttp2
@@ -89,8 +89,8 @@ class Upstream:
     def _retarget(self, before: SidecarUpstream | None, spec: SidecarUpstream | None, datacenter: str) -> set[Key]:
         """Give each target its balancer; return the instances that are no more.
 
-        An instance that calls merely are not to go to any more, because a plan changed, is none of those: what it has
-        under way may end there.
+        An instance that calls merely are not to go to any more, because a plan changed or can't be followed for now,
+        is none of those: what it has under way may end there. When it is deregistered later, the agent says so.
         """
         plan = spec.plan if spec is not None else None
         targets: dict[str, tuple[Endpoint, ...]] = {}
@@ -99,12 +99,14 @@ class Upstream:
         elif spec is not None:
             targets = {target_id(spec.service, datacenter): spec.endpoints}
         now = asyncio.get_running_loop().time()
-        old, self.balancers, gone = self.balancers, {}, set[Key]()
+        old, self.balancers = self.balancers, {}
+        gone = {key_of(endpoint) for endpoint in (spec.deregistered if spec is not None else ())}
+        known = not (spec is not None and spec.error)
         for id, endpoints in targets.items():
             balancer = old.pop(id, None) or Balancer(self.random)
             balancer.options = self.settings.balancer_of(resolver_of(plan, id))
             left = {instance.key for instance in balancer.update(endpoints, now)}
-            if (
+            if known and (
                 before is None
                 or before.plan is None
                 or plan is None

@@ -8,13 +8,15 @@ sidecar keeps what it has.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from node.agent.departures import Departures
 from node.agent.leaf import LeafEntry, LeafManager
 from node.agent.options import AgentOptions
 from node.agent.traffic import (
@@ -62,7 +64,8 @@ class _UpstreamState:
     on_port: View | None = None
     chain: View | None = None
     instances: dict[str, View] = field(default_factory=dict)
-    """By service: those to which the plan leads."""
+    """By service: those to which the plan leads, or led while an instance from then is still there."""
+    departures: Departures = field(default_factory=Departures)
     resolution: Resolution = field(default_factory=Resolution)
 
 
@@ -251,26 +254,42 @@ class SidecarFeed:
         if plan is None:
             return None
         if plan.error:
-            return msgspec.structs.replace(made, error=plan.error)
+            return self._with_departures(state, msgspec.structs.replace(made, error=plan.error))
         wanted = {target.service for target in plan.targets.values()}
         for service in wanted - state.instances.keys():
             state.instances[service] = self._hold_instances(service)
         if not all(state.instances[service].known for service in wanted):
             return None
-        for service in state.instances.keys() - wanted:
-            self._let_go(state.instances.pop(service))
         views = [state.instances[service] for service in sorted(wanted)]
         said = {_said_protocol(view) for view in views}
         protocol = upstream_protocol(made.config, said.pop() if len(said) == 1 else "", plan)
         if plan.default:
             (view,) = views
-            endpoints = view.memo("endpoints", lambda: endpoints_of(view.typed(InstanceHealth)))
-            return msgspec.structs.replace(made, protocol=protocol, endpoints=endpoints)
+            endpoints = _all_of(view)
+            return self._with_departures(
+                state, msgspec.structs.replace(made, protocol=protocol, endpoints=endpoints), wanted
+            )
         try:
             targets = {id: self._target(state, plan, id) for id in plan.targets}
         except BadFilter as error:
-            return msgspec.structs.replace(made, error=f"a subset of {made.service!r} has no instances: {error}")
-        return msgspec.structs.replace(made, protocol=protocol, plan=plan, targets=targets)
+            text = f"a subset of {made.service!r} has no instances: {error}"
+            return self._with_departures(state, msgspec.structs.replace(made, error=text), wanted)
+        return self._with_departures(
+            state, msgspec.structs.replace(made, protocol=protocol, plan=plan, targets=targets), wanted
+        )
+
+    def _with_departures(
+        self, state: _UpstreamState, made: SidecarUpstream, wanted: Collection[str] = ()
+    ) -> SidecarUpstream:
+        """Return the upstream with the instances that it led to once and that are no more. ``wanted``: the services
+        whose instances it leads to; those of others are followed while there is one that it has left."""
+        led_to = itertools.chain(made.endpoints, *made.targets.values())
+        known = {service: view for service, view in state.instances.items() if view.known}
+        state.departures.follow(led_to, {service: _all_of(view) for service, view in known.items()})
+        for service in state.instances.keys() - state.departures.services - set(wanted):
+            if service != made.service:
+                self._let_go(state.instances.pop(service))
+        return msgspec.structs.replace(made, deregistered=state.departures.deregistered)
 
     def _target(self, state: _UpstreamState, plan: Plan, id: str) -> tuple[Endpoint, ...]:
         target = plan.targets[id]
@@ -288,6 +307,7 @@ class SidecarFeed:
                 self._let_go(view)
         state.chain = None
         state.instances.clear()
+        state.departures = Departures()
 
     def _resolve(self, state: _UpstreamState, sources: View | None) -> Resolution:
         upstream = state.upstream
@@ -321,6 +341,11 @@ def _entry(view: View | None) -> dict[str, Any] | None:
     """Return the configuration entry that a view follows, if there is one."""
     entry = next(iter(view.rows.values()), None) if view is not None else None
     return entry if isinstance(entry, dict) else None
+
+
+def _all_of(view: View) -> tuple[Endpoint, ...]:
+    """Return the instances of the service that a view follows."""
+    return view.memo("endpoints", lambda: endpoints_of(view.typed(InstanceHealth)))
 
 
 def _said_protocol(view: View) -> str:

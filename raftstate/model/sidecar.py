@@ -70,6 +70,8 @@ class SidecarUpstream(Wire, frozen=True):
     """How calls are routed, split and resolved; None: straight to ``endpoints``, which are empty with a plan."""
     targets: dict[str, tuple[Endpoint, ...]] = {}
     """With a plan: the instances of each of its targets, filtered already."""
+    deregistered: tuple[Endpoint, ...] = ()
+    """Instances to which calls were led before and that are no more: what is still under way there ends."""
 
 
 class SidecarUpdate(Wire, frozen=True, omit_defaults=True):

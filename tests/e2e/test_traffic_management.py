@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 
 import msgspec
+import pytest
 
 from tests.support.http_filter import App, Seen
 from tests.support.loops import with_mesh
@@ -166,6 +167,48 @@ async def test_a_redirect_takes_new_requests_elsewhere_and_lets_old_ones_end(mes
     stage.endpoints = [one for one in stage.endpoints if one.service != "backend"]
     await stage.follow()
     assert [status for status, _, _ in await cut] == [503]
+
+
+@with_mesh
+async def test_a_call_to_an_instance_that_the_plan_has_left_ends_when_it_is_deregistered(mesh: Mesh) -> None:
+    async def never(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", "v1", answer=never)
+    await stage.server("other", "o1")
+    await stage.caller()
+    pending = asyncio.create_task(ask(stage.client, post()))
+    await until(lambda: bool(stage.apps["b1"].seen))
+    await stage.follow(resolver_backend={"Redirect": {"Service": "other"}})
+    assert await bodies(stage, get()) == [b"o1"]
+    await stage.follow(resolver_backend={"Redirect": {"Service": "other"}, "ConnectTimeout": "1s"})
+    assert not pending.done(), "a plan that leads elsewhere leaves it alone"
+    stage.endpoints = [one for one in stage.endpoints if one.service != "backend"]
+    await stage.follow()
+    async with asyncio.timeout(1):
+        assert [status for status, _, _ in await pending] == [502]
+    assert await bodies(stage, get()) == [b"o1"]
+
+
+@with_mesh
+async def test_a_connection_outlives_a_plan_in_error_but_not_its_instance(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    app = await mesh.app(naming("b1"))
+    await stage.add("backend", "b1", "v1", app.port)
+    stage.entries.clear()
+    await stage.caller()
+    reader, writer = await stage.client.dial()
+    writer.write(b"\n")
+    assert await reader.readline() == b"b1\n"
+    await stage.client.route("backend", error="its configuration entries can't be compiled")
+    writer.write(b"\n")
+    assert await reader.readline() == b"b1\n", "what is under way goes on"
+    await stage.client.route("backend", error="the same", deregistered=tuple(stage.endpoints))
+    async with asyncio.timeout(1):
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+    await hang_up(writer)
 
 
 @with_mesh

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from node.agent.departures import Departures
 from raftstate.chain import check_entry, compile_plan
 from raftstate.filter import compile_filter
 from raftstate.model.sidecar import Endpoint
@@ -25,6 +26,7 @@ class Stage:
         self.endpoints: list[Endpoint] = []
         self.apps: dict[str, App] = {}
         self.servers: dict[str, Member] = {}
+        self.departures = Departures()
         self.entries: dict[tuple[str, str], dict[str, Any]] = {("proxy-defaults", "global"): HTTP}
 
     async def server(self, service: str, instance: str, version: str = "", answer: Answer | None = None) -> Member:
@@ -51,7 +53,7 @@ class Stage:
             if entry is not None:
                 self.entries[key] = check_entry(*key, entry)
         plan = compile_plan("backend", lambda kind, name: self.entries.get((kind, name)), "dc1")
-        targets = {}
+        targets: dict[str, tuple[Endpoint, ...]] = {}
         for id, target in plan.targets.items():
             holds = compile_filter(target.filter) if target.filter else lambda row: True
             targets[id] = tuple(
@@ -62,4 +64,10 @@ class Stage:
         fields: dict[str, Any] = {"plan": plan, "targets": targets}
         if plan.default:
             fields = {"endpoints": targets[next(iter(targets))]}
+        by_service = {
+            one.service: [other for other in self.endpoints if other.service == one.service] for one in self.endpoints
+        }
+        followed = {service: by_service.get(service, []) for service in (*by_service, *self.departures.services)}
+        self.departures.follow([one for each in targets.values() for one in each], followed)
+        fields["deregistered"] = self.departures.deregistered
         await self.client.route("backend", **fields, protocol=plan.protocol)

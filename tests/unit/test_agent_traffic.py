@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from node.agent.departures import DEREGISTERED_MAX, Departures
 from node.agent.traffic import endpoints_of, own_config, upstream_config, upstream_protocol
 from raftstate.chain import compile_plan
 from raftstate.model.catalog import CRITICAL, WARNING, Check, InstanceHealth, Node, ServiceInstance, ServiceProxy
 from raftstate.model.plan import Target
+from raftstate.model.sidecar import Endpoint
 from tests.support.http_api import serving
 from tests.unit.test_http_walkthrough import CLIENT_SIDECAR, SERVER_SIDECAR, open_stream
 
@@ -107,3 +109,54 @@ def test_a_plan_that_routes_says_how_requests_are_read() -> None:
     entries["service-router", "b"] = {"Routes": []}
     routed = compile_plan("b", lambda *key: entries.get(key), "dc1")
     assert upstream_protocol({"protocol": "tcp"}, "tcp", routed) == "http"
+
+
+def test_instances_that_were_left_are_followed_until_they_are_gone() -> None:
+    def at(service: str, port: int) -> Endpoint:
+        return Endpoint("n", "10.0.0.1", port, service, f"{service}-{port}")
+
+    web1, web2, api = at("web", 1), at("web", 2), at("api", 3)
+    departures = Departures()
+    departures.follow([web1, web2], {"web": [web1, web2]})
+    departures.follow([api], {"web": [web1, web2], "api": [api]})
+    assert (departures.services, departures.deregistered) == ({"web"}, ())
+    departures.follow([api], {"api": [api]})
+    assert (departures.services, departures.deregistered) == ({"web"}, ()), "nothing is known of it, so it stays"
+    departures.follow([api], {"web": [web2], "api": [api]})
+    assert (departures.services, departures.deregistered) == ({"web"}, (web1,))
+    departures.follow([api, web2], {"web": [web2], "api": [api]})
+    assert departures.services == set(), "it is led to again"
+    departures.follow([api], {"web": [], "api": [api]})
+    assert departures.deregistered == (web1, web2)
+    departures.follow([web1], {"web": [web1]})
+    assert departures.deregistered == (web2,), "it is back"
+    for port in range(1000, 1600):
+        departures.follow([at("web", port)], {"web": [at("web", port)]})
+    departures.follow([], {"web": []})
+    assert len(departures.deregistered) == DEREGISTERED_MAX
+
+
+async def test_an_instance_that_the_plan_has_left_is_told_when_it_goes(tmp_path: Path) -> None:
+    async with serving(tmp_path) as node:
+        service = {"Name": "echo-server", "ID": "echo-server-1", "Port": 8080}
+        await node.put("/v1/agent/service/register", service)
+        await node.put("/v1/agent/service/register", {"Name": "echo-client", "ID": "echo-client-1"})
+        named = json.loads(json.dumps(CLIENT_SIDECAR))
+        named["Proxy"]["Upstreams"] = [{"DestinationName": "echo-server", "LocalBindPort": 21000}]
+        server = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
+        client = await open_stream(node, "echo-client-1-sidecar-proxy", named)
+
+        def upstream(known: dict[str, Any]) -> dict[str, Any]:
+            found: dict[str, Any] = (known.get("Upstreams") or [{}])[0]
+            return found
+
+        await client.until(lambda known: len(upstream(known).get("Endpoints", ())) == 1)
+        redirect = {"Kind": "service-resolver", "Name": "echo-server", "Redirect": {"Service": "other"}}
+        await node.put("/v1/config", redirect)
+        await client.until(lambda known: upstream(known)["Targets"] == {"other.default.default.dc1": []})
+        assert upstream(client.known)["Deregistered"] == []
+        await node.put("/v1/agent/service/deregister/echo-server-1-sidecar-proxy")
+        await client.until(lambda known: len(upstream(known)["Deregistered"]) == 1)
+        assert upstream(client.known)["Deregistered"][0]["ServiceID"] == "echo-server-1"
+        server.response.close()
+        client.response.close()
