@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -35,6 +35,7 @@ from node.protocol import (
     decode,
     encode,
 )
+from node.raft_errors import translate
 from node.replies import SIGN_TIMEOUT_S, as_applied, as_result
 from node.store_reads import StoreReads
 from node.tasks import Tasks
@@ -152,8 +153,38 @@ class ServerBackend:
         except NodeError as error:
             told(error)
 
-    async def apply_raw(self, request: ApplyRequest, timeout_s: float) -> bytes:
-        """Write a command that is encoded already; return an encoded ApplyReply."""
+    def submit_raw(self, request: ApplyRequest, timeout_s: float, told: Callable[[bytes | NodeError], None]) -> bool:
+        """As `submit`, for `apply_raw`: ``told`` gets an encoded ApplyReply. False: nothing has begun."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+
+        def attempted(applied: Any, error: RaftError | None) -> None:
+            if error is None:
+                told(encode(self._reply(request.command, applied)))
+            elif request.forwarded:
+                told(translate(error))  # whoever forwarded it looks for the next leader
+            else:
+                self._tasks.spawn(self._go_on_raw(request, deadline, told))
+
+        try:
+            self.replica.submit(encode(_Envelope(request.request_id, _now(), request.command)), attempted, timeout_s)
+        except RaftError:
+            return False
+        return True
+
+    async def _go_on_raw(
+        self, request: ApplyRequest, deadline: float, told: Callable[[bytes | NodeError], None]
+    ) -> None:
+        left_s = deadline - asyncio.get_running_loop().time()
+        try:
+            told(await self.apply_raw(request, left_s, begun=True))
+        except NodeError as error:
+            told(error)
+
+    async def apply_raw(self, request: ApplyRequest, timeout_s: float, *, begun: bool = False) -> bytes:
+        """Write a command that is encoded already; return an encoded ApplyReply.
+
+        `begun`: an attempt before this call may have reached the log.
+        """
 
         async def here(left_s: float) -> bytes:
             return encode(await self._apply_here(request, left_s))
@@ -161,7 +192,9 @@ class ServerBackend:
         async def there(leader: ClientConnection, left_s: float) -> bytes:
             return await self._forward(request, leader, left_s)
 
-        return await self.route.run(here, there, timeout_s=timeout_s, write=True, forwarded=request.forwarded)
+        return await self.route.run(
+            here, there, timeout_s=timeout_s, write=True, forwarded=request.forwarded, begun=begun
+        )
 
     async def _apply_here(self, request: ApplyRequest, left_s: float) -> ApplyReply:
         envelope = encode(_Envelope(request.request_id, _now(), request.command))

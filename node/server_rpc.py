@@ -29,7 +29,7 @@ from node.protocol import (
     decode,
     encode,
 )
-from node.rpc.server import Call, Feed, Methods
+from node.rpc.server import Call, Feed, Methods, Reply
 from node.server import ServerBackend
 from node.tasks import Tasks
 from raftstate.errors import RaftError
@@ -60,6 +60,7 @@ class ServerRpc:
             self.methods.add(name, unary)
         self.methods.add_immediate(protocol.HEARTBEAT, self.heartbeat)
         self.methods.add_immediate(protocol.HEARTBEATS, self.heartbeats)
+        self.methods.add_direct(protocol.APPLY, self.apply_directly)
         self.methods.add_stream(protocol.SUBSCRIBE, self.subscribe)
         self.methods.add_feed(protocol.SUBSCRIBE, self.feed)
         self.methods.add_stream(protocol.SNAPSHOT_SAVE, self.snapshot_save)
@@ -77,6 +78,14 @@ class ServerRpc:
         request = decode(call.body, ApplyRequest)
         _for_agents_too(call, command_name(request.command), SERVERS_ONLY)
         return await self._backend.apply_raw(request, call.left_s())
+
+    def apply_directly(self, call: Call, reply: Reply) -> bool:
+        """Write, if this server leads: a quorum's disks are all that is waited for."""
+        if not self._backend.replica.is_leader:
+            return False
+        request = decode(call.body, ApplyRequest)
+        _for_agents_too(call, command_name(request.command), SERVERS_ONLY)
+        return self._backend.submit_raw(request, call.left_s(), reply.send)
 
     async def query(self, call: Call) -> bytes:
         """Read; a forwarded read is answered by the leader only."""

@@ -123,10 +123,25 @@ class Feed:
         self._connection.end_feed(self._number, error)
 
 
+class Reply:
+    """The answer to a call that has no task of its own. Given after the caller went away, it is dropped."""
+
+    __slots__ = ("_connection", "_number")
+
+    def __init__(self, connection: ServerConnection, number: int) -> None:
+        self._connection, self._number = connection, number
+
+    def send(self, outcome: bytes | NodeError) -> None:
+        """Answer; once."""
+        self._connection.end_direct(self._number, outcome)
+
+
 def _nothing() -> None:
     pass
 
 
+Direct = Callable[["Call", Reply], bool]
+"""Begin a call that its reply ends; False: nothing has begun, run the unary method instead."""
 Feeding = Callable[["Call", Feed], bool]
 """Begin to feed; False: not at once, stream it instead."""
 Immediate = Callable[["Call"], bytes]
@@ -143,6 +158,7 @@ class Methods:
         self.unary: dict[str, Unary] = {}
         self.streaming: dict[str, Streaming] = {}
         self.feeding: dict[str, Feeding] = {}
+        self.direct: dict[str, Direct] = {}
 
     def add(self, name: str, method: Unary) -> None:
         """Serve calls with one answer."""
@@ -151,6 +167,10 @@ class Methods:
     def add_immediate(self, name: str, method: Immediate) -> None:
         """Serve calls that are answered in the turn of the loop in which they come: no task, no timer."""
         self.immediate[name] = method
+
+    def add_direct(self, name: str, method: Direct) -> None:
+        """Serve calls with one answer without a task, where `method` can."""
+        self.direct[name] = method
 
     def add_feed(self, name: str, method: Feeding) -> None:
         """Serve calls of a streaming method without a task, where `method` can."""
@@ -179,10 +199,12 @@ class ServerConnection(FrameConnection):
         self._calls: dict[int, asyncio.Task[Any]] = {}
         self._uploads: dict[int, Upload] = {}
         self._feeds: dict[int, Feed] = {}
+        self._direct: set[int] = set()
+        """Calls that have no task and wait for their reply."""
 
     def __len__(self) -> int:
         """Calls in progress."""
-        return len(self._calls) + len(self._feeds)
+        return len(self._calls) + len(self._feeds) + len(self._direct)
 
     def frame_received(self, frame: Frame) -> None:
         """Start, feed or cancel a call."""
@@ -193,13 +215,15 @@ class ServerConnection(FrameConnection):
                 task.cancel()
             elif (feed := self._feeds.pop(frame.call, None)) is not None:
                 feed.closed()
+            else:
+                self._direct.discard(frame.call)  # what it began goes on, and nobody is told
         elif isinstance(frame, (Item, End)):
             self._piece(frame)
         else:
             raise BadFrame(f"a client may not send {type(frame).__name__}")
 
     def _begin(self, request: Request) -> None:
-        if request.call in self._calls or request.call in self._feeds:
+        if request.call in self._calls or request.call in self._feeds or request.call in self._direct:
             raise BadFrame(f"call {request.call} is already in progress")
         if (immediate := self._methods.immediate.get(request.method)) is not None:
             # Before the bound on calls: an agent that does much must still be able to say that it lives.
@@ -214,6 +238,9 @@ class ServerConnection(FrameConnection):
         if request.upload:
             call.pieces = self._uploads[request.call] = Upload(self.pause_reading, self.resume_reading)
         if (feeding := self._methods.feeding.get(request.method)) is not None and self._feed(feeding, call, request):
+            return
+        direct = None if request.upload else self._methods.direct.get(request.method)
+        if direct is not None and self._reply(direct, call, request):
             return
         work: Callable[[], Awaitable[None]]
         if (unary := self._methods.unary.get(request.method)) is not None:
@@ -251,6 +278,26 @@ class ServerConnection(FrameConnection):
             return True
         del self._feeds[request.call]
         return False
+
+    def _reply(self, direct: Direct, call: Call, request: Request) -> bool:
+        self._direct.add(request.call)
+        try:
+            begun = direct(call, Reply(self, request.call))
+        except Exception as error:  # noqa: BLE001 - told to the caller, as in `_guard`
+            self.end_direct(request.call, self._as_node_error(error))
+            return True
+        if not begun:
+            self._direct.discard(request.call)
+        return begun
+
+    def end_direct(self, number: int, outcome: bytes | NodeError) -> None:
+        """Answer a call that has no task, if it still waits."""
+        if number in self._direct:
+            self._direct.remove(number)
+            if isinstance(outcome, NodeError):
+                self._fail(number, outcome)
+            else:
+                self.send(Response(number, outcome))
 
     def end_feed(self, number: int, error: NodeError) -> None:
         """End a fed stream by an error."""
