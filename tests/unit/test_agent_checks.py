@@ -82,7 +82,7 @@ async def test_tcp_and_udp() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as quiet:
         quiet.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{quiet.getsockname()[1]}"
-        assert (await once(CheckDefinition(udp=target, interval=1, timeout=0.2))).status == PASSING
+        assert (await once(CheckDefinition(udp=target, interval=1, timeout=1))).status == PASSING
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, PASSING), (1, WARNING), (2, CRITICAL)])

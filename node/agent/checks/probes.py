@@ -104,7 +104,8 @@ class _Datagram(asyncio.DatagramProtocol):
 
 
 UDP_SILENCE_S = 1.0
-"""A port that is closed says so by ICMP; one that stays silent for this long is taken as open, as Consul does."""
+"""A port that is closed says so by ICMP; one that stays silent for this long is taken as open, as Consul does. Never
+more than half the check's timeout: on a host that is late, silence must not be told as a missed deadline."""
 
 
 def udp_probe(definition: CheckDefinition) -> Probe:
@@ -117,7 +118,7 @@ def udp_probe(definition: CheckDefinition) -> Probe:
         try:
             transport.sendto(b"lictor health check")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(UDP_SILENCE_S, (definition.timeout or UDP_SILENCE_S) * 0.8)):
+                async with asyncio.timeout(min(UDP_SILENCE_S, (definition.timeout or 2 * UDP_SILENCE_S) / 2)):
                     await protocol.outcome
         finally:
             transport.close()
