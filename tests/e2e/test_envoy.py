@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
 import pytest
 
 from cli.demo_stage import wait_until
@@ -372,3 +373,61 @@ def test_an_agent_that_restarts_disturbs_no_envoy(stage: Mesh) -> None:
         assert wait_until(lambda: call(address) == b"", TIMEOUT_S), "it is followed again"
         assert wait_until(lambda: live.ask() == b"", TIMEOUT_S)
         live.close()
+
+
+def test_an_envoy_that_is_stopped_is_no_longer_passing_until_it_goes_on(stage: Mesh) -> None:
+    with echo() as port:
+        stand(stage, ENVOY, "store", port)
+        assert wait_until(lambda: streaming(stage) == {"store-1"}, TIMEOUT_S)
+        command = next(one for one in stage.backgrounds if one.name == "store-1")
+        (envoy,) = psutil.Process(command.process.pid).children()
+        envoy.suspend()
+        try:
+            assert wait_until(lambda: streaming(stage) == set(), TIMEOUT_S), "a stopped Envoy answers no ping"
+        finally:
+            envoy.resume()
+        assert wait_until(lambda: streaming(stage) == {"store-1"}, TIMEOUT_S)
+
+
+def test_calls_go_to_the_near_instance_and_are_bound_as_configuration_entries_say(stage: Mesh) -> None:
+    allow(stage, "shop", "store")
+    limits = {"UpstreamConfig": {"Overrides": [{"Name": "store", "Limits": {"MaxConnections": 2}}]}}
+    stage.api().put("/v1/config", {"Kind": "service-defaults", "Name": "shop", **limits})
+    prefer = {"PrioritizeByLocality": {"Mode": "failover"}}
+    stage.api().put("/v1/config", {"Kind": "service-resolver", "Name": "store", **prefer})
+    try:
+        with echo("near") as near, echo("far") as far:
+            for host, (port, zone) in enumerate(((near, "a"), (far, "b"))):
+                row = {"Name": "store", "ID": f"store-{host + 1}", "Port": port, "Locality": {"Zone": zone}}
+                stage.api(host).put("/v1/agent/service/register", row)
+                (stage.directory / row["ID"]).mkdir(exist_ok=True)
+                stage.sidecar(row["ID"], host, ["envoy", "-sidecar-for", row["ID"]], {})
+            shop = {"Name": "shop", "ID": "shop-1", "Locality": {"Zone": "a"}}
+            stage.api().put("/v1/agent/service/register", shop)
+            (stage.directory / "shop-1").mkdir(exist_ok=True)
+            stage.sidecar("shop-1", 0, ["envoy", "-sidecar-for", "shop-1", "-upstreams", "store"], {})
+            address = upstream(stage, "shop-1", "store")
+            assert wait_until(lambda: {call(address) for _ in range(6)} == {b"near hello\n"}, TIMEOUT_S)
+            live: list[Line] = []
+
+            def two_at_a_time() -> bool:
+                """Envoy may still count a connection that has just ended."""
+                while len(live) < 2:
+                    line = Line(address)
+                    if line.hear() != GREETING:
+                        line.close()
+                        return False
+                    live.append(line)
+                return True
+
+            assert wait_until(two_at_a_time, TIMEOUT_S)
+            assert [call(address) for _ in range(5)] == [b""] * 5, "a third connection at a time is one too many"
+            live.pop().close()
+            assert wait_until(lambda: call(address) == b"near hello\n", TIMEOUT_S)
+            live.pop().close()
+            assert wait_until(lambda: call(address) == b"near hello\n", TIMEOUT_S)
+            stage.end_background("store-1")
+            assert wait_until(lambda: {call(address) for _ in range(6)} == {b"far hello\n"}, TIMEOUT_S)
+    finally:
+        stage.api().write("DELETE", "/v1/config/service-resolver/store")
+        stage.api().write("DELETE", "/v1/config/service-defaults/shop")
