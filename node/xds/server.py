@@ -36,6 +36,7 @@ PING_S = ANSWER_S = 5.0
 _PINGS = [
     ("grpc.keepalive_time_ms", int(PING_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(ANSWER_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(ANSWER_S * 1000)),  # what newer versions wait for
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
