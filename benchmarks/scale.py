@@ -54,9 +54,11 @@ class Link(ServerLink):
 
     places: asyncio.Semaphore
 
-    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+    async def _dial(
+        self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
+    ) -> ClientConnection:
         async with self.places:
-            return await super()._dial(name, address, timeout_s)
+            return await super()._dial(name, address, timeout_s, on_reached)
 
 
 class Agent:

@@ -60,6 +60,7 @@ class LeaderDuties:
         """``first_token``: written when access control has none yet."""
         self._backend, self._replica, self._authority, self._liveness = backend, replica, authority, liveness
         self._first_token = first_token
+        self.node_ttl_s = liveness.node_ttl_s
         self._nodes = Deadlines(liveness.node_ttl_s)
         self.session_deadlines = Deadlines(0.0)
         self._roster = Roster()

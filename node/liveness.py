@@ -12,6 +12,16 @@ from collections.abc import Iterable
 ALIVE_OUTPUT = "Agent alive and reachable"
 DEAD_OUTPUT = "Agent not live or unreachable"
 
+BEATS_PER_S = 1000.0
+"""As many signs of life as one server need take in; with more agents each gives them seldomer."""
+BEATS_IN_TTL = 2.5
+"""But so often that one may be lost."""
+
+
+def beat_every_s(agents: int, servers: int, ttl_s: float) -> float:
+    """Return how often an agent need give a sign of life, seconds, by how many agents and servers there are."""
+    return min(agents / max(1, servers) / BEATS_PER_S, ttl_s / BEATS_IN_TTL)
+
 
 class Deadlines:
     """Deadlines by name. `ttl_s` is how long a beat lasts."""

@@ -88,11 +88,13 @@ class OperatorRequest(_Body, frozen=True):
 
 
 class HeartbeatReply(_Body, frozen=True):
-    """`servers`: (name, address) of every server; the agent may talk to any of them."""
+    """`servers`: (name, address) of every server; the agent may talk to any of them. `beat_every_s`: there are
+    so many agents that a sign of life this often is enough."""
 
     known_leader: bool
     last_contact_ms: int
     servers: tuple[tuple[str, str], ...]
+    beat_every_s: float = 0.0
 
 
 T = TypeVar("T")

@@ -22,8 +22,11 @@ log = logging.getLogger("lictor.rpc")
 
 DIAL_TIMEOUT_S = 2.0
 RACE_AFTER_S = 0.15
-"""A dial that has not ended by then gets a rival to another server."""
+"""A dial to a host that is not there by then gets a rival to another server."""
 RACE_AFTER_S_MAX = 1.0
+RACE_ANSWER_AFTER_S = 1.0
+"""So does one whose host is there, and whose server has not answered. It is most often busy with others who dial: a
+rival too soon would double the work of all servers just then."""
 PATIENCE_MAX = 4.0
 """A round of dials that brought nothing doubles the time given to the next, up to this factor. Servers to which all
 agents come back at once need longer than usual for each: if nobody waited longer, all would give up just before they
@@ -33,6 +36,7 @@ OVERLOADED_S_MAX = 4.0
 """Servers that say that they have too much to do are left alone for longer: all the others keep them busy."""
 ANSWER_TIMEOUT_S = 1.0
 """A server that does not answer a heartbeat in this time is replaced."""
+BEAT_S_MAX = 60.0
 NO_LEADER_BEATS_MAX = 2
 """A server that knows no leader for this many heartbeats may be cut off: another is tried."""
 REBALANCE_S = 300.0
@@ -152,9 +156,13 @@ class ServerLink:
         running: set[asyncio.Task[ClientConnection]] = set()
         try:
             for name, address in order:
-                dialling = self._dial(name, address, DIAL_TIMEOUT_S * patience)
+                reached = asyncio.Event()
+                dialling = self._dial(name, address, DIAL_TIMEOUT_S * patience, reached.set)
                 running.add(asyncio.get_running_loop().create_task(dialling))
                 done, running = await asyncio.wait(running, timeout=race_after_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done and reached.is_set():
+                    more_s = max(0.0, RACE_ANSWER_AFTER_S - race_after_s)
+                    done, running = await asyncio.wait(running, timeout=more_s, return_when=asyncio.FIRST_COMPLETED)
                 if (winner := self._winner(done)) is not None:
                     return winner
             while running:
@@ -167,7 +175,9 @@ class ServerLink:
                 task.cancel()
                 task.add_done_callback(_close_late)
 
-    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+    async def _dial(
+        self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
+    ) -> ClientConnection:
         return await dial(
             server_address(address),
             self._context,
@@ -176,6 +186,7 @@ class ServerLink:
             timeout_s=timeout_s,
             blocked=self._blocked,
             on_end=self._ended,
+            on_reached=on_reached,
         )
 
     def _winner(self, done: set[asyncio.Task[ClientConnection]]) -> ClientConnection | None:
@@ -212,7 +223,8 @@ class ServerLink:
             if leaderless >= NO_LEADER_BEATS_MAX and await self._better_than(connection):
                 self.replace(connection, "it knows no leader, and another server does")
                 return
-            await asyncio.sleep(self._liveness.heartbeat_s * self._rng.uniform(0.8, 1.2))
+            every_s = max(self._liveness.heartbeat_s, min(reply.beat_every_s, BEAT_S_MAX))
+            await asyncio.sleep(every_s * self._rng.uniform(0.8, 1.2))
             if len(self.servers) > 1 and asyncio.get_running_loop().time() > move_at:
                 self.replace(connection, "servers take turns")
 

@@ -14,6 +14,7 @@ from node.backend import READ_MODES, QueryResult
 from node.config import SERVER
 from node.errors import BadRequest, NodeError, Refused
 from node.leader_duties import LeaderDuties
+from node.liveness import beat_every_s
 from node.operator_verbs import OperatorVerbs
 from node.protocol import (
     QUERIES_SERVERS_ONLY,
@@ -155,7 +156,9 @@ class ServerRpc:
             self._reply_until = now + REPLY_S
             status = self._backend.replica.status()
             servers = tuple((member.id, member.address) for member in status.members)
-            self._reply = encode(HeartbeatReply(status.leader is not None, status.last_contact_ms, servers))
+            nodes = len(cast(Any, self._backend.replica.machine).store.nodes.rows)
+            every_s = beat_every_s(nodes, len(servers), self._duties.node_ttl_s)
+            self._reply = encode(HeartbeatReply(status.leader is not None, status.last_contact_ms, servers, every_s))
         return self._reply
 
     def heartbeats(self, call: Call) -> bytes:

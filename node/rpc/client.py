@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -197,9 +198,11 @@ async def dial(
     timeout_s: float = 2.0,
     blocked: Callable[[str], bool] = lambda node: False,
     on_end: Callable[[ClientConnection], None] = lambda connection: None,
+    on_reached: Callable[[], None] = lambda: None,
 ) -> ClientConnection:
     """Open a connection and check that a server (named `expect_node`, if given) is at the other end.
 
+    `on_reached`: the host is there, and its kernel has taken the connection; the handshake begins.
     Raises Unreachable, also when the other end is not who it should be; the text says which.
     """
     loop = asyncio.get_running_loop()
@@ -210,8 +213,15 @@ async def dial(
     gate = Gate()
     try:
         async with asyncio.timeout(timeout_s):
+            sock = await _connect(address)
+            on_reached()
             transport, _ = await loop.create_connection(
-                lambda: gate, *address, ssl=context, ssl_handshake_timeout=timeout_s, ssl_shutdown_timeout=0.5
+                lambda: gate,
+                sock=sock,
+                ssl=context,
+                server_hostname="",  # none: who it is, `peer_of` sees
+                ssl_handshake_timeout=timeout_s,
+                ssl_shutdown_timeout=0.5,
             )
     except TimeoutError:
         raise Unreachable(f"{where} did not answer within {timeout_s:g} s") from None
@@ -236,6 +246,26 @@ async def dial(
     connection = ClientConnection(peer, blocked=blocked, on_end=on_end)
     gate.hand_over(transport, connection)
     return connection
+
+
+async def _connect(address: tuple[str, int]) -> socket.socket:
+    """Return a TCP connection to the first of the host's addresses that takes one. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    failed: OSError = OSError(f"{address[0]} has no address")
+    for family, kind, protocol, _, where in await loop.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, where)
+        except OSError as error:
+            sock.close()
+            failed = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failed
 
 
 class Gate(asyncio.Protocol):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.backend import ViewEvent
-from node.liveness import Deadlines
+from node.liveness import Deadlines, beat_every_s
 from node.views import ROW_KEYS, as_delta, canonical, difference, merge, rows_of
 from raftstate.model.catalog import Check, InstanceHealth, Node, ServiceInstance
 from raftstate.model.connect import Revocation
@@ -55,6 +55,13 @@ def test_a_new_leader_gives_everyone_a_full_deadline() -> None:
     deadlines.begin(["a", "b"], 4.0)
     assert deadlines.expired(8.9) == []
     assert sorted(deadlines.expired(9.0)) == ["a", "b"]
+
+
+def test_agents_beat_seldomer_the_more_there_are_but_never_too_seldom() -> None:
+    assert beat_every_s(300, 3, 5.0) == 0.1, "less than their own interval, which counts then"
+    assert beat_every_s(5000, 3, 5.0) == pytest.approx(1.667, abs=0.001)
+    assert beat_every_s(20_000, 3, 5.0) == beat_every_s(10**6, 1, 5.0) == 2.0, "two in a deadline, whatever comes"
+    assert beat_every_s(5, 0, 5.0) > 0.0
 
 
 def test_many_beats_take_bounded_room() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import ssl
+from collections.abc import Callable
 
 import pytest
 
@@ -28,7 +29,9 @@ class SlowToAccept(ServerLink):
         self.given: list[float] = []
         self.served = asyncio.Event()
 
-    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+    async def _dial(
+        self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
+    ) -> ClientConnection:
         self.given.append(timeout_s)
         if timeout_s >= self.needed_s:
             self.served.set()
@@ -59,7 +62,9 @@ class TooBusy(SlowToAccept):
         super().__init__()
         self.rounds: list[float] = []
 
-    async def _dial(self, name: str, address: str, timeout_s: float) -> ClientConnection:
+    async def _dial(
+        self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
+    ) -> ClientConnection:
         self.given.append(timeout_s)
         if len(self.given) % 3 == 1:
             self.rounds.append(asyncio.get_running_loop().time())
@@ -79,3 +84,37 @@ async def test_servers_that_say_that_they_are_busy_are_left_alone_for_longer(mon
     pauses = [later - earlier for earlier, later in itertools.pairwise(link.rounds)]
     assert len(pauses) == 5
     assert pauses[-1] > 0.5 * 0.005 * 2**5 > 0.01, "past the bound for servers that merely do not answer"
+
+
+class Dialled(SlowToAccept):
+    """Servers that never answer; their hosts are there or not."""
+
+    there = False
+
+    async def _dial(
+        self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
+    ) -> ClientConnection:
+        self.given.append(timeout_s)
+        if self.there:
+            on_reached()
+        if len(self.given) == 2:
+            self.served.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_server_whose_host_is_there_has_longer_before_it_gets_a_rival(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_link, "RACE_AFTER_S", 0.01)
+    monkeypatch.setattr(server_link, "RACE_ANSWER_AFTER_S", 0.3)
+    link = Dialled()
+    link.there = there
+    began = asyncio.get_running_loop().time()
+    link.start()
+    async with asyncio.timeout(10):
+        await link.served.wait()
+    took_s = asyncio.get_running_loop().time() - began
+    await link.stop()
+    assert took_s >= 0.3 if there else took_s < 0.3
