@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import uuid
-from typing import Any
+from typing import Any, Never
 
 import msgspec
 from aiohttp import web
@@ -23,6 +23,7 @@ from node.http.acl_policies import (
     write,
 )
 from node.http.acl_shapes import TokenBody, policy_shape, require_no_templates, token_shape
+from node.http.answers import Empty, Replication, TokenRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound, NotSupported
 from node.http.ids import new_id
@@ -49,7 +50,7 @@ def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-@routes.add("PUT", "/v1/acl/bootstrap", body=BootstrapBody)
+@routes.add("PUT", "/v1/acl/bootstrap", body=BootstrapBody, answer=TokenRow)
 @when_enabled
 async def bootstrap(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Make the first token, which may do everything; once, and from an agent's own host only."""
@@ -114,7 +115,7 @@ async def _token(ctx: Context, accessor_id: str) -> Token:
     return row
 
 
-@routes.add("GET", "/v1/acl/tokens", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/acl/tokens", answer=list[TokenRow])
 @when_enabled
 async def tokens(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All tokens; ``?policy=``, ``?role=`` and ``?servicename=`` narrow them."""
@@ -136,7 +137,7 @@ def _listed(row: Token) -> str:
     return "anonymous" if row.accessor_id == ANONYMOUS_ID else "<hidden>"
 
 
-@routes.add("PUT", "/v1/acl/token", body=TokenBody)
+@routes.add("PUT", "/v1/acl/token", body=TokenBody, answer=TokenRow)
 @when_enabled
 async def create(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a token. Its secret is shown now and never again."""
@@ -190,7 +191,7 @@ def _expiration(body: TokenBody) -> str:
     return (_now() + datetime.timedelta(seconds=ttl_s)).isoformat().replace("+00:00", "Z")
 
 
-@routes.add("GET", "/v1/acl/token/self")
+@routes.add("GET", "/v1/acl/token/self", answer=TokenRow)
 @when_enabled
 async def own(ctx: Context, request: web.Request) -> web.StreamResponse:
     """The token that this request shows."""
@@ -202,7 +203,7 @@ async def own(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _shown(ctx, request, bearer.accessor_id, secret)
 
 
-@routes.add("PUT", "/v1/acl/token/{id}/clone", body=TokenBody)
+@routes.add("PUT", "/v1/acl/token/{id}/clone", body=TokenBody, answer=TokenRow)
 @when_enabled
 async def clone(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A new token that may do what another one may; a description may be given."""
@@ -225,14 +226,14 @@ async def clone(ctx: Context, request: web.Request) -> web.StreamResponse:
     return await _shown(ctx, request, row.accessor_id, secret)
 
 
-@routes.add("GET", "/v1/acl/token/{id}")
+@routes.add("GET", "/v1/acl/token/{id}", answer=TokenRow)
 @when_enabled
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A token by its accessor id, without its secret; ``?expanded`` shows what it comes to."""
     return await _shown(ctx, request, given_id(request, "token"))
 
 
-@routes.add("PUT", "/v1/acl/token/{id}", body=TokenBody)
+@routes.add("PUT", "/v1/acl/token/{id}", body=TokenBody, answer=TokenRow)
 @when_enabled
 async def update(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Replace what a token may do. Its secret and its end stay."""
@@ -264,35 +265,35 @@ async def delete(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, True)
 
 
-@routes.add("GET", "/v1/acl/replication")
+@routes.add("GET", "/v1/acl/replication", answer=Replication)
 @when_enabled
 async def replication(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Between datacenters, of which there is one: none."""
     return json_response(request, {"Enabled": False, "Running": False, "SourceDatacenter": ""})
 
 
-@routes.add("GET", "/v1/acl/auth-methods", answer=list[Any])
+@routes.add("GET", "/v1/acl/auth-methods", answer=list[Empty])
 @when_enabled
 async def auth_methods(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Ways to log in: none."""
     return json_response(request, [])
 
 
-@routes.add("GET", "/v1/acl/binding-rules", answer=list[Any])
+@routes.add("GET", "/v1/acl/binding-rules", answer=list[Empty])
 @when_enabled
 async def binding_rules(ctx: Context, request: web.Request) -> web.StreamResponse:
     """What logging in grants: nothing."""
     return json_response(request, [])
 
 
-@routes.add("GET", "/v1/acl/templated-policies", answer=dict[str, Any])
+@routes.add("GET", "/v1/acl/templated-policies", answer=Empty)
 @when_enabled
 async def templated_policies(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Policies with parameters: none."""
     return json_response(request, {})
 
 
-@routes.add("GET PUT POST DELETE", "/v1/acl/{path:.*}")
+@routes.add("GET PUT POST DELETE", "/v1/acl/{path:.*}", answer=Never)
 @when_enabled
 async def left_out(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Not supported, with what to use instead."""

@@ -20,6 +20,7 @@ from node.http.acl_shapes import (
     require_rules,
     role_shape,
 )
+from node.http.answers import PolicyListRow, PolicyRow, RoleRow
 from node.http.context import Context, Handler, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id
@@ -91,7 +92,7 @@ def given_id(request: web.Request, what: str) -> str:
 # Policies
 
 
-@routes.add("GET", "/v1/acl/policies", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/acl/policies", answer=list[PolicyListRow])
 @when_enabled
 async def policies(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All policies, without their rules."""
@@ -99,7 +100,7 @@ async def policies(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, [policy_shape(row, listed=True) for row in reading.decode(list[Policy])])
 
 
-@routes.add("PUT", "/v1/acl/policy", body=PolicyBody)
+@routes.add("PUT", "/v1/acl/policy", body=PolicyBody, answer=PolicyRow)
 @when_enabled
 async def create_policy(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a policy."""
@@ -130,21 +131,21 @@ async def _policy(ctx: Context, **params: str) -> Policy:
     return row
 
 
-@routes.add("GET", "/v1/acl/policy/name/{name:.+}")
+@routes.add("GET", "/v1/acl/policy/name/{name:.+}", answer=PolicyRow)
 @when_enabled
 async def policy_by_name(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A policy by name."""
     return json_response(request, policy_shape(await _policy(ctx, name=request.match_info["name"])))
 
 
-@routes.add("GET", "/v1/acl/policy/{id}")
+@routes.add("GET", "/v1/acl/policy/{id}", answer=PolicyRow)
 @when_enabled
 async def policy(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A policy by id."""
     return json_response(request, policy_shape(await _policy(ctx, id=given_id(request, "policy"))))
 
 
-@routes.add("PUT", "/v1/acl/policy/{id}", body=PolicyBody)
+@routes.add("PUT", "/v1/acl/policy/{id}", body=PolicyBody, answer=PolicyRow)
 @when_enabled
 async def update_policy(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Replace a policy."""
@@ -166,7 +167,7 @@ async def delete_policy(ctx: Context, request: web.Request) -> web.StreamRespons
 # Roles
 
 
-@routes.add("GET", "/v1/acl/roles", answer=list[dict[str, Any]])
+@routes.add("GET", "/v1/acl/roles", answer=list[RoleRow])
 @when_enabled
 async def roles(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All roles; ``?policy=`` only those with that policy."""
@@ -176,7 +177,7 @@ async def roles(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, [role_shape(row, names) for row in rows])
 
 
-@routes.add("PUT", "/v1/acl/role", body=RoleBody)
+@routes.add("PUT", "/v1/acl/role", body=RoleBody, answer=RoleRow)
 @when_enabled
 async def create_role(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Create a role."""
@@ -214,7 +215,7 @@ async def _role(ctx: Context, **params: str) -> Role:
     return row
 
 
-@routes.add("GET", "/v1/acl/role/name/{name:.+}")
+@routes.add("GET", "/v1/acl/role/name/{name:.+}", answer=RoleRow)
 @when_enabled
 async def role_by_name(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A role by name."""
@@ -222,7 +223,7 @@ async def role_by_name(ctx: Context, request: web.Request) -> web.StreamResponse
     return json_response(request, role_shape(row, await policy_names(ctx)))
 
 
-@routes.add("GET", "/v1/acl/role/{id}")
+@routes.add("GET", "/v1/acl/role/{id}", answer=RoleRow)
 @when_enabled
 async def role(ctx: Context, request: web.Request) -> web.StreamResponse:
     """A role by id."""
@@ -230,7 +231,7 @@ async def role(ctx: Context, request: web.Request) -> web.StreamResponse:
     return json_response(request, role_shape(row, await policy_names(ctx)))
 
 
-@routes.add("PUT", "/v1/acl/role/{id}", body=RoleBody)
+@routes.add("PUT", "/v1/acl/role/{id}", body=RoleBody, answer=RoleRow)
 @when_enabled
 async def update_role(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Replace a role."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,3 +235,50 @@ def test_an_answer_that_is_not_as_described_is_noticed(node: Node) -> None:
         answer._content = planted
         with pytest.raises(AssertionError):
             described.judge("GET", "/v1/catalog/nodes", answer)
+
+
+POLICY = {"Name": "p", "Rules": 'key_prefix "a" { policy = "read" }', "Datacenters": ["dc1"]}
+ROLE = {
+    "Name": "r", "Policies": [{"Name": "p"}], "ServiceIdentities": [{"ServiceName": "web", "Datacenters": ["dc1"]}],
+    "NodeIdentities": [{"NodeName": "n", "Datacenter": "dc1"}],
+}  # fmt: skip
+TOKEN = {
+    "Policies": [{"Name": "p"}], "Roles": [{"Name": "r"}], "ServiceIdentities": [{"ServiceName": "web"}],
+    "NodeIdentities": [{"NodeName": "n", "Datacenter": "dc1"}], "ExpirationTTL": "1h",
+}  # fmt: skip
+
+
+def test_access_control_answers_as_described(tmp_path: Path) -> None:
+    with Node(tmp_path, "[cluster]\nacl_enabled = true\n") as node, requests.Session() as session:
+        base = f"http://127.0.0.1:{node.port}"
+        first = session.put(f"{base}/v1/acl/bootstrap", timeout=TIMEOUT_S)
+        session.headers["X-Consul-Token"] = first.json()["SecretID"]
+        described = Described(session.get(f"{base}/v1/openapi.json", timeout=TIMEOUT_S).json())
+        described.judge("PUT", "/v1/acl/bootstrap", first)
+
+        def ask(method: str, path: str, body: Any = None, *, empty: bool = False) -> Any:
+            answer = session.request(method, base + path, json=body, timeout=TIMEOUT_S)
+            assert answer.status_code == 200, f"{method} {path}: {answer.status_code} {answer.text}"
+            value = described.judge(method, path, answer)
+            assert bool(value) != empty, f"{method} {path}: {value}"
+            return value
+
+        policy = ask("PUT", "/v1/acl/policy", POLICY)["ID"]
+        role = ask("PUT", "/v1/acl/role", ROLE)["ID"]
+        token = ask("PUT", "/v1/acl/token", TOKEN)["AccessorID"]
+        ask("PUT", f"/v1/acl/policy/{policy}", POLICY | {"Description": "d"})
+        ask("PUT", f"/v1/acl/role/{role}", ROLE | {"Description": "d"})
+        ask("PUT", f"/v1/acl/token/{token}", {key: value for key, value in TOKEN.items() if key != "ExpirationTTL"})
+        ask("PUT", f"/v1/acl/token/{token}/clone", {"Description": "d"})
+        for path in (
+            "policies", "roles", "tokens", f"policy/{policy}", "policy/name/p", f"role/{role}", "role/name/r",
+            f"token/{token}", f"token/{token}?expanded", "token/self", "replication",
+        ):  # fmt: skip
+            ask("GET", f"/v1/acl/{path}")
+        for path in ("auth-methods", "binding-rules", "templated-policies"):
+            ask("GET", f"/v1/acl/{path}", empty=True)
+        for path in (f"token/{token}", f"role/{role}", f"policy/{policy}"):
+            ask("DELETE", f"/v1/acl/{path}")
+    known = {(method.upper(), path) for path, of in described.document["paths"].items() for method in of}
+    left = {(method, path) for method, path in known if path.startswith("/v1/acl/")} - described.seen
+    assert {path for _, path in left} == {"/v1/acl/{path}"}, f"judged by nothing: {sorted(left)}"

@@ -51,10 +51,10 @@ DOCUMENTED_500 = (
 class Node:
     """A server in a thread with a loop of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cluster: str = "") -> None:
         rpc, self.port = free_ports(2)
         config = parse_config(
-            f'[nodes.server-1]\nrole = "server"\nrpc_port = {rpc}\nhttp_port = {self.port}\ndns_port = 0\n',
+            f'{cluster}[nodes.server-1]\nrole = "server"\nrpc_port = {rpc}\nhttp_port = {self.port}\ndns_port = 0\n',
             directory / "cluster.toml",
         )
         pki.ensure_local_pki(config)
