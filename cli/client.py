@@ -14,8 +14,9 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from cli.errors import CliError, NoAgent, NoLeader, OutcomeUnknown, Refused, UsageError
@@ -32,6 +33,7 @@ API_FLAGS = (
     Flag("http-addr", "agent to ask; else LICTOR_HTTP_ADDR, CONSUL_HTTP_ADDR, 127.0.0.1:8500", "HOST:PORT"),
     Flag("wait", "how long to wait while the cluster elects a leader (default 10s)", "TIME", parse=duration),
     Flag("token", "access token; else LICTOR_HTTP_TOKEN, CONSUL_HTTP_TOKEN", "TOKEN"),
+    Flag("token-file", "file with the token; else LICTOR_HTTP_TOKEN_FILE, CONSUL_HTTP_TOKEN_FILE", "FILE"),
     Flag("ca-file", "CA certificates for https; else LICTOR_CACERT, CONSUL_CACERT", "FILE"),
 )
 READ_FLAGS = (
@@ -63,6 +65,21 @@ class Answer:
         return self.body.decode("utf-8", "replace").strip()
 
 
+def _token(args: Args, pick: Callable[..., str]) -> str:
+    """Return the access token; what was typed goes before the environment, and a token before a file."""
+    if args.given("token") and args.given("token-file"):
+        raise UsageError("-token and -token-file contradict each other; give one")
+    if not args.given("token-file") and (token := pick("token", "LICTOR_HTTP_TOKEN", "CONSUL_HTTP_TOKEN")):
+        return token
+    path = pick("token-file", "LICTOR_HTTP_TOKEN_FILE", "CONSUL_HTTP_TOKEN_FILE")
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"the token file {path} cannot be read: {error}") from None
+
+
 @dataclass
 class Api:
     """One agent's HTTP API."""
@@ -89,7 +106,7 @@ class Api:
         return cls(
             pick("http-addr", "LICTOR_HTTP_ADDR", "CONSUL_HTTP_ADDR", default=DEFAULT_ADDRESS),
             args.seconds("wait", DEFAULT_WAIT_S),
-            pick("token", "LICTOR_HTTP_TOKEN", "CONSUL_HTTP_TOKEN"),
+            _token(args, pick),
             pick("ca-file", "LICTOR_CACERT", "CONSUL_CACERT"),
             query,
         )

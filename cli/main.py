@@ -29,6 +29,7 @@ FAMILIES = {
     "kv": ("cli.kv", "Get, put, delete and list keys"),
     "session": ("cli.session", "Create, list, renew and destroy sessions"),
     "lock": ("cli.lock", "Run a program while holding a lock"),
+    "acl": ("cli.acl", "Say who may do what: tokens, policies, roles"),
     "ca": ("cli.ca", "Show and rotate the certificate authority's roots"),
     "tls": ("cli.tls", "Make the node certificates of a cluster by hand"),
     "operator": ("cli.operator", "Raft's members: list, remove, transfer leadership"),

@@ -46,6 +46,8 @@ KNOWN_MAX = 2048
 """Bearers that are remembered; the least recently seen is forgotten first."""
 KNOWN_WAIT_S = 1.0
 """How long the servers may take to confirm a bearer that is known already."""
+UNKNOWN_WAIT_S = 2.0
+"""And to tell of one that is not: longer than an election takes, as a rule."""
 FOLLOW_WAIT_S = 300.0
 RETRY_S = 1.0
 NOT_FOUND = "ACL not found"
@@ -135,7 +137,7 @@ class Tokens:
             return self._bearer(hashed, found)
         known = self._known.get(hashed)
         try:
-            async with asyncio.timeout(KNOWN_WAIT_S if known is not None else None):
+            async with asyncio.timeout(KNOWN_WAIT_S if known is not None else UNKNOWN_WAIT_S):
                 found = await self._backend.query("acl.resolve", params, mode="stale")
                 if found.raw is None and known is None:
                     # It may have been made a moment ago, where this node's own knowledge does not reach yet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,13 +20,12 @@ ROOT = "5f0b1c4e-9c1d-4a6e-8f57-0d3a1c2b4e5f"
 
 @asynccontextmanager
 async def guarded(
-    directory: Path, *, default_allow: bool = False, clock: Callable[[], float] | None = None, **changes: Any
+    directory: Path, *, default_allow: bool = False, clock: Callable[[], float] = time.time, **changes: Any
 ) -> AsyncIterator[Node]:
     """Run an agent whose API asks for tokens; `ROOT` may do everything."""
     backend = SigningBackend(TestCa())
     await backend.use_root()
-    timed = {"clock": clock} if clock is not None else {}
-    tokens = Tokens(backend, default_allow=default_allow, management_secret=ROOT, **timed)
+    tokens = Tokens(backend, default_allow=default_allow, management_secret=ROOT, clock=clock)
     access = AccessControl(tokens, AgentTokens(directory / "acl-tokens.json"))
     try:
         async with serving(directory, backend=backend, access=access, **changes) as node:
