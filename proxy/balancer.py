@@ -8,6 +8,7 @@ panic      too few instances are healthy, so health is ignored (a wrong check mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -73,8 +74,16 @@ class BalancerOptions(NamedTuple):
     """Health is ignored when the share of healthy instances is at or below this; 0: only when none is healthy."""
     failures_to_eject: int = 1
     base_ejection_s: float = 1.0
-    """First back-off; doubles with each further ejection."""
+    """First back-off; doubles with each further ejection, or grows by as much again where answers are judged."""
     max_ejection_s: float = 30.0
+    judges_answers: bool = False
+    """An answer with a status of 500 and above counts as a failure, and only a better one as a success."""
+    enforced_share: float = 1.0
+    """Part of the ejections that are due which take place."""
+    ejected_share_max: float = 1.0
+    """Part of the instances that may be ejected at a time; one always may."""
+    interval_s: float = 0.0
+    """Ejections end at multiples of this; 0: each at its own time."""
     prefer_zone: str = ""
     """Use instances of this zone while any is usable."""
     prefer_node: str = ""
@@ -191,20 +200,51 @@ class Balancer:
 
     def succeeded(self, instance: Instance) -> None:
         """The instance took a connection."""
-        instance.failures = instance.ejections = 0
-        instance.ejected_until = instance.avoid_until = 0.0
+        instance.avoid_until = 0.0
+        if not self.options.judges_answers:
+            instance.failures = instance.ejections = 0
+            instance.ejected_until = 0.0
+
+    def answered(self, instance: Instance, status: int, now: float) -> bool:
+        """The instance's app answered a request. Returns whether it is ejected by this."""
+        if not self.options.judges_answers:
+            return False
+        if status >= 500:
+            return self.failed(instance, now)
+        instance.failures = 0
+        return False
 
     def failed(self, instance: Instance, now: float) -> bool:
         """The instance could not be reached, or its app could not. Returns whether it is ejected by this."""
+        options = self.options
         instance.failures += 1
-        if instance.failures < self.options.failures_to_eject or instance.ejected_until > now:
+        if instance.failures < options.failures_to_eject or instance.ejected_until > now:
             return False
-        back_off = min(self.options.max_ejection_s, self.options.base_ejection_s * 2.0**instance.ejections)
+        instance.failures = 0 if options.judges_answers else instance.failures
+        if not self._may_eject(now):
+            return False
+        if options.judges_answers:
+            if now - instance.ejected_until > options.max_ejection_s:
+                instance.ejections = 0  # it was well for long
+            back_off = options.base_ejection_s * (instance.ejections + 1)
+        else:
+            back_off = options.base_ejection_s * 2.0**instance.ejections
         instance.ejections = min(instance.ejections + 1, 16)
-        instance.ejected_until = now + back_off
+        instance.ejected_until = now + min(options.max_ejection_s, back_off)
+        if options.interval_s:
+            instance.ejected_until = math.ceil(instance.ejected_until / options.interval_s) * options.interval_s
         self._troubled_until = max(self._troubled_until, instance.ejected_until)
         self.ejections_total += 1
         return True
+
+    def _may_eject(self, now: float) -> bool:
+        """Whether one more instance may be left out."""
+        options = self.options
+        if options.ejected_share_max < 1.0:
+            out = sum(1 for instance in self.instances.values() if instance.ejected_until > now)
+            if out and out >= options.ejected_share_max * len(self.instances):
+                return False
+        return options.enforced_share >= 1.0 or self._random() < options.enforced_share
 
     def refused(self, instance: Instance, now: float) -> None:
         """The instance lives but does not admit us (denied, draining); others go first for a moment."""

@@ -82,7 +82,7 @@ class Call:
         # What comes before the app has taken the connection waits in its transport, and nothing comes from it.
         app = self._dialed = AppChannel(self.stats, desk.apps, self)
         join(app, self.outside)
-        desk.dialing[self] = desk.now() + APP_CONNECT_TIMEOUT_S
+        desk.dialing[self] = desk.now() + desk.connect_timeout_s
         desk.connect(app)
 
     def app_connected(self, app: AppChannel) -> None:
@@ -132,7 +132,7 @@ class Call:
 
     async def _dial(self) -> AppChannel | None:
         desk = self._desk
-        desk.dialing[self] = desk.now() + APP_CONNECT_TIMEOUT_S
+        desk.dialing[self] = desk.now() + desk.connect_timeout_s
         try:
             app = await desk.connect_app(self)
         except OSError as error:

@@ -143,6 +143,12 @@ class InstanceUse:
         """The instance could not be reached or did not answer."""
         report_failure(self.service, self.instance, reason)
 
+    def answered(self, status: int) -> None:
+        """The instance's app gave an answer with this HTTP status, or one that says the same."""
+        instance = self.instance
+        if instance.owner.answered(instance, status, asyncio.get_running_loop().time()):
+            _report_ejection(self.service, instance, f"answered {status} too often in a row")
+
     def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
         """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
         cause = frames.CODE_NAMES.get(refused.code, "other")
@@ -167,9 +173,13 @@ class InstanceUse:
 def report_failure(service: Service, instance: Instance, reason: str) -> None:
     """The instance could not be reached or did not answer: it may be left out for a while."""
     if instance.owner.failed(instance, asyncio.get_running_loop().time()):
-        service.metrics.count("lictor_ejections_total", upstream=service.name)
-        key = instance.key
-        service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
+        _report_ejection(service, instance, reason)
+
+
+def _report_ejection(service: Service, instance: Instance, reason: str) -> None:
+    service.metrics.count("lictor_ejections_total", upstream=service.name)
+    key = instance.key
+    service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
 
 
 def is_retiring(channel: Channel) -> bool:

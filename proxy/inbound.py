@@ -73,9 +73,12 @@ class Desk:
             options = HttpOptions()
         else:
             spiffe = SpiffeId(trust_domain=me.trust_domain, datacenter=me.datacenter, service=me.service)
-            timeout_ms = me.config.get("local_request_timeout_ms")
-            timeout_s = timeout_ms / 1000 if isinstance(timeout_ms, int | float) and timeout_ms > 0 else 0.0
-            options = HttpOptions(service=me.service, uri=spiffe.uri(), response_timeout_s=timeout_s)
+            options = HttpOptions(
+                service=me.service,
+                uri=spiffe.uri(),
+                response_timeout_s=self._limit("local_request_timeout_ms", 0.0) / 1000,
+                dial_timeout_s=self.connect_timeout_s,
+            )
         if self._http is None:
             self._http = HttpEntry(options)
             if self.observer is not None:
@@ -191,12 +194,22 @@ class Desk:
             return self._refuse(identity, frames.WRONG_SERVICE, f"this is {me.service}, not {service}")
         if not me.local_port:
             return self._refuse(identity, frames.APP_DOWN, f"{me.service_id} takes no calls (registered with port 0)")
-        if len(self.calls) >= MAX_INBOUND:
-            return self._refuse(identity, frames.TOO_MANY, f"{MAX_INBOUND} calls are live already")
+        if len(self.calls) >= (most := min(MAX_INBOUND, self._limit("max_inbound_connections", MAX_INBOUND))):
+            return self._refuse(identity, frames.TOO_MANY, f"{most:g} calls are live already")
         decision = self.decide(identity)
         if not decision.allowed:
             return self._refuse(identity, frames.DENIED, decision.reason)
         return None
+
+    def _limit(self, name: str, default: float) -> float:
+        """Return what our configuration (service-defaults, or the registration) says, if it says more than 0."""
+        value = self._config.self.config.get(name) if self._config.self is not None else None
+        return value if isinstance(value, int | float) and value > 0 else default
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """How long our app may take to take a connection; Consul's ``LocalConnectTimeoutMs``."""
+        return self._limit("local_connect_timeout_ms", APP_CONNECT_TIMEOUT_S * 1000) / 1000
 
     def _refuse(self, identity: Identity, code: int, text: str) -> tuple[int, str]:
         cause = frames.CODE_NAMES[code]
@@ -240,7 +253,7 @@ class Desk:
 
     async def dial_app(self, call: Call, peer: Channel) -> AppChannel:
         """Connect to our app; what it sends goes to ``peer``. Raises OSError or TimeoutError."""
-        async with asyncio.timeout(APP_CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(self.connect_timeout_s):
             return await self.connect_app(call, peer)
 
     async def connect_app(self, call: Call, peer: Channel | None = None) -> AppChannel:

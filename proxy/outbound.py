@@ -73,7 +73,7 @@ class Upstream:
         """Take the upstream's new state; connections to instances that went are ended. Returns those instances."""
         before, self.spec, self.me = self.spec, spec, me
         if spec is not None:
-            self.settings = UpstreamSettings(spec.config, me)
+            self.settings = UpstreamSettings(spec.config, me, http=spec.protocol in HTTP_PROTOCOLS)
             self.http_options = options_of(spec.service or self.name, spec.config)
             for side in self._http_sides():
                 side.use(self.http_options)

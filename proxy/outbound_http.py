@@ -226,6 +226,9 @@ class LoopbackLease:
     def failed(self, reason: str) -> None:
         pass  # there is no other one
 
+    def answered(self, status: int) -> None:
+        pass
+
     def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
         return None
 

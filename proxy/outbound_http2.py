@@ -226,9 +226,6 @@ class InstanceLease(InstanceUse):
     async def connect(self) -> Link:
         return await self._fleet.connect(self.instance)
 
-    def answered(self, status: int) -> None:
-        pass
-
     def done(self) -> None:
         self.release()
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from proxy.balancer import LEAST_REQUEST, POLICIES, BalancerOptions
+from raftstate.model.durations import parse_duration_s
 from raftstate.model.plan import CONNECT_TIMEOUT_S, Plan, ResolverNode
 from raftstate.model.sidecar import SidecarSelf
 
 MAX_CONNECTIONS = 20_000
+CONSECUTIVE_5XX = 5
+BASE_EJECTION_S = 30.0
+MAX_EJECTION_S = 300.0
+EJECTION_PERCENT_MAX = 10
 
 
 class UpstreamSettings:
     """What an upstream's ``config`` says, with defaults; unknown keys are left to others (Consul has many)."""
 
-    def __init__(self, config: Mapping[str, object], me: SidecarSelf | None) -> None:
+    def __init__(self, config: Mapping[str, object], me: SidecarSelf | None, *, http: bool = False) -> None:
+        """``http``: the upstream's calls are requests, whose answers can be judged."""
         policy = str(config.get("load_balancer") or LEAST_REQUEST)
         limits = config.get("limits")
         limits = limits if isinstance(limits, dict) else {}
@@ -30,6 +36,9 @@ class UpstreamSettings:
             slow_start_s=_number(config.get("slow_start_ms"), 0.0) / 1000,
             connect_timeout_s=self.connect_timeout_s,
         )
+        passive = config.get("passive_health_check")
+        if isinstance(passive, Mapping):
+            self.balancer = _judging(self.balancer, passive, http=http)
         self._config = config
         self._me = me
 
@@ -58,6 +67,28 @@ def resolver_of(plan: Plan | None, target: str) -> ResolverNode | None:
     nodes = [node for node in plan.nodes.values() if isinstance(node, ResolverNode)] if plan is not None else []
     own = next((node for node in nodes if node.target == target), None)
     return own or next((node for node in nodes if target in node.failover), None)
+
+
+def _judging(options: BalancerOptions, passive: Mapping[str, object], *, http: bool) -> BalancerOptions:
+    """Return how instances are left out by what they answer. Source: ``PassiveHealthCheck`` of Consul's
+    service-defaults, and Envoy's outlier detection, whose defaults hold for what is not said."""
+    base_s = _seconds(passive.get("base_ejection_time")) or BASE_EJECTION_S
+    return options._replace(
+        failures_to_eject=max(1, int(_number(passive.get("max_failures"), 0)) or CONSECUTIVE_5XX),
+        base_ejection_s=base_s,
+        max_ejection_s=max(MAX_EJECTION_S, base_s),
+        judges_answers=http,
+        enforced_share=min(1.0, _number(passive.get("enforcing_consecutive_5xx"), 100) / 100),
+        ejected_share_max=min(1.0, _number(passive.get("max_ejection_percent"), EJECTION_PERCENT_MAX) / 100),
+        interval_s=_seconds(passive.get("interval")),
+    )
+
+
+def _seconds(value: object) -> float:
+    try:
+        return max(0.0, parse_duration_s(value)) if isinstance(value, str | int | float) else 0.0
+    except ValueError:
+        return 0.0  # a registration's own words, which nobody has checked
 
 
 def _number(value: object, default: float) -> float:

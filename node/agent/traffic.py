@@ -25,6 +25,14 @@ _LIMITS = {
     "MaxPendingRequests": "max_pending_requests",
     "MaxConcurrentRequests": "max_concurrent_requests",
 }
+_PASSIVE = {
+    "Interval": "interval",
+    "MaxFailures": "max_failures",
+    "EnforcingConsecutive5xx": "enforcing_consecutive_5xx",
+    "MaxEjectionPercent": "max_ejection_percent",
+    "BaseEjectionTime": "base_ejection_time",
+}
+"""As Consul writes them in an upstream's ``config``."""
 Entry = Mapping[str, Any]
 
 
@@ -66,8 +74,9 @@ def _upstream_part(part: Any) -> dict[str, Any]:
     if isinstance(limits, Mapping):
         found["limits"] = {name: limits[field] for field, name in _LIMITS.items() if limits.get(field) is not None}
     passive = part.get("PassiveHealthCheck")
-    if isinstance(passive, Mapping) and passive.get("MaxFailures"):
-        found["failures_to_eject"] = passive["MaxFailures"]
+    if isinstance(passive, Mapping):
+        said = {name: passive[field] for field, name in _PASSIVE.items() if passive.get(field) is not None}
+        found["passive_health_check"] = said
     return found
 
 

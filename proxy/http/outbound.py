@@ -57,6 +57,10 @@ class Lease(Protocol):
         """The instance could not be reached or did not answer."""
         ...
 
+    def answered(self, status: int) -> None:
+        """The instance gave an answer with this status."""
+        ...
+
     def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
         """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
         ...
@@ -70,6 +74,7 @@ class Aim(Protocol):
     """What a plan says of one request; see :class:`proxy.balancing.routing.Way`."""
 
     request_timeout_s: float
+    idle_timeout_s: float
     attempts_max: int
     """0: as the upstream's options say."""
     retry_statuses: frozenset[int]
@@ -130,7 +135,10 @@ class OutboundHttp(HttpSide):
 class OutboundConnection(HttpConnection):
     """A connection of the app. Each of its requests may go to another instance."""
 
-    __slots__ = ("_aim", "_attempts", "_flying", "_lease", "_outbound", "_reason", "_tried")
+    __slots__ = (
+        "_active_at", "_aim", "_attempts", "_flying", "_idle_s", "_lease", "_outbound", "_reason", "_respond_by",
+        "_tried",
+    )  # fmt: skip
 
     def __init__(self, side: OutboundHttp, channel: Channel, on_done: Callable[[], None] | None) -> None:
         super().__init__(side, channel, side.stats, on_done, replay_bytes_max=REPLAY_BYTES)
@@ -142,6 +150,11 @@ class OutboundConnection(HttpConnection):
         self._tried: set[Hashable] = set()
         self._reason = ""
         """Why the last attempt failed."""
+        self._idle_s = 0.0
+        """How long neither side of the request may say anything; 0: for ever."""
+        self._active_at = 0.0
+        """When one of them last did, where that matters."""
+        self._respond_by = NEVER
 
     def _party(self) -> tuple[str, str]:
         key = self._lease.key if self._lease is not None else None
@@ -164,7 +177,45 @@ class OutboundConnection(HttpConnection):
         self._tried = set()
         self._reason = ""
         aim = self._aim = side.fleet.aim(head, self._channel)
+        self._idle_s = aim.idle_timeout_s if aim is not None else 0.0
+        self._respond_by = NEVER
         self._launch(message, head.wire(head.target if aim is None else aim.prepare(head)))
+        if self._idle_s and self._active is message:
+            self._stir()
+            self.deadline = min(self._respond_by, self._active_at + self._idle_s)
+
+    # Silence
+
+    def _stir(self) -> None:
+        """One of the two sides has said something."""
+        self._active_at = self._loop.time()
+
+    def _forward(self, message: Message, out: list[bytes]) -> None:
+        if self._idle_s and message.body:
+            self._stir()
+        super()._forward(message, out)
+
+    def response_output(self, upstream: Upstream, pieces: list[bytes]) -> None:
+        if self._idle_s:
+            self._stir()
+        super().response_output(upstream, pieces)
+
+    def expire(self) -> None:
+        if not self._idle_s or self._active is None or self._closing:
+            super().expire()
+            return
+        now, quiet_by = self._loop.time(), self._active_at + self._idle_s
+        responding = self._upstream is not None and self._upstream.head is not None
+        if quiet_by <= now and responding:
+            self.cut()
+        elif quiet_by <= now:
+            self._drop_upstream()
+            self._reply(504, f"{self._options.service!r}: nothing was said for {self._idle_s:g} s", "timeout")
+            self._advance()
+        elif self._respond_by <= now and not responding:
+            super().expire()
+        else:
+            self.deadline = quiet_by if responding else min(quiet_by, self._respond_by)
 
     def _connect(self, message: Message, *, anew: bool = False) -> None:
         """Make an attempt; ``anew``: with an instance that was tried already if there is no other."""
@@ -201,7 +252,15 @@ class OutboundConnection(HttpConnection):
         aim = self._aim
         if aim is None or status not in aim.retry_statuses or self._lease is None:
             return False
-        return self._may_attempt() and not self._is_over() and self._outbound.fleet.may_retry()
+        if not (self._may_attempt() and not self._is_over() and self._outbound.fleet.may_retry()):
+            return False
+        self._lease.answered(status)
+        return True
+
+    def response_complete(self, upstream: Upstream) -> None:
+        if upstream is self._upstream and upstream.head is not None and self._lease is not None:
+            self._lease.answered(upstream.head.status)
+        super().response_complete(upstream)
 
     def _attempts_max(self) -> int:
         aim = self._aim
@@ -305,6 +364,9 @@ class OutboundConnection(HttpConnection):
         self.deadline = self._started + limit_s if limit_s else NEVER
         if try_s:
             self.deadline = min(self.deadline, self._loop.time() + try_s)
+        self._respond_by = self.deadline
+        if self._idle_s:
+            self.deadline = min(self.deadline, self._active_at + self._idle_s)
 
     def _let_go(self, upstream: Upstream) -> None:
         self._upstream = None

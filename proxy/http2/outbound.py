@@ -325,9 +325,10 @@ class OutboundHttp2Connection(Http2Connection):
             headers = dict(event.headers)
             status = int(headers[b":status"])
             said = bytes(headers.get(b"grpc-status", b"")) if event.stream_ended is not None else b""
-            if call.lease is not None:
-                call.lease.answered(_as_http(status, said))
-            if self._unwanted(exchange, call, status, said):
+            unwanted = self._unwanted(exchange, call, status, said)
+            if call.lease is not None and (unwanted or not exchange.head.grpc):
+                call.lease.answered(_as_http(status, said))  # of a gRPC call that is passed on, the end tells
+            if unwanted:
                 self._forget_link(exchange, ErrorCodes.CANCEL)
                 self._drop_lease(call)
                 call.reason = f"answered {f'gRPC status {said.decode()}' if said else status}"
@@ -348,6 +349,12 @@ class OutboundHttp2Connection(Http2Connection):
     def came(self, exchange: Exchange) -> None:
         exchange.active_at = self._side.loop.time()
         super().came(exchange)
+
+    def _answered_whole(self, exchange: Exchange) -> None:
+        lease = self._calls[exchange.client_id].lease
+        if lease is not None and exchange.head.grpc and exchange.origin == "app":
+            lease.answered(_as_http(exchange.status, exchange.grpc_status))
+        super()._answered_whole(exchange)
 
     def _edit(self, exchange: Exchange, headers: list[Field]) -> list[Field]:
         aim = self._calls[exchange.client_id].aim
@@ -379,7 +386,10 @@ class OutboundHttp2Connection(Http2Connection):
                 self._answer(exchange, *final, "denied" if final[0] == 403 else "app-down")
             else:
                 self._again(exchange, call, reason, free=True)
-        elif self._repeatable(exchange, call) and self._may_attempt(exchange, call):
+            return
+        if call.lease is not None:
+            call.lease.answered(502)
+        if self._repeatable(exchange, call) and self._may_attempt(exchange, call):
             self._again(exchange, call, reason, anew=True)
         else:
             self._answer(exchange, 502, f"{self._options.service!r}: {reason}", "app-down")

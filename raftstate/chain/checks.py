@@ -27,6 +27,7 @@ from raftstate.chain.entries import (
     HashPart,
     HTTPPart,
     LoadBalancer,
+    PassivePart,
     Redirect,
     ResolverEntry,
     RoutePart,
@@ -395,6 +396,21 @@ def _defaults(form: DefaultsEntry) -> Problems:
         for field in part.limits.__struct_fields__ if part.limits is not None else ():
             if (getattr(part.limits, field) or 0) < 0:
                 yield f"{at}.Limits", f"{field} must not be negative"
+        if part.passive_health_check is not None:
+            yield from _passive(part.passive_health_check, f"{at}.PassiveHealthCheck")
+
+
+def _passive(one: PassivePart, at: str) -> Problems:
+    yield from _duration(one.interval, f"{at}.Interval")
+    yield from _duration(one.base_ejection_time, f"{at}.BaseEjectionTime")
+    if one.max_failures is not None and one.max_failures < 0:
+        yield f"{at}.MaxFailures", "must not be negative"
+    for field, percent in (
+        ("EnforcingConsecutive5xx", one.enforcing_consecutive_5xx),
+        ("MaxEjectionPercent", one.max_ejection_percent),
+    ):
+        if percent is not None and not 0 <= percent <= 100:
+            yield f"{at}.{field}", f"{percent} is no percentage: 0 to 100"
 
 
 def _duration(value: Duration, field: str) -> Problems:

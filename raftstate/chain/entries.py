@@ -191,6 +191,16 @@ class Limits(Wire, frozen=True):
     max_concurrent_requests: int | None = None
 
 
+class PassivePart(Wire, frozen=True):
+    """``PassiveHealthCheck`` of an upstream's configuration."""
+
+    interval: Duration = 0
+    max_failures: int | None = None
+    enforcing_consecutive_5xx: int | None = msgspec.field(default=None, name="EnforcingConsecutive5xx")
+    max_ejection_percent: int | None = None
+    base_ejection_time: Duration = 0
+
+
 class UpstreamPart(Form, frozen=True):
     """``UpstreamConfig.Defaults``, or one of its ``Overrides``."""
 
@@ -198,7 +208,7 @@ class UpstreamPart(Form, frozen=True):
     protocol: str = ""
     connect_timeout_ms: int = 0
     limits: Limits | None = None
-    passive_health_check: dict[str, Any] | None = None
+    passive_health_check: PassivePart | None = None
     mesh_gateway: dict[str, Any] | None = None
     balance_outbound_connections: str = ""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 
 import msgspec
 import pytest
 
-from tests.support.http_filter import App, Seen
+from tests.support.http_filter import App, Seen, simple
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Member, Mesh, hang_up, naming, until
 from tests.support.traffic import SUBSETS, Stage
@@ -251,6 +252,89 @@ async def test_a_route_bounds_the_time_of_its_requests(mesh: Mesh) -> None:
     await stage.caller()
     await stage.follow(router_backend={"Routes": [{"Destination": {"RequestTimeout": "100ms"}}]})
     assert [status for status, _, _ in await ask(stage.client, get())] == [504]
+
+
+@with_mesh
+async def test_a_route_ends_requests_on_which_nothing_is_said(mesh: Mesh) -> None:
+    async def slowly(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if seen.target == "/silent":
+            await asyncio.Event().wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n")
+        for _ in range(15 if seen.target == "/slow" else 2):
+            writer.write(b"tick")
+            await writer.drain()
+            await asyncio.sleep(0.2)
+        if seen.target == "/stops":
+            await asyncio.Event().wait()
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=slowly)
+    await stage.caller()
+    await stage.follow(router_backend={"Routes": [{"Destination": {"IdleTimeout": "500ms"}}]})
+    ((status, _, body),) = await ask(stage.client, get("/slow"))
+    assert (status, body) == (200, b"tick" * 15), "it speaks, so it lives, however long it takes"
+    ((status, _, body),) = await ask(stage.client, get("/silent"))
+    assert (status, b"nothing was said for 0.5 s" in body) == (504, True)
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await ask(stage.client, get("/stops"))
+
+
+@with_mesh
+async def test_consecutive_5xx_leave_an_instance_out(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=simple(b"b1", "500 Bad"))
+    await stage.server("backend", "b2")
+    await stage.caller()
+    assert Counter(status for status, _, _ in await ask(stage.client, *[get()] * 60))[500] > 10
+    passive = {"max_failures": 3, "max_ejection_percent": 50, "base_ejection_time": "60s"}
+    stage.fields["config"] = {"passive_health_check": passive}
+    await stage.follow()
+    answers = Counter(status for status, _, _ in await ask(stage.client, *[get()] * 60))
+    assert answers == {500: 3, 200: 57}
+    assert 'lictor_ejections_total{upstream="backend"} 1' in stage.client.sidecar.metrics.render()
+
+
+@with_mesh
+async def test_an_instance_takes_so_many_calls_as_its_service_says(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    stage.entries.clear()
+    app = await mesh.app(naming("b1"))
+    server = await stage.add("backend", "b1", "v1", app.port)
+    me = server.sidecar.config.self
+    assert me is not None
+    await server.push(self=msgspec.structs.replace(me, config={"max_inbound_connections": 2}))
+    await stage.caller()
+    held = [await stage.client.dial() for _ in range(2)]
+    for reader, writer in held:
+        writer.write(b"\n")
+        assert await reader.readline() == b"b1\n"
+    assert await stage.client.ask() == b"", "one more is refused"
+    await hang_up(held.pop()[1])
+    await until(lambda: len(server.sidecar._desk.calls) == 1)
+    assert await stage.client.ask() == b"b1\n"
+    await hang_up(held.pop()[1])
+
+
+@with_mesh
+async def test_an_app_has_as_long_to_take_a_connection_as_its_service_says(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    stage.entries.clear()
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as full:
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:  # the queue of connections that nobody takes is full after these
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        server = await stage.add("backend", "b1", "v1", port)
+        me = server.sidecar.config.self
+        assert me is not None
+        await server.push(self=msgspec.structs.replace(me, config={"local_connect_timeout_ms": 100}))
+        await stage.caller()
+        began = asyncio.get_running_loop().time()
+        assert await stage.client.ask() == b""
+        assert asyncio.get_running_loop().time() - began < 4.0, "the default would be 5 s"
+        for one in waiting:
+            one.close()
 
 
 @with_mesh

@@ -133,3 +133,45 @@ def test_retry_budget_bounds_retries() -> None:
     for _ in range(50):
         budget.connection()
     assert sum(budget.take(1.0) for _ in range(100)) in (9, 10)
+
+
+def test_answers_of_500_and_above_in_a_row_leave_an_instance_out() -> None:
+    made = balancer(
+        *endpoints(4), judges_answers=True, failures_to_eject=3, base_ejection_s=10.0, max_ejection_s=300.0
+    )
+    bad = next(iter(made.instances.values()))
+    for status in (500, 503, 200, 500, 503):
+        assert not made.answered(bad, status, 0.0)
+        made.succeeded(bad)  # it goes on taking connections, which says nothing of its answers
+    assert made.answered(bad, 502, 0.0)
+    assert bad.key.instance not in picks(made, 200, now=9.9)
+    assert bad.key.instance in picks(made, 200, now=10.0)
+    for _ in range(2):
+        made.answered(bad, 500, 10.0)
+    assert made.answered(bad, 500, 10.0)
+    assert bad.ejected_until == 30.0, "twice as long the second time"
+    for _ in range(3):
+        made.answered(bad, 500, 400.0)
+    assert bad.ejected_until == 410.0, "it was well for so long that it begins anew"
+    plain = balancer(*endpoints(2))
+    assert not any(plain.answered(one, 500, 0.0) for one in plain.instances.values() for _ in range(100))
+
+
+@given(st.integers(1, 12), st.integers(0, 100))
+def test_no_more_than_a_share_of_the_instances_is_left_out_but_one_always_may_be(count: int, percent: int) -> None:
+    made = balancer(*endpoints(count), judges_answers=True, base_ejection_s=10.0, ejected_share_max=percent / 100)
+    ejected = sum(made.answered(instance, 500, 0.0) for instance in made.instances.values())
+    assert ejected >= 1
+    assert ejected <= max(1, percent / 100 * count + 1)
+    if percent == 100:
+        assert ejected == count
+
+
+def test_ejections_are_enforced_for_a_share_and_end_at_intervals() -> None:
+    made = balancer(*endpoints(1000), judges_answers=True, enforced_share=0.3)
+    enforced = sum(made.answered(instance, 500, 0.0) for instance in made.instances.values())
+    assert 230 < enforced < 370
+    made = balancer(*endpoints(2), judges_answers=True, base_ejection_s=7.0, interval_s=10.0)
+    one = next(iter(made.instances.values()))
+    made.answered(one, 500, 1.0)
+    assert one.ejected_until == 10.0

@@ -27,6 +27,8 @@ class Stage:
         self.apps: dict[str, App] = {}
         self.servers: dict[str, Member] = {}
         self.departures = Departures()
+        self.fields: dict[str, Any] = {}
+        """Of the upstream, beside what follows from the entries."""
         self.entries: dict[tuple[str, str], dict[str, Any]] = {("proxy-defaults", "global"): HTTP}
 
     async def server(self, service: str, instance: str, version: str = "", answer: Answer | None = None) -> Member:
@@ -70,4 +72,4 @@ class Stage:
         followed = {service: by_service.get(service, []) for service in (*by_service, *self.departures.services)}
         self.departures.follow([one for each in targets.values() for one in each], followed)
         fields["deregistered"] = self.departures.deregistered
-        await self.client.route("backend", **fields, protocol=plan.protocol)
+        await self.client.route("backend", **fields, **self.fields, protocol=plan.protocol)

@@ -164,6 +164,14 @@ def test_impossible_references_are_named(
         (DEFAULTS, {"Protocl": "http"}, "Protocl"),
         (DEFAULTS, {"Protocol": 7}, "Protocol"),
         (DEFAULTS, {"UpstreamConfig": {"Overrides": [{"Protocol": ""}]}}, "UpstreamConfig.Overrides[0].Name"),
+        (
+            DEFAULTS, {"UpstreamConfig": {"Defaults": {"PassiveHealthCheck": {"MaxEjectionPercent": 101}}}},
+            "UpstreamConfig.Defaults.PassiveHealthCheck.MaxEjectionPercent",
+        ),
+        (
+            DEFAULTS, {"UpstreamConfig": {"Defaults": {"PassiveHealthCheck": {"BaseEjectionTime": "soon"}}}},
+            "UpstreamConfig.Defaults.PassiveHealthCheck.BaseEjectionTime",
+        ),
         (ROUTER, {"Routes": [{"Match": {"HTTP": {"PathPrefix": "x"}}}]}, "Routes[0].Match.HTTP.PathPrefix"),
         (ROUTER, {"Routes": [{"Match": {"HTTP": {"PathPrefix": "/", "PathExact": "/"}}}]}, "Routes[0].Match.HTTP"),
         (ROUTER, {"Routes": [{"Match": {"HTTP": {"Header": [{"Name": "a"}]}}}]}, "Routes[0].Match.HTTP.Header[0]"),
