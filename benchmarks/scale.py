@@ -6,8 +6,9 @@ Each simulated agent has a certificate, a connection and a link of its own, all 
 registers itself and its instances, each with a check, and follows what a real agent follows (its rows in the catalog
 and in health, roots) and the instances of three services, one of which all agents follow. Figures: registrations per
 second, memory and CPU of each server, the time from one change to the last agent that follows it, and the time until
-all agents are served again after all connections broke at once. Every agent needs a file descriptor here and on one
-server: see `ulimit -n`.
+all agents are served again after all connections broke at once; of each phase the CPU seconds of each server and of
+the simulation, which shares the cores with them, and the agents that were ever taken for dead. Every agent needs a
+file descriptor here and on one server: see `ulimit -n`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import gc
 import json
 import random
 import resource
@@ -37,7 +39,7 @@ from node.faults import FaultFilter
 from node.pki import ALPN_RPC, TlsFiles, client_context, issue_node_cert
 from node.rpc.client import ClientConnection
 from node.server_link import ServerLink
-from raftstate.model.catalog import PASSING, Check, InstanceHealth, Node, ServiceInstance
+from raftstate.model.catalog import PASSING, Check, Node, ServiceInstance
 from raftstate.state import commands
 from tests.e2e.support_e2e import Mesh, mesh
 
@@ -99,8 +101,8 @@ class Agent:
             async for event in stream:
                 self.rows[key] += 1
                 if params.get("service") == EVERYWHERE:
-                    for row in event.decode(InstanceHealth).values():
-                        self.seen = row.service.port
+                    for row in event.upserts.values():
+                        self.seen = row["Service"]["Port"]
                     self.on_seen()
 
     def registrations(self) -> Iterator[commands.CatalogRegister]:
@@ -183,27 +185,38 @@ async def change(agents: list[Agent], port: int, *, timeout_s: float = 120.0) ->
     return time.perf_counter() - began
 
 
-@contextmanager
-def took(what: str, found: dict[str, Any]) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    found[what] = round(time.perf_counter() - began, 3)
-    print(f"{what}: {found[what]}", flush=True)
+class Stopwatch:
+    """What each phase took: time, CPU seconds of each server and of the simulation, and leaders lost."""
+
+    def __init__(self, stage: Mesh, servers: list[psutil.Process], found: dict[str, Any]) -> None:
+        self._stage, self._processes, self._found = stage, [*servers, psutil.Process()], found
+
+    def _cpu(self) -> list[float]:
+        return [sum(one.cpu_times()[:2]) for one in self._processes]
+
+    def _term(self) -> int:
+        return max(one.term for one in self._stage.supervisor.status())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        term, began, cpu = self._term(), time.perf_counter(), self._cpu()
+        yield
+        took_s = time.perf_counter() - began
+        *servers, simulation = (round(b - a, 2) for a, b in zip(cpu, self._cpu(), strict=True))
+        phase = {"s": round(took_s, 2), "cpu_s_servers": servers, "cpu_s_simulation": simulation}
+        if lost := self._term() - term:
+            phase["terms_lost"] = lost
+        self._found[name] = phase
+        print(f"{name}: {json.dumps(phase)}", flush=True)
 
 
 def rss_mib(servers: list[psutil.Process]) -> list[int]:
     return [one.memory_info().rss // MIB for one in servers]
 
 
-async def cpu_share(servers: list[psutil.Process], seconds: float) -> list[float]:
+def per_core(phase: dict[str, Any]) -> list[float]:
     """Return what share of a core each server used, in percent."""
-
-    def used() -> list[float]:
-        return [sum(one.cpu_times()[:2]) for one in servers]
-
-    before = used()
-    await asyncio.sleep(seconds)
-    return [round((b - a) / seconds * 100, 1) for a, b in zip(before, used(), strict=True)]
+    return [round(cpu_s / phase["s"] * 100, 1) for cpu_s in phase["cpu_s_servers"]]
 
 
 async def measure(stage: Mesh, options: argparse.Namespace) -> dict[str, Any]:
@@ -213,47 +226,67 @@ async def measure(stage: Mesh, options: argparse.Namespace) -> dict[str, Any]:
     ]  # the client agents of this cluster idle
     count, instances = options.agents, options.agents * options.instances_per_agent
     found: dict[str, Any] = {"agents": count, "instances": instances, "rss_mib_empty": rss_mib(servers)}
+    watch = Stopwatch(stage, servers, found)
     Link.places = asyncio.Semaphore(STARTS_AT_ONCE)
-    with took("certificates_s", found):
-        agents = [
-            Agent(number, config, options.instances_per_agent, max(1, instances // 10)) for number in range(count)
-        ]
+    agents = [Agent(number, config, options.instances_per_agent, max(1, instances // 10)) for number in range(count)]
+    dead = Dead(agents[0])
     try:
-        with took("connect_s", found):
+        with watch.phase("connect"):
             await for_all(agents, STARTS_AT_ONCE, start)
         found["rss_mib_connected"] = rss_mib(servers)
-        with took("register_s", found):
+        dead.start()
+        with watch.phase("register"):
             await for_all(agents, WRITES_AT_ONCE, register)
-        found["writes_per_s"] = round((instances + count) / found["register_s"])
+        found["writes_per_s"] = round((instances + count) / found["register"]["s"])
         await change(agents, 1)
         found["rss_mib_full"] = rss_mib(servers)
         grown = [b - a for a, b in zip(found["rss_mib_empty"], found["rss_mib_full"], strict=True)]
         found["bytes_per_instance"] = round(max(grown) * MIB / instances)
-        print(json.dumps(found), flush=True)
         await asyncio.sleep(options.settle)
-        found["cpu_percent_steady"] = await cpu_share(servers, options.steady)
-        found["rss_mib_steady"] = rss_mib(servers)
-        times = [await change(agents, port) for port in range(2, 2 + options.changes)]
+        with watch.phase("rest"):
+            await asyncio.sleep(options.steady)
+        found["cpu_percent_at_rest"] = per_core(found["rest"])
+        with watch.phase("changes"):
+            times = [await change(agents, port) for port in range(2, 2 + options.changes)]
         found["change_to_all_ms"] = {
             "p50": round(statistics.median(times) * 1000), "max": round(max(times) * 1000)
         }  # fmt: skip
-        print(json.dumps(found), flush=True)
-        with took("heal_s", found):
+        found["dead_before"] = len(dead.ever)
+        with watch.phase("heal"):
             for agent in agents:
                 agent.link.replace(await agent.link.connection(10.0), "everyone at once")
             await change(agents, 1000, timeout_s=options.heal_timeout)
         found["rss_mib_healed"] = rss_mib(servers)
-        found["cpu_percent_after"] = await cpu_share(servers, min(options.steady, 5.0))
-        found["failed_nodes"] = await failed(agents[0])
+        await asyncio.sleep(options.settle)
+        found["dead_ever"] = len(dead.ever)
     finally:
+        await dead.stop()
         await asyncio.gather(*(agent.stop() for agent in agents))
     return found
 
 
-async def failed(agent: Agent) -> int:
-    """How many of the simulated nodes the servers took for dead: none should be."""
-    rows = (await agent.backend.query("health.state", {"state": "critical"})).value
-    return sum(row["Node"].startswith("sim-") for row in rows)
+class Dead:
+    """Which of the simulated nodes the servers ever took for dead: none should be. It asks as an agent does."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.ever: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        stream: Any = self._agent.backend.subscribe("health.state", {"state": "critical"})
+        async with aclosing(stream):
+            async for event in stream:
+                nodes = (row["Node"] for row in event.upserts.values())
+                self.ever.update(node for node in nodes if node.startswith("sim-"))
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 def main() -> None:
@@ -266,9 +299,12 @@ def main() -> None:
     parser.add_argument("--heal-timeout", type=float, default=120.0)
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if options.agents + 200 > hard:
-        raise SystemExit(f"{options.agents} agents need more file descriptors than {hard}: ulimit -Hn")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = max(hard, options.agents + 1000)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
+    except (ValueError, PermissionError):
+        raise SystemExit(f"{options.agents} agents need more file descriptors than {hard}: ulimit -Hn") from None
+    gc.set_threshold(50_000, 20, 100)  # millions of objects live for as long as the run
     # Thousands of certificates of one CA, which nobody will need after a crash.
     pki._load_ca = functools.cache(pki._load_ca)
     pki.os.fsync = lambda fd: None
