@@ -16,6 +16,7 @@ from node.agent.views import View, Views
 from node.backend import Backend
 from node.dns_zone import Zone
 from node.errors import NodeError
+from node.nearness import place_of_node
 from node.tasks import Tasks
 from node.tokens import AccessControl
 from raftstate.acl import ALLOW_ALL, READ, Authorizer
@@ -114,7 +115,11 @@ class DnsServer:
     ) -> None:
         self._directory = ViewDirectory(agent.views, access)
         self._zone = Zone(
-            self._directory, agent.options.datacenter, (domain,), node=agent.options.node, rng=rng or random.Random()
+            self._directory,
+            agent.options.datacenter,
+            (domain,),
+            here=place_of_node(agent.node_row()),
+            rng=rng or random.Random(),
         )
         self._tasks = Tasks("dns")
         self._udp: asyncio.DatagramTransport | None = None

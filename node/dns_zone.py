@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from dnslib import AAAA, CLASS, CNAME, NS, PTR, QTYPE, RCODE, RR, SOA, SRV, TXT, A, DNSLabel, DNSRecord
 
+from node.nearness import Place, distance, place_of_instance
 from raftstate.model.catalog import PASSING, InstanceHealth, Node
 
 TTL_S = 0
@@ -62,9 +63,9 @@ class Zone:
     """Answers questions about one datacenter's names under several domains."""
 
     def __init__(
-        self, directory: Directory, datacenter: str, domains: Iterable[str], *, node: str, rng: random.Random
+        self, directory: Directory, datacenter: str, domains: Iterable[str], *, here: Place, rng: random.Random
     ) -> None:
-        self._directory, self._datacenter, self._node, self._rng = directory, datacenter.lower(), node, rng
+        self._directory, self._datacenter, self._here, self._rng = directory, datacenter.lower(), here, rng
         named = [domain.strip(".").lower() for domain in domains if domain.strip(".")]
         self.domain = (named or list(BUILTIN_DOMAINS))[0]
         """The one that our own answers use where the question names none."""
@@ -116,7 +117,7 @@ class Zone:
         if kind in (QTYPE.SOA, QTYPE.ANY):
             answers.append(_soa(domain))
         if kind in (QTYPE.NS, QTYPE.ANY):
-            server = f"{self._node}.node.{self._datacenter}.{domain}."
+            server = f"{self._here.node}.node.{self._datacenter}.{domain}."
             answers.append(RR(name, QTYPE.NS, ttl=TTL_S, rdata=NS(server)))
         return Found(answers, [])
 
@@ -158,6 +159,7 @@ class Zone:
         if not rows:
             return NOTHING
         self._rng.shuffle(rows)
+        rows.sort(key=lambda row: distance(self._here, place_of_instance(row)))
         if kind == QTYPE.SRV:
             return self._srv(rows, name, domain)
         answers: list[RR] = []

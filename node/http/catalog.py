@@ -10,10 +10,11 @@ from aiohttp import web
 from node.http.answers import CatalogServiceRow, Empty, NodeRow, NodeServiceList, NodeServices
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
-from node.http.reading import answer, answer_rendered, filtered, nearest, read, with_meta
+from node.http.reading import answer, answer_rendered, filtered, near_what, nearest, read, with_meta
 from node.http.respond import json_response
 from node.http.shapes import catalog_service_shape, node_shape, service_shape
 from node.http.writing import body_as, write
+from node.nearness import Place, place_of
 from raftstate.model.catalog import STATUSES, CatalogNode, CatalogService, Check, Node, ServiceInstance
 from raftstate.model.wire import Wire
 from raftstate.state import commands
@@ -34,7 +35,8 @@ async def nodes(ctx: Context, request: web.Request) -> web.StreamResponse:
     found = [node_shape(row) for row in reading.decode(list[Node])]
     found = with_meta(found, reading.options, lambda row: row["Meta"])
     found = filtered(found, reading.options)
-    return answer(request, reading, nearest(ctx, found, reading.options, lambda row: str(row["Node"])))
+    here = await near_what(ctx, reading.options)
+    return answer(request, reading, nearest(found, here, lambda row: place_of(row["Node"], row["Meta"])))
 
 
 @routes.add("GET", "/v1/catalog/services", answer=dict[str, list[str]])
@@ -51,12 +53,16 @@ async def services(ctx: Context, request: web.Request) -> web.StreamResponse:
 
 async def _instances(ctx: Context, request: web.Request, query: str, params: dict[str, Any]) -> web.Response:
     reading = await read(ctx, request, query, params)
+    here = await near_what(ctx, reading.options)
+
+    def place(row: CatalogServiceRow) -> Place:
+        return place_of(row["Node"], row["NodeMeta"], row.get("ServiceLocality"))
 
     def shapes() -> list[Any]:
         found = [catalog_service_shape(row) for row in reading.decode(list[CatalogService])]
         found = with_meta(found, reading.options, lambda row: row["NodeMeta"])
         found = filtered(found, reading.options)
-        return nearest(ctx, found, reading.options, lambda row: str(row["Node"]))
+        return nearest(found, here, place)
 
     return answer_rendered(ctx, request, reading, shapes)
 

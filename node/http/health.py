@@ -10,8 +10,9 @@ from node.http.answers import CheckRow, Empty, HealthRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import parse_bool
-from node.http.reading import Reading, answer, answer_rendered, filtered, nearest, read, with_meta
+from node.http.reading import Reading, answer, answer_rendered, filtered, near_what, nearest, read, with_meta
 from node.http.shapes import check_shape, health_shape
+from node.nearness import Place, place_of_instance
 from raftstate.model.catalog import PASSING, STATUSES, Check, InstanceHealth
 
 routes = Routes("health")
@@ -33,6 +34,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
         raise BadRequest("Missing service name")
     passing = _passing(request)
     reading = await read(ctx, request, query, params)
+    here = await near_what(ctx, reading.options)
 
     def shapes() -> list[Any]:
         rows = reading.decode(list[InstanceHealth])
@@ -41,7 +43,7 @@ async def _instances(ctx: Context, request: web.Request, query: str, params: dic
         if reading.options.cached:
             rows.sort(key=lambda row: (row.service.id, row.service.node))
         rows = with_meta(rows, reading.options, lambda row: row.node.meta)
-        rows = nearest(ctx, rows, reading.options, lambda row: row.node.node)
+        rows = nearest(rows, here, place_of_instance)
         return filtered([health_shape(row) for row in rows], reading.options)
 
     return answer_rendered(ctx, request, reading, shapes)
@@ -69,11 +71,12 @@ async def ingress(ctx: Context, request: web.Request) -> web.StreamResponse:
     return answer(request, reading, [])
 
 
-def _checks(ctx: Context, request: web.Request, reading: Reading) -> web.Response:
+async def _checks(ctx: Context, request: web.Request, reading: Reading) -> web.Response:
     rows = [check_shape(row) for row in reading.decode(list[Check])]
     if reading.options.cached:
         rows.sort(key=lambda row: (row["Node"], row["CheckID"]))
-    rows = nearest(ctx, rows, reading.options, lambda row: str(row["Node"]))
+    # A check's row does not say where its node is: that node goes first, and no more is known.
+    rows = nearest(rows, await near_what(ctx, reading.options), lambda row: Place(row["Node"]))
     return answer(request, reading, filtered(rows, reading.options))
 
 
@@ -82,7 +85,7 @@ async def node(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All checks of a node."""
     if not request.match_info["node"]:
         raise BadRequest("Missing node name")
-    return _checks(ctx, request, await read(ctx, request, "health.node", {"node": request.match_info["node"]}))
+    return await _checks(ctx, request, await read(ctx, request, "health.node", {"node": request.match_info["node"]}))
 
 
 @routes.add("GET", "/v1/health/checks/{service:.*}", answer=list[CheckRow])
@@ -91,7 +94,7 @@ async def checks(ctx: Context, request: web.Request) -> web.StreamResponse:
     if not request.match_info["service"]:
         raise BadRequest("Missing service name")
     reading = await read(ctx, request, "health.checks", {"service": request.match_info["service"]})
-    return _checks(ctx, request, reading)
+    return await _checks(ctx, request, reading)
 
 
 @routes.add("GET", "/v1/health/state/{state:.*}", answer=list[CheckRow])
@@ -100,4 +103,4 @@ async def state(ctx: Context, request: web.Request) -> web.StreamResponse:
     wanted = request.match_info["state"]
     if wanted not in (*STATUSES, "any", "unknown"):
         raise BadRequest(f"Invalid health state {wanted!r}: use any, passing, warning, critical or unknown")
-    return _checks(ctx, request, await read(ctx, request, "health.state", {"state": wanted}))
+    return await _checks(ctx, request, await read(ctx, request, "health.state", {"state": wanted}))

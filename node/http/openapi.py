@@ -23,7 +23,7 @@ _QUERY = {
     "consistent": "The leader confirms with a quorum first; present or not.",
     "cached": "Answer from this agent's local view; present or not.",
     "filter": "Consul's filter expression.",
-    "near": "Sort this node first; _agent means the agent's own.",
+    "near": "Sort this node first, then its zone and region; _agent means the agent's own.",
     "pretty": "Indent the JSON; present or not.",
 }
 _MEANINGS = {

@@ -17,6 +17,8 @@ from node.http.filter import BadFilter, apply_filter
 from node.http.front.repeats import Body, Parked, note
 from node.http.options import ReadOptions, read_options
 from node.http.respond import json_response, query_headers
+from node.nearness import Place, distance, place_of_node
+from raftstate.model.catalog import CatalogNode
 
 T = TypeVar("T")
 CACHED_WAIT_S = 5.0
@@ -130,12 +132,20 @@ def filtered(rows: list[Any], options: ReadOptions) -> list[Any]:
         raise BadRequest(f"Failed to create boolean expression evaluator: {error}") from error
 
 
-def nearest(ctx: Context, rows: list[Any], options: ReadOptions, node_of: Callable[[Any], str]) -> list[Any]:
-    """Apply ``?near=``: rows on that node first, the others in their order."""
+async def near_what(ctx: Context, options: ReadOptions) -> Place | None:
+    """Return the place that ``?near=`` names; one of an unknown node is known by its name only."""
     if not options.near:
-        return rows
-    near = ctx.agent.options.node if options.near == "_agent" else options.near
-    return sorted(rows, key=lambda row: node_of(row) != near)
+        return None
+    own = place_of_node(ctx.agent.node_row())
+    if options.near in ("_agent", own.node):
+        return own
+    found = await ctx.backend.query("catalog.node", {"node": options.near}, mode="stale")
+    return Place(options.near) if found.raw is None else place_of_node(found.decode(CatalogNode).node)
+
+
+def nearest(rows: list[T], here: Place | None, there: Callable[[T], Place]) -> list[T]:
+    """Apply ``?near=``: rows of that node first, then of its zone, its region, and the rest; equals stay in order."""
+    return rows if here is None else sorted(rows, key=lambda row: distance(here, there(row)))
 
 
 def with_meta(rows: list[Any], options: ReadOptions, meta_of: Callable[[Any], dict[str, str]]) -> list[Any]:
@@ -153,6 +163,8 @@ def answer(request: web.Request, reading: Reading, value: Any, *, status: int = 
 
 def answer_rendered(ctx: Context, request: web.Request, reading: Reading, make: Callable[[], Any]) -> web.Response:
     """Answer with ``make()``'s JSON, made again only when the rows have changed since the same request before."""
+    if reading.options.near not in ("", "_agent"):
+        return json_response(request, make(), headers=reading.headers)  # it follows from another node's row too
     if reading.query is not None:
         note(request, *reading.query, reading.raw)
     return json_response(request, ctx.rendered.body(request.path_qs, reading.raw, make), headers=reading.headers)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from node.dns import DnsServer
 from node.dns_zone import Zone
+from node.nearness import Place
 from tests.support.http_api import Node, eventually, serving
 
 
@@ -178,7 +179,7 @@ class _Nobody:
 @given(st.text("abc_-.0123\u00fc", max_size=60), st.sampled_from(["A", "SRV", "ANY", "TXT"]))
 @settings(max_examples=60, deadline=None)
 def test_any_name_gets_a_reply(name: str, kind: str) -> None:
-    zone = Zone(_Nobody(), "dc1", ["consul"], node="n1", rng=random.Random(0))
+    zone = Zone(_Nobody(), "dc1", ["consul"], here=Place("n1"), rng=random.Random(0))
     try:
         request = DNSRecord.parse(DNSRecord.question(f"{name}.consul", kind).pack())
     except (UnicodeError, ValueError):
@@ -190,6 +191,6 @@ def test_any_name_gets_a_reply(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["A", "SRV", "ANY"])
 async def test_domain_of_ones_own(tmp_path: Path, kind: str) -> None:
-    zone = Zone(_Nobody(), "dc1", ["mesh.example"], node="n1", rng=random.Random(0))
+    zone = Zone(_Nobody(), "dc1", ["mesh.example"], here=Place("n1"), rng=random.Random(0))
     reply = await zone.answer(DNSRecord.question("x.service.mesh.example", kind), udp=True)
     assert str(reply.auth[0].rname) == "mesh.example."
