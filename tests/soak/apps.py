@@ -13,7 +13,7 @@ from aiohttp import WSMsgType, web
 
 from tests.soak.referee import Referee
 
-METHOD, STREAM, SECRET = "/soak.Echo/Unary", "/soak.Echo/Down", "/soak.Echo/Secret"
+METHOD, STREAM, BOTH, SECRET = (f"/soak.Echo/{name}" for name in ("Unary", "Down", "Both", "Secret"))
 MAX_LINE = 1 << 20
 
 
@@ -127,7 +127,7 @@ class HttpApp:
 
 
 class GrpcApp(grpc.GenericRpcHandler):
-    """Unary echo and a stream down; ``Secret`` is never to be reached."""
+    """Unary echo, a stream down, and one both ways; ``Secret`` is never to be reached."""
 
     def __init__(self, referee: Referee, service: str, instance: str) -> None:
         self._referee = referee
@@ -135,6 +135,7 @@ class GrpcApp(grpc.GenericRpcHandler):
         self._instance = instance
         self._server: Any = None
         self.live: dict[object, str] = {}
+        """Streams that go both ways, and the source that speaks on them."""
         self.port = 0
 
     async def start(self) -> None:
@@ -153,6 +154,7 @@ class GrpcApp(grpc.GenericRpcHandler):
         return {
             METHOD: grpc.unary_unary_rpc_method_handler(self._unary),
             STREAM: grpc.unary_stream_rpc_method_handler(self._down),
+            BOTH: grpc.stream_stream_rpc_method_handler(self._both),
             SECRET: grpc.unary_unary_rpc_method_handler(self._unary),
         }.get(details.method)
 
@@ -169,3 +171,12 @@ class GrpcApp(grpc.GenericRpcHandler):
         ident = self._arrived(request)
         for n in range(20):
             yield f"{ident} {n}".encode()
+
+    async def _both(self, requests: Any, context: Any) -> Any:
+        try:
+            async for request in requests:
+                self.live[context] = request.decode().split(" ", 1)[0]
+                self._arrived(request)
+                yield request
+        finally:
+            self.live.pop(context, None)

@@ -14,7 +14,7 @@ import aiohttp
 import grpc
 import grpc.aio
 
-from tests.soak.apps import MAX_LINE, METHOD, SECRET, STREAM, pattern
+from tests.soak.apps import BOTH, MAX_LINE, METHOD, SECRET, STREAM, pattern
 from tests.soak.referee import DENIED, ERROR, OK, WRONG, Attempt, Referee
 
 TIMEOUT_S = 15.0
@@ -38,7 +38,8 @@ class Load:
         """Begin."""
         works: list[Callable[[], Coroutine[Any, Any, None]]] = [
             self._lines, self._lines, self._lines, self._short, self._short, self._bulk,
-            self._http, self._http, self._http_secret, self._websocket, self._websocket, self._grpc,
+            self._http, self._http, self._http_secret, self._websocket, self._websocket,
+            self._grpc, self._grpc, self._grpc_both, self._grpc_both,
         ]  # fmt: skip
         self._tasks = [asyncio.get_running_loop().create_task(work()) for work in works]
 
@@ -185,12 +186,48 @@ class Load:
 
     # gRPC
 
-    async def _grpc(self) -> None:
+    def _channel(self) -> grpc.aio.Channel:
         options = [
             ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50),
-            ("grpc.max_reconnect_backoff_ms", 200), ("grpc.enable_retries", 0),
+            ("grpc.max_reconnect_backoff_ms", 200), ("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1),
         ]  # fmt: skip
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{self._ports['grpc']}", options=options) as channel:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{self._ports['grpc']}", options=options)
+
+    @staticmethod
+    def _ended(attempt: Attempt, code: grpc.StatusCode, details: str | None) -> None:
+        attempt.outcome = DENIED if code is grpc.StatusCode.PERMISSION_DENIED else ERROR
+        attempt.detail = f"{code} {details}"
+
+    async def _grpc_both(self) -> None:
+        """A stream that goes both ways and is kept."""
+        async with self._channel() as channel:
+            both = channel.stream_stream(BOTH)
+            while await self._rest():
+                call = both(wait_for_ready=True)
+                try:
+                    while await self._rest():
+                        with contextlib.suppress(OSError):
+                            async with self._attempt("grpc-both", "grpc") as attempt:
+                                size = self._rng.choice((10, 3000, 150_000))
+                                request = f"{self._source} {attempt.ident} {'z' * size}".encode()
+                                try:
+                                    await call.write(request)
+                                    answer = await call.read()
+                                    if answer is grpc.aio.EOF:
+                                        self._ended(attempt, await call.code(), await call.details())
+                                    elif answer != request:
+                                        attempt.outcome = WRONG
+                                except asyncio.InvalidStateError:  # how grpcio says that the call is over
+                                    self._ended(attempt, await call.code(), await call.details())
+                                except grpc.aio.AioRpcError as error:
+                                    self._ended(attempt, error.code(), error.details())
+                        if attempt.outcome != OK:
+                            break
+                finally:
+                    call.cancel()
+
+    async def _grpc(self) -> None:
+        async with self._channel() as channel:
             unary, secret = channel.unary_unary(METHOD), channel.unary_unary(SECRET)
             stream = channel.unary_stream(STREAM)
 
@@ -221,6 +258,4 @@ class Load:
                             if await call(attempt, request) != request:
                                 attempt.outcome = WRONG
                         except grpc.aio.AioRpcError as error:
-                            denied = error.code() is grpc.StatusCode.PERMISSION_DENIED
-                            attempt.outcome = DENIED if denied else ERROR
-                            attempt.detail = f"{error.code()} {error.details()}"
+                            self._ended(attempt, error.code(), error.details())

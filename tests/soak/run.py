@@ -20,7 +20,7 @@ import aiohttp
 import psutil
 
 from tests.e2e.support_e2e import Mesh, mesh
-from tests.soak.apps import METHOD, STREAM, GrpcApp, HttpApp, L4App
+from tests.soak.apps import BOTH, METHOD, STREAM, GrpcApp, HttpApp, L4App
 from tests.soak.load import Load
 from tests.soak.referee import Referee, Withdrawal, growth
 
@@ -91,7 +91,7 @@ class Soak:
         """Start an instance's sidecar and wait until it is ready."""
         name, number = instance.rsplit("-", 1)
         service = name.removeprefix("soak-")
-        protocol = "http" if service == "http" else "tcp"
+        protocol = service if service in ("http", "grpc") else "tcp"
         port = self.apps[instance].port if instance in self.apps else 0
         home = self.stage.home(instance, [{"name": name, "port": port, "id": instance, "protocol": protocol}])
         command = ["connect", "-proxy", "proxy.json", "-register", "-admin-port", "0"]
@@ -131,7 +131,7 @@ class Soak:
                 {"Action": "deny", "HTTP": {"PathPrefix": "/secret"}},
                 {"Action": "allow", "HTTP": {"PathPrefix": "/"}},
             ],
-            "grpc": [{"Action": "allow", "HTTP": {"PathExact": path}} for path in (METHOD, STREAM)],
+            "grpc": [{"Action": "allow", "HTTP": {"PathExact": path}} for path in (METHOD, STREAM, BOTH)],
         }
         body = {"Permissions": permissions[service]} if service in permissions else {"Action": "allow"}
         await self._write(source, service, body)
