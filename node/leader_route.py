@@ -100,6 +100,13 @@ class LeaderRoute:
             failures += 1
             await self._pause(failures, deadline - loop.time())
 
+    def connection_now(self) -> ClientConnection | None:
+        """Return the connection to the leader, another server, if both are known at this moment."""
+        leader = self._replica.leader
+        if leader is None or leader == self._replica.id or (address := self.address_of(leader)) is None:
+            return None
+        return self._peers.held(leader, address)
+
     async def connection(self, timeout_s: float) -> ClientConnection:
         """Return a connection to the leader, another server. Raises NoLeader, Unreachable."""
         try:

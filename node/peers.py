@@ -32,9 +32,9 @@ class PeerConnections:
 
     async def get(self, node: str, address: str) -> ClientConnection:
         """Return the connection to `node` at ``host:port``. Raises Unreachable."""
-        held = self._open.get(node)
-        if held is not None and held[0] == address and not held[1].closed:
-            return held[1]
+        held = self.held(node, address)
+        if held is not None:
+            return held
         if self._closed:
             raise Unreachable("this node is stopping")
         key = (node, address)
@@ -45,6 +45,11 @@ class PeerConnections:
             task.add_done_callback(lambda done: self._dialled(key, done))
         # Shielded: one caller's deadline must not fail the others that wait for the same connection.
         return await asyncio.shield(task)
+
+    def held(self, node: str, address: str) -> ClientConnection | None:
+        """Return the connection to `node` at ``host:port`` if there is one."""
+        held = self._open.get(node)
+        return held[1] if held is not None and held[0] == address and not held[1].closed else None
 
     async def _dial(self, node: str, address: str) -> ClientConnection:
         connection = await dial(

@@ -128,7 +128,7 @@ class ServerBackend:
     def submit(self, command: Command, told: Told) -> bool:
         """See Backend.submit. What goes wrong with the first attempt goes the way of `apply`, under the same id."""
         if not self.replica.is_leader:
-            return False
+            return self._submit_there(command, told)
         request_id = self._new_request_id()
         deadline = asyncio.get_running_loop().time() + APPLY_TIMEOUT_S
 
@@ -144,6 +144,31 @@ class ServerBackend:
             self.replica.submit(encode(Envelope(request_id, _now(), command)), attempted, APPLY_TIMEOUT_S)
         except (TypeError, OverflowError, RaftError):
             return False  # nothing was proposed: `apply` waits for what stands in the way, or has the words for it
+        return True
+
+    def _submit_there(self, command: Command, told: Told) -> bool:
+        leader = self.route.connection_now()
+        if leader is None:
+            return False
+        request_id = self._new_request_id()
+        deadline = asyncio.get_running_loop().time() + APPLY_TIMEOUT_S
+
+        def answered(answer: bytes | NodeError) -> None:
+            try:
+                if isinstance(answer, NodeError):
+                    raise answer
+                outcome = as_applied(decode(answer, ApplyReply))
+            except NodeError:
+                self._tasks.spawn(self._go_on(command, request_id, deadline, told))
+            else:
+                self._seen_index = max(self._seen_index, outcome.index)
+                told(outcome)
+
+        try:
+            body = encode(ApplyRequest(request_id, msgspec.Raw(to_msgpack(command)), True))
+            leader.begin(protocol.APPLY, body, APPLY_TIMEOUT_S, answered)
+        except (TypeError, OverflowError, NodeError):
+            return False  # nothing was sent
         return True
 
     async def _go_on(self, command: Command, request_id: str, deadline: float, told: Told) -> None:

@@ -32,6 +32,10 @@ BUSY_ALERT = "TLSV1_ALERT_INTERNAL_ERROR"
 UPLOAD_PIECE_BYTES = 256 * 1024
 
 
+Told = Callable[[bytes | NodeError], None]
+"""What is told of a call that was begun."""
+
+
 class _Stream:
     """The items of one stream, in order; an exception among them ends it."""
 
@@ -53,6 +57,7 @@ class ClientConnection(FrameConnection):
         self._on_end = on_end
         self._next = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._told: dict[int, tuple[Told, asyncio.TimerHandle]] = {}
         self._streams: dict[int, _Stream] = {}
 
     async def call(self, method: str, body: bytes, timeout_s: float) -> bytes:
@@ -78,6 +83,24 @@ class ClientConnection(FrameConnection):
         finally:
             timer.cancel()
             self._waiting.pop(number, None)
+
+    def begin(self, method: str, body: bytes, timeout_s: float, told: Told) -> None:
+        """As `call`, for who has no task to wait in: ``told`` gets what `call` would return or raise, once, later.
+
+        It must not raise. Raises Unreachable or BadRequest itself when nothing was sent.
+        """
+        number = self._open(method, body)
+        self._told[number] = told, self._loop.call_later(timeout_s, self._late, number, method, timeout_s)
+        self.send(Request(number, method, _millis(timeout_s), body))
+
+    def _late(self, number: int, method: str, timeout_s: float) -> None:
+        self.send(Cancel(number))
+        self._tell(number, TimedOut(f"{self.peer.node} did not answer {method} within {timeout_s:g} s"))
+
+    def _tell(self, number: int, outcome: bytes | NodeError) -> None:
+        told, timer = self._told.pop(number)
+        timer.cancel()
+        told(outcome)
 
     async def stream(self, method: str, body: bytes) -> AsyncIterator[bytes]:
         """Yield the items of a stream; closing the generator cancels it at the server."""
@@ -147,6 +170,9 @@ class ClientConnection(FrameConnection):
             raise BadFrame(f"a server may not send {type(frame).__name__}")
 
     def _settle(self, number: int, body: bytes, error: NodeError | None) -> None:
+        if number in self._told:
+            self._tell(number, body if error is None else error)
+            return
         if (stream := self._streams.get(number)) is not None:
             stream.items.put_nowait(error)
             return
@@ -175,6 +201,8 @@ class ClientConnection(FrameConnection):
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(Unreachable(f"the connection to {self.peer.node} broke{reason}"))
+        for number in tuple(self._told):
+            self._tell(number, Unreachable(f"the connection to {self.peer.node} broke{reason}"))
         for stream in self._streams.values():
             stream.items.put_nowait(Unreachable(f"the connection to {self.peer.node} broke{reason}"))
         self._on_end(self)

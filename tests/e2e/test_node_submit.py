@@ -39,8 +39,46 @@ async def test_the_leader_begins_a_write_and_tells_its_outcome(tmp_path: Path) -
         assert (applied.value, applied.refusal) == (True, None)
         found = await follower.backend.query("kv.get", {"key": "k"}, mode="consistent")
         assert found.value["ModifyIndex"] == applied.index
-        for other in (follower.backend, running.clients["client-1"].backend):
-            assert not other.submit(KVSet("k", b"w"), caller)
+        assert not running.clients["client-1"].backend.submit(KVSet("k", b"w"), caller)
+        assert len(caller.told) == 1
+
+
+async def test_a_follower_that_is_linked_to_the_leader_begins_a_write_there(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as running:
+        follower = await running.follower()
+        await eventually(lambda: follower.backend.route.connection_now() is not None)
+        caller = Caller()
+        assert follower.backend.submit(KVSet("k", b"v"), caller)
+        assert not caller.told, "a later turn of the loop tells it"
+        applied = await caller.outcome()
+        assert (applied.value, applied.refusal) == (True, None)
+        # A read of the same server sees what was written through it.
+        found = await follower.backend.query("kv.get", {"key": "k"}, mode="stale")
+        assert found.value["ModifyIndex"] == applied.index
+        for command in (KVLock("k", b"v", "no-such-session"), KVCas("k", b"v", 7), SessionRenew("no-such-session")):
+            caller = Caller()
+            assert follower.backend.submit(command, caller)
+            told, applied = await caller.outcome(), await follower.backend.apply(command)
+            assert (told.value, told.refusal) == (applied.value, applied.refusal)
+        caller = Caller()
+        assert not follower.backend.submit(KVSet("k", b"v", flags=1 << 70), caller), "it cannot be encoded"
+        assert not caller.told
+
+
+async def test_a_write_that_was_on_its_way_to_a_leader_that_is_gone_is_done_by_the_next(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as running:
+        leader, follower = await running.leader(), await running.follower()
+        await eventually(lambda: follower.backend.route.connection_now() is not None)
+        others = [name for name in running.servers if name != leader.node.name]
+        leader.faults.block(others)
+        for name in others:
+            running.servers[name].faults.block([leader.node.name])
+        caller = Caller()
+        assert follower.backend.submit(KVSet("k", b"v"), caller)
+        applied = await caller.outcome()
+        assert applied.value is True
+        found: Any = (await follower.backend.query("kv.get", {"key": "k"}, mode="consistent")).value
+        assert (found["Value"], found["CreateIndex"], found["ModifyIndex"]) == (b"v", applied.index, applied.index)
         assert len(caller.told) == 1
 
 

@@ -1,4 +1,4 @@
-"""RPC calls that have no task: begun in the turn in which they come, ended by their reply."""
+"""RPC calls that have no task, at the end that serves them and at the end that makes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from node.config import Limits
-from node.errors import Busy, NodeError, Refused, Unreachable
+from node.errors import BadRequest, Busy, NodeError, Refused, TimedOut, Unreachable
 from node.rpc.server import Call, Methods, Reply
 from tests.support.both_loops import both_loops
 from tests.support.rpc import eventually, rpc_ends
@@ -120,3 +120,48 @@ async def test_a_reply_after_the_connection_ended_is_dropped(tmp_path: Path) -> 
         served.leads = False
         assert await other.call("write", b"2", 5) == b"task:2"
         other.close()
+
+
+@both_loops
+async def test_a_call_that_was_begun_is_told_its_outcome_once(tmp_path: Path) -> None:
+    served = Served()
+    told: list[bytes | NodeError] = []
+    async with rpc_ends(tmp_path, served.methods) as ends:
+        connection = await ends.dial()
+        connection.begin("write", b"1", 5, told.append)
+        await eventually(lambda: len(served.replies) == 1)
+        assert told == []
+        served.replies[0].send(b"done")
+        await eventually(lambda: bool(told))
+        connection.begin("write", b"refuse", 5, told.append)
+        await eventually(lambda: len(told) == 2)
+        assert told[0] == b"done"
+        assert isinstance(told[1], Refused)
+        connection.close()
+    assert len(told) == 2
+
+
+@both_loops
+async def test_a_call_that_was_begun_has_its_time_and_its_end_with_the_connection(tmp_path: Path) -> None:
+    served = Served()
+    late: list[bytes | NodeError] = []
+    lost: list[bytes | NodeError] = []
+    async with rpc_ends(tmp_path, served.methods, limits=Limits(rpc_inflight_max=1)) as ends:
+        connection = await ends.dial()
+        connection.begin("write", b"1", 0.05, late.append)
+        await eventually(lambda: bool(late))
+        assert isinstance(late[0], TimedOut)
+        # The server was told: the place among the calls in progress is free.
+        connection.begin("write", b"2", 5, lost.append)
+        await eventually(lambda: len(served.replies) == 2)
+        served.replies[0].send(b"too late")
+        connection.abort()
+        await eventually(lambda: bool(lost))
+        assert isinstance(lost[0], Unreachable)
+        with pytest.raises(Unreachable):
+            connection.begin("write", b"3", 5, lost.append)
+        other = await ends.dial()
+        with pytest.raises(BadRequest):
+            other.begin("write", bytes(10 << 20), 5, lost.append)
+        other.close()
+    assert (len(late), len(lost)) == (1, 1)
