@@ -1,10 +1,10 @@
 """Requests that only write: proposed and answered with no task, no aiohttp request, no handler.
 
-What a write costs a leader is mostly what surrounds it. Where this node leads, and a request's command follows from
-its path and body alone, it is begun here and answered when the backend tells its outcome. Everything else takes the
-way through middleware and handler, which makes its command by the same function: a request with a query, with headers
-that mean something for a write, with a body that is refused, on a node that does not lead. Where tokens are asked for
-nothing is written here.
+What a write costs a server is mostly what surrounds it. Where this node leads, or is linked to the server that does,
+and a request's command follows from its path and body alone, it is begun here and answered when the backend tells its
+outcome. Everything else takes the way through middleware and handler, which makes its command by the same function: a
+request with a query, with headers that mean something for a write, with a body that is refused, on an agent. Where
+tokens are asked for nothing is written here.
 """
 
 from __future__ import annotations
