@@ -11,7 +11,11 @@ from urllib.parse import quote
 from cli.client import API_FLAGS, READ_FLAGS, Api
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag, whole
+from cli.hclfile import entry_of
 from cli.output import print_json
+from raftstate.acl.hcl import BadSyntax
+
+ENTRY_CHARS_MAX = 1 << 20
 
 
 def _path(kind: str, name: str = "") -> str:
@@ -26,18 +30,22 @@ def _required(args: Args, flag: str) -> str:
 
 
 def _entry(source: str) -> dict[str, Any]:
-    """Read an entry: JSON, with keys as Consul's API or as its HCL spells them."""
+    """Read an entry, JSON or HCL, with keys as Consul's API or as its HCL spells them."""
     try:
         text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"can't read {source}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{source} is not UTF-8 text") from None
+    name = "stdin" if source == "-" else source
+    if len(text) > ENTRY_CHARS_MAX:
+        raise UsageError(f"{name} is longer than {ENTRY_CHARS_MAX} characters")
     try:
-        entry = json.loads(text)
+        entry = json.loads(text) if text.lstrip().startswith(("{", "[")) else entry_of(text)
+    except BadSyntax as error:
+        raise UsageError(f"{name} is no HCL that can be read: {error}") from None
     except ValueError as error:
-        hint = "; HCL is not read: write the same as JSON" if not text.lstrip().startswith("{") else ""
-        raise UsageError(f"{source} is no JSON: {error}{hint}") from None
+        raise UsageError(f"{name} is no JSON: {error}") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{source} must hold one entry: an object with Kind and Name")
     return entry
@@ -104,7 +112,7 @@ FAMILIES = {
         "Write, read, list and delete configuration entries",
         {
             "write": Command(
-                "Write the entry in FILE (JSON; - is stdin), after it was checked with all others",
+                "Write the entry in FILE (HCL or JSON; - is stdin), after it was checked with all others",
                 write,
                 (*_CAS, *API_FLAGS),
                 "FILE",
