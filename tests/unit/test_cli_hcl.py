@@ -115,6 +115,7 @@ def test_what_cannot_be_read_is_named(text: str, says: str) -> None:
     assert says in str(refused.value)
 
 
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 values: st.SearchStrategy[Any] = st.recursive(
     st.booleans() | st.integers(-(2**40), 2**40) | st.text(st.characters(codec="ascii", exclude_categories=["C"])),
     lambda inner: (
@@ -130,6 +131,6 @@ def hcl(value: Any) -> str:
     return "[" + ", ".join(map(hcl, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
-@given(st.dictionaries(st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True), values, max_size=5))
+@given(st.dictionaries(names, values, max_size=5))
 def test_what_is_written_is_read(entry: dict[str, Any]) -> None:
     assert entry_of("\n".join(f"{key} = {hcl(value)}" for key, value in entry.items())) == entry
