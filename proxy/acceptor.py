@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from proxy.logs import BurstLog
 from proxy.poller import ACCEPT, Poller
 
 log = logging.getLogger("lictor.proxy")
@@ -32,6 +33,7 @@ class Acceptor:
         self._fd = sock.fileno()
         self._take = take
         self._turn_over = turn_over
+        self._log = BurstLog(log)
         self._accepting = False
         self._closed = False
 
@@ -65,7 +67,7 @@ class Acceptor:
                 break
             except OSError as error:
                 # Out of descriptors, most likely.
-                log.warning("cannot accept connections: %s; trying again shortly", error.strerror)
+                self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
                 self.stop()
                 asyncio.get_running_loop().call_later(PAUSE_S, self.start)
                 break
@@ -73,7 +75,7 @@ class Acceptor:
             try:
                 self._take(fd, address)
             except OSError as error:
-                log.warning("a connection from %s was lost at once: %s", address[0], error.strerror)
+                self._log.warning(f"a connection from {address[0]} was lost at once: {error.strerror}")
         if taken and self._turn_over is not None:
             self._turn_over()
 

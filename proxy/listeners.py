@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 import ssl
+from typing import Any
 
+from proxy.acceptor import Acceptor
 from proxy.call import Call
 from proxy.config import Configuration
 from proxy.errors import BadCertificate, PortUnavailable, StreamClosed
@@ -23,8 +26,8 @@ from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
 from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
-from proxy.pool import SHUTDOWN_TIMEOUT_S
 from proxy.relay import SocketChannel
+from proxy.secure import SecureTransport
 from proxy.tasks import Tasks
 from proxy.tls import PeerProof, explain_handshake_failure, proof_of
 
@@ -35,8 +38,6 @@ HANDSHAKE_TIMEOUT_S = 10.0
 MAX_HANDSHAKES = 512
 """Handshakes at a time; beyond it connections wait in the kernel's backlog."""
 MAX_CONNECTIONS = 20_000
-_ACCEPTS_PER_TURN = 64
-_ACCEPT_PAUSE_S = 0.1
 
 
 def bind(host: str, port: int, first_free_from: int = 0, *, shared: bool = False) -> socket.socket:
@@ -85,6 +86,7 @@ def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # handed down to what is accepted
         sock.listen(BACKLOG)  # from now on nobody else can have the port
         sock.setblocking(False)
     except OSError:
@@ -151,78 +153,56 @@ class PublicListener:
     ) -> None:
         self.sessions: dict[MuxSession, PeerProof] = {}
         self.callers: dict[ForeignCaller, PeerProof] = {}
-        self._sock = sock
         self._config = config
         self._desk = desk
         self._metrics = metrics
         self._tasks = tasks
         self._memory = memory or MemoryBudget()
         self._log = BurstLog(log)
+        self._poller = desk.poller
+        self._acceptor = Acceptor(self._poller, sock, self._taken)
         self._handshakes = 0
-        self._accepting = False
         self._closed = False
 
     def start(self) -> None:
         """Begin to accept."""
-        if not self._accepting and not self._closed:
-            self._accepting = True
-            asyncio.get_running_loop().add_reader(self._sock, self._accept)
+        if not self._closed:
+            self._acceptor.start()
 
-    def _stop_accepting(self) -> None:
-        if self._accepting:
-            self._accepting = False
-            asyncio.get_running_loop().remove_reader(self._sock)
+    def _taken(self, fd: int, address: tuple[Any, ...]) -> None:
+        if len(self.sessions) + len(self.callers) >= MAX_CONNECTIONS:
+            self._metrics.count("lictor_refused_total", direction="inbound", reason="too-many-connections")
+            os.close(fd)
+            return
+        self._handshakes += 1
+        if self._handshakes >= MAX_HANDSHAKES:
+            self._acceptor.stop()  # the end of a handshake starts it again
+        self._tasks.spawn(self._take(fd, address))
 
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_PER_TURN):
-            if self._handshakes >= MAX_HANDSHAKES:
-                self._stop_accepting()  # _handshake starts it again
-                return
-            try:
-                connection, address = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                # Out of descriptors, most likely: leave the others in the backlog for a moment.
-                self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
-                self._stop_accepting()
-                asyncio.get_running_loop().call_later(_ACCEPT_PAUSE_S, self.start)
-                return
-            if len(self.sessions) + len(self.callers) >= MAX_CONNECTIONS:
-                self._metrics.count("lictor_refused_total", direction="inbound", reason="too-many-connections")
-                connection.close()
-                continue
-            connection.setblocking(False)
-            self._handshakes += 1
-            self._tasks.spawn(self._take(connection, f"{address[0]}:{address[1]}"))
-
-    async def _take(self, connection: socket.socket, address: str) -> None:
+    async def _take(self, fd: int, address: tuple[Any, ...]) -> None:
         try:
-            await self._handshake(connection, address)
+            await self._handshake(fd, address)
         finally:
             self._handshakes -= 1
             self.start()
 
-    async def _handshake(self, connection: socket.socket, address: str) -> None:
+    async def _handshake(self, fd: int, peername: tuple[Any, ...]) -> None:
+        address = f"{peername[0]}:{peername[1]}"
         material = self._config.material
         if material is None:
-            connection.close()
+            os.close(fd)
             self._failed(address, "not-ready", "no certificate yet")
             return
         caller = ForeignCaller(self)
         me = self._config.self
         speaks_http2 = me is not None and me.protocol in HTTP2_PROTOCOLS
+        context = material.server_http2 if speaks_http2 else material.server
+        transport = SecureTransport(self._poller, caller, context, server=True)
         try:
-            # Not the protocol that this returns: uvloop gives its own TLS layer instead of ours.
-            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: caller,
-                connection,
-                ssl=material.server_http2 if speaks_http2 else material.server,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-                ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            )
-        except (ssl.SSLError, OSError, EOFError) as error:
-            connection.close()
+            transport.accepted(fd, peername)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await transport.handshake()
+        except (ssl.SSLError, OSError) as error:
             self._failed(address, *explain_handshake_failure(error))
             return
         try:
@@ -251,6 +231,7 @@ class PublicListener:
             on_lost=lambda session, _: self.sessions.pop(session, None) and None,
             max_streams=MAX_STREAMS,
             memory=self._memory,
+            poller=self._poller,
             certificate_sha256=proof.sha256,
         )
         self.sessions[session] = proof
@@ -302,16 +283,14 @@ class PublicListener:
     def drain(self, reason: str) -> None:
         """Accept no more connections, sessions take no more streams; what lives goes on."""
         self._closed = True
-        self._stop_accepting()
-        self._sock.close()
+        self._acceptor.close()
         for session in list(self.sessions):
             session.close(frames.DRAINING, reason)
 
     def close(self) -> None:
         """End everything at once."""
         self._closed = True
-        self._stop_accepting()
-        self._sock.close()
+        self._acceptor.close()
         for session in list(self.sessions):
             session.kill(StreamClosed("the sidecar is stopping"))
         for caller in list(self.callers):

@@ -106,7 +106,7 @@ class PlainTransport(asyncio.Transport):
     def cannot_connect(self, error: OSError) -> None:
         """There is no address to dial."""
         if self._state == _CONNECTING:
-            self._end(error)
+            self.end(error)
 
     def _try_next(self, error: OSError) -> None:
         while self._addresses:
@@ -128,7 +128,7 @@ class PlainTransport(asyncio.Transport):
             if sock is not None:
                 sock.close()
             self._fd, self._sock = -1, None
-        self._end(error)
+        self.end(error)
 
     def _connected(self) -> None:
         self._state = _OPEN
@@ -142,7 +142,7 @@ class PlainTransport(asyncio.Transport):
             self._sock.close()
             self._try_next(error)
         else:
-            self._end(error)
+            self.end(error)
 
     # Poller's handler
 
@@ -174,7 +174,7 @@ class PlainTransport(asyncio.Transport):
                 self._readable(events)
 
     def on_failure(self, error: Exception) -> None:
-        self._end(error)
+        self.end(error)
 
     def _readable(self, events: int) -> None:
         if events & _MORE:
@@ -182,7 +182,7 @@ class PlainTransport(asyncio.Transport):
             if self._eof_in:
                 # A read tells of the end only, again and again.
                 if events & select.EPOLLERR:
-                    self._end(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
+                    self.end(ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)))
                 return
         if self._paused:
             self._unread = True
@@ -211,7 +211,7 @@ class PlainTransport(asyncio.Transport):
         except BlockingIOError:
             return b""
         except OSError as error:
-            self._end(error)
+            self.end(error)
             return b""
         if not data and not self._eof_in:
             self._eof_in = True
@@ -256,7 +256,7 @@ class PlainTransport(asyncio.Transport):
                 self._enqueue(data)  # there may be another address
                 self._connect_failed(error)
             else:
-                self._end(error)
+                self.end(error)
             return
         if state == _CONNECTING:
             self._connected()
@@ -282,7 +282,7 @@ class PlainTransport(asyncio.Transport):
             try:
                 self._poller.change(self._fd, READ_WRITE)
             except OSError as error:
-                self._end(error)
+                self.end(error)
                 return
         if self._queued > self._high and not self._write_paused:
             self._write_paused = True
@@ -296,7 +296,7 @@ class PlainTransport(asyncio.Transport):
             except BlockingIOError:
                 break
             except OSError as error:
-                self._end(error)
+                self.end(error)
                 return
             self._queued -= sent
             while sent:
@@ -311,7 +311,7 @@ class PlainTransport(asyncio.Transport):
             self._protocol.resume_writing()
         if not self._queued and self._state != _GONE:
             if self._state == _CLOSING:
-                self._end(None)
+                self.end(None)
             elif self._eof_out:
                 self._shut_down()
 
@@ -341,7 +341,7 @@ class PlainTransport(asyncio.Transport):
         try:
             with_socket(self._fd, lambda sock: sock.shutdown(socket.SHUT_WR))
         except OSError as error:
-            self._end(error)
+            self.end(error)
 
     # asyncio.Transport: the end
 
@@ -355,11 +355,11 @@ class PlainTransport(asyncio.Transport):
         if self._queued and self._state == _OPEN:
             self._state = _CLOSING
         else:
-            self._end(None)
+            self.end(None)
 
     def abort(self) -> None:
         """End the connection now."""
-        self._end(None)
+        self.end(None)
 
     def reset(self) -> None:
         """End the connection now, so that the other side does not take what it has for the whole of the data."""
@@ -368,9 +368,10 @@ class PlainTransport(asyncio.Transport):
                 with_socket(self._fd, lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET))
             except OSError:
                 pass  # already gone
-        self._end(None)
+        self.end(None)
 
-    def _end(self, error: Exception | None) -> None:
+    def end(self, error: Exception | None) -> None:
+        """End the connection now; the protocol is told ``error``."""
         state = self._state
         if state == _GONE:
             return
@@ -381,11 +382,14 @@ class PlainTransport(asyncio.Transport):
 
     def _let_go(self) -> None:
         self._close_socket()
-        self._protocol.connection_lost(self._error)
+        # The two refer to each other; parted, they are freed without the collector.
+        protocol, self._protocol = self._protocol, _NOBODY
+        protocol.connection_lost(self._error)
 
     def _let_go_undone(self) -> None:
         self._close_socket()
         protocol: Any = self._protocol
+        self._protocol = _NOBODY
         error = self._error
         if isinstance(error, OSError):
             protocol.connect_failed(error)
@@ -414,6 +418,10 @@ class PlainTransport(asyncio.Transport):
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._protocol
+
+
+_NOBODY = asyncio.Protocol()
+"""The protocol of a connection that is gone."""
 
 
 def with_socket(fd: int, use: Any) -> None:

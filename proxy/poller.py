@@ -37,7 +37,7 @@ class Handler(Protocol):
 class Poller:
     """The epoll instance of one sidecar; comes to life on the loop that first adds a descriptor."""
 
-    __slots__ = ("_again", "_due", "_ends", "_epoll", "_flushes", "_handlers", "_inside", "_loop")
+    __slots__ = ("_again", "_due", "_ends", "_epoll", "_flushes", "_handlers", "_loop", "inside")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -47,8 +47,8 @@ class Poller:
         """Those that have more to read than one turn allows."""
         self._flushes: list[Callable[[], None]] = []
         self._ends: list[Callable[[], None]] = []
-        self._inside = False
-        """A batch is being handled; its end deals with flushes and ends."""
+        self.inside = False
+        """Whether a batch is being handled, whose end will deal with flushes and ends."""
         self._due = False
         """The loop will call us for what was left outside of a batch."""
 
@@ -110,7 +110,7 @@ class Poller:
         return epoll
 
     def _call_later(self) -> None:
-        if not self._inside and not self._due:
+        if not self.inside and not self._due:
             self._due = True
             loop = self._loop
             if loop is None:
@@ -118,7 +118,7 @@ class Poller:
             loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        self._inside, self._due = True, False
+        self.inside, self._due = True, False
         handlers = self._handlers
         try:
             if self._again:
@@ -132,7 +132,7 @@ class Poller:
                         self._tell(found, events)
             self._settle()
         finally:
-            self._inside = False
+            self.inside = False
         if self._again:
             self._call_later()
 
@@ -148,7 +148,7 @@ class Poller:
             self._loop.call_exception_handler({"message": message, "exception": error})
 
     def _settle(self) -> None:
-        inside, self._inside = self._inside, True
+        inside, self.inside = self.inside, True
         try:
             while self._flushes or self._ends:
                 # Flushes first: what ends may have made frames that are to go out with the others.
@@ -161,4 +161,4 @@ class Poller:
                     except Exception as error:  # noqa: BLE001 - as above
                         self._report("the end of a connection's turn failed", error)
         finally:
-            self._inside = inside
+            self.inside = inside

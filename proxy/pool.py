@@ -19,7 +19,10 @@ from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
 from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
+from proxy.plain import numeric, resolve
+from proxy.poller import Poller
 from proxy.relay import SocketChannel
+from proxy.secure import SecureTransport
 from proxy.stream import Channel
 from proxy.tasks import Tasks
 from proxy.tls import PeerProof, TlsMaterial, explain_handshake_failure, proof_of
@@ -28,7 +31,6 @@ log = logging.getLogger("lictor.proxy.outbound")
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_SESSION_S = 300.0
-SHUTDOWN_TIMEOUT_S = 2.0
 MAX_PENDING_DIALS = 1024
 HALF_CLOSED_SILENCE_S = 5.0
 """A TLS connection of asyncio cannot be half closed. Once the app has sent its end, a foreign peer may go on sending;
@@ -110,8 +112,15 @@ class SessionPool:
     """All sessions that this sidecar dialed."""
 
     def __init__(
-        self, metrics: Metrics, tasks: Tasks, *, max_streams: int = MAX_STREAMS, memory: MemoryBudget | None = None
+        self,
+        metrics: Metrics,
+        tasks: Tasks,
+        *,
+        max_streams: int = MAX_STREAMS,
+        memory: MemoryBudget | None = None,
+        poller: Poller | None = None,
     ) -> None:
+        self._poller = poller or Poller()
         self._metrics = metrics
         self._tasks = tasks
         self._max_streams = max_streams
@@ -218,7 +227,7 @@ class SessionPool:
         self._pending += 1
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._handshake(key, timeout_s, offer_mux=offer_mux, http2=http2)
+                return await self._handshake(key, offer_mux=offer_mux, http2=http2)
         except TimeoutError as error:
             raise ConnectFailed("timeout", f"{key.address}:{key.port} did not answer in {timeout_s:g} s") from error
         except (ssl.SSLError, BadCertificate) as error:
@@ -231,22 +240,17 @@ class SessionPool:
         finally:
             self._pending -= 1
 
-    async def _handshake(
-        self, key: Key, timeout_s: float, *, offer_mux: bool, http2: bool
-    ) -> MuxSession | ForeignChannel:
+    async def _handshake(self, key: Key, *, offer_mux: bool, http2: bool) -> MuxSession | ForeignChannel:
         material = self._material
         if material is None:
             raise ConnectFailed("not-ready", "no certificate yet")
-        loop = asyncio.get_running_loop()
-        transport, channel = await loop.create_connection(
-            ForeignChannel,
-            key.address,
-            key.port,
-            ssl=material.client_for(mux=offer_mux, http2=http2),
-            server_hostname="",
-            ssl_handshake_timeout=timeout_s,
-            ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        )
+        channel = ForeignChannel()
+        context = material.client_for(mux=offer_mux, http2=http2)
+        address = numeric(key.address, key.port)
+        addresses = await resolve(key.address, key.port) if address is None else [address]
+        transport = SecureTransport(self._poller, channel, context, server=False)
+        transport.connect(addresses)
+        await transport.handshake()
         try:
             proof = proof_of(transport.get_extra_info("ssl_object"))
             check_peer(proof.identity, self._trust_domain, self._revoked)
@@ -258,7 +262,7 @@ class SessionPool:
             raise
         peer = self._peers.setdefault(key, _Peer())
         if proof.alpn != ALPN:
-            peer.foreign_until = loop.time() + FOREIGN_MEMORY_S
+            peer.foreign_until = asyncio.get_running_loop().time() + FOREIGN_MEMORY_S
             self._foreign[channel] = proof
             channel.pool = self._foreign
             return channel
@@ -269,6 +273,7 @@ class SessionPool:
             on_lost=self._lost,
             max_streams=self._max_streams,
             memory=self._memory,
+            poller=self._poller,
         )
         self._live[session] = (key, proof)
         transport.set_protocol(session)

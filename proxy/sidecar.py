@@ -89,8 +89,8 @@ class Sidecar:
         self.draining = False
         self._tasks = Tasks("sidecar")
         self._memory = MemoryBudget(options.buffer_bytes)
-        self._pool = SessionPool(self.metrics, self._tasks, memory=self._memory)
         self._poller = Poller()
+        self._pool = SessionPool(self.metrics, self._tasks, memory=self._memory, poller=self._poller)
         self._desk = Desk(self.config, self.metrics, self._tasks, self._poller)
         self._log: AccessLog | None = None
         self._spans: SpanExporter | None = None

@@ -16,6 +16,7 @@ from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import MAX_STREAMS, MuxCore, MuxStream
 from proxy.mux.flow import NEAR_WINDOW_BYTES, MemoryBudget, window_for
+from proxy.poller import Poller
 from proxy.stream import Data
 from raftstate.model.identity import Identity
 
@@ -52,6 +53,7 @@ class MuxSession(asyncio.Protocol):
         keepalive_s: float = KEEPALIVE_S,
         memory: MemoryBudget | None = None,
         certificate_sha256: str = "",
+        poller: Poller | None = None,
     ) -> None:
         self.identity = identity
         """Who the peer is, from its certificate."""
@@ -72,6 +74,8 @@ class MuxSession(asyncio.Protocol):
         self._keepalive_s = keepalive_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._poller = poller
+        """Whose batches the transport's events come in, and so whose end is the moment to flush."""
         self._flush_due = False
         self._heard = True
         self._pinged = False
@@ -151,8 +155,13 @@ class MuxSession(asyncio.Protocol):
         if self._flush_due:
             return
         self._flush_due = True
-        if len(self.core.streams) <= FEW_STREAMS:
+        poller = self._poller
+        if poller is not None and poller.inside:
+            poller.flush_later(self._flush)
+        elif len(self.core.streams) <= FEW_STREAMS:
             self._flush()
+        elif poller is not None:
+            poller.flush_later(self._flush)
         else:
             self._loop.call_soon(self._flush)
 

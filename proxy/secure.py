@@ -1,0 +1,277 @@
+"""TLS on a :class:`~proxy.plain.PlainTransport`, in asyncio's terms: a transport that calls a protocol.
+
+Beside asyncio's own TLS transport: a small record costs one read and one decryption and nothing else (no second
+attempt, which would end in an exception), what is written is encrypted and sent at once, and the end does not reset
+what is on its way to the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from typing import Any
+
+from proxy.plain import Address, PlainTransport
+from proxy.poller import Poller
+
+RECORD_BYTES = 16 * 1024
+"""Most that a record carries (RFC 8446, section 5.1), and so most that one decryption gives."""
+PARTING_S = 2.0
+"""How long the peer has to end its side after we have ended ours."""
+
+
+class SecureTransport(asyncio.Transport, asyncio.Protocol):
+    """A TLS connection. The protocol is told of it once the handshake is done, as :meth:`handshake` is; a handshake
+    that fails is told to :meth:`handshake` alone."""
+
+    __slots__ = (
+        "_closing",
+        "_decrypt",
+        "_done",
+        "_encrypt",
+        "_incoming",
+        "_object",
+        "_outgoing",
+        "_parting",
+        "_peer_ended",
+        "_plain",
+        "_protocol",
+    )  # fmt: skip
+
+    def __init__(self, poller: Poller, protocol: asyncio.Protocol, context: ssl.SSLContext, *, server: bool) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
+        self._decrypt, self._encrypt = self._object.read, self._object.write
+        self._protocol = protocol
+        self._plain = PlainTransport(poller, self)
+        self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
+        """None once the handshake is over."""
+        self._closing = False
+        self._peer_ended = False
+        self._parting: asyncio.TimerHandle | None = None
+
+    async def handshake(self) -> None:
+        """Wait for the handshake's end, after :meth:`accepted` or :meth:`connect`; the caller bounds the time.
+
+        Raises ssl.SSLError when it fails, OSError when the connection cannot be made or is lost. It is ended then,
+        and when the caller is cancelled.
+        """
+        done = self._done
+        if done is None:
+            return
+        try:
+            await done
+        except BaseException:
+            self.abort()
+            raise
+
+    def accepted(self, fd: int, peername: tuple[Any, ...]) -> None:
+        """Begin with a connection that a listener took. Raises OSError."""
+        self._plain.accepted(fd, peername)
+
+    def connect(self, addresses: Sequence[Address]) -> None:
+        """Begin by dialing the first of these that takes the connection."""
+        self._plain.connect(addresses)
+
+    # Handshake
+
+    def _shake(self) -> None:
+        done = self._done
+        if done is None:
+            return
+        try:
+            self._object.do_handshake()
+        except ssl.SSLWantReadError:
+            self._send()
+            return
+        except ssl.SSLError as error:
+            self._send()  # the alert that says why
+            self._handshake_failed(error)
+            self._plain.close()
+            return
+        self._send()
+        self._done = None
+        if not done.done():
+            done.set_result(None)
+        self._protocol.connection_made(self)
+        if self._incoming.pending:
+            self._deliver()
+
+    def _handshake_failed(self, error: Exception) -> None:
+        done, self._done = self._done, None
+        self._closing = True
+        if done is not None and not done.done():
+            done.set_exception(error)
+
+    # asyncio.Protocol of the connection below
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._shake()
+
+    def data_received(self, data: bytes) -> None:
+        self._incoming.write(data)
+        if self._done is not None:
+            self._shake()
+        elif not self._closing:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        incoming, decrypt = self._incoming, self._decrypt
+        ended = False
+        try:
+            data = decrypt(RECORD_BYTES)
+            if not data:
+                ended = True
+            elif incoming.pending:
+                data, ended = self._decrypt_all(data)
+        except ssl.SSLWantReadError:
+            self._send()  # less than a record, or a key update, which is to be answered
+            return
+        except ssl.SSLError as error:
+            self._broken(error)
+            return
+        if data:
+            self._protocol.data_received(data)
+        if ended:
+            self._ended_by_peer()
+
+    def _decrypt_all(self, first: bytes) -> tuple[bytes, bool]:
+        """Return all that has come, in one piece, and whether the peer has ended its side. Raises ssl.SSLError."""
+        pieces, ended = [first], False
+        try:
+            while self._incoming.pending and not ended:
+                data = self._decrypt(RECORD_BYTES)
+                pieces.append(data)
+                ended = not data
+        except ssl.SSLWantReadError:
+            self._send()
+        return b"".join(pieces), ended
+
+    def _broken(self, error: ssl.SSLError) -> None:
+        self._send()
+        self._closing = True
+        self._plain.end(error)
+
+    def eof_received(self) -> bool:
+        self._ended_by_peer()
+        return True  # we close it
+
+    def _ended_by_peer(self) -> None:
+        """By TLS or TCP."""
+        if self._done is not None:
+            self._handshake_failed(ConnectionAbortedError("peer closed the connection during the handshake"))
+            self._plain.close()
+        elif not self._peer_ended:
+            self._peer_ended = True
+            if not self._closing:
+                self._protocol.eof_received()
+            if self._closing:
+                self._plain.close()
+            else:
+                self.close()
+
+    def connect_failed(self, error: OSError) -> None:
+        """There is no connection."""
+        self.connection_lost(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._parting is not None:
+            self._parting.cancel()
+        if self._done is not None:
+            self._handshake_failed(exc or ConnectionAbortedError("connection was lost"))
+        else:
+            self._closing = True
+            protocol, self._protocol = self._protocol, _NOBODY  # parted: see PlainTransport
+            protocol.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        if self._done is None:
+            self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._done is None:
+            self._protocol.resume_writing()
+
+    # asyncio.Transport
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._closing or self._done is not None or not data:
+            return
+        try:
+            sent = self._encrypt(data)
+            if sent < len(data):
+                view = memoryview(data)
+                while sent < len(data):
+                    sent += self._encrypt(view[sent:])
+        except ssl.SSLError as error:
+            self._broken(error)
+            return
+        self._plain.write(self._outgoing.read())
+
+    def _send(self) -> None:
+        if self._outgoing.pending:
+            self._plain.write(self._outgoing.read())
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        if self._done is not None:
+            self._plain.close()
+            return
+        try:
+            self._object.unwrap()
+        except ssl.SSLError:
+            pass  # it waits for the peer's notice, as we do below
+        self._send()
+        if self._peer_ended:
+            self._plain.close()
+        else:
+            # Closed at once, what the peer still sends would reset the connection, and with it what is to reach it.
+            self._plain.resume_reading()
+            self._plain.write_eof()
+            self._parting = asyncio.get_running_loop().call_later(PARTING_S, self._plain.abort)
+
+    def abort(self) -> None:
+        self._closing = True
+        self._plain.abort()
+
+    def is_closing(self) -> bool:
+        return self._closing or self._plain.is_closing()
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        if not self._closing:
+            self._plain.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._plain.resume_reading()
+
+    def is_reading(self) -> bool:
+        return self._plain.is_reading()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._plain.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._plain.get_write_buffer_limits()
+
+    def get_write_buffer_size(self) -> int:
+        return self._plain.get_write_buffer_size()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """``ssl_object``, and what the connection below tells."""
+        return self._object if name == "ssl_object" else self._plain.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.Protocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+
+_NOBODY = asyncio.Protocol()
