@@ -12,11 +12,13 @@ from typing import Any
 
 from cli.client import API_FLAGS, Api, quote
 from cli.cluster.layout import is_free
-from cli.errors import CliError, UsageError
+from cli.errors import CliError, Refused, UsageError
 from cli.flags import Args, Command, Flag, duration, port
 from cli.upstreams import UpstreamSpec, merge, parse_upstreams
 
 LOOPBACK = "127.0.0.1"
+GRPC_PORT = 8502
+"""Where an agent serves xDS unless told otherwise (Consul's)."""
 PUBLIC_PORT, UPSTREAM_PORT, OWN_PORT = 20000, 21000, 22000
 """First ports that are tried; as the built-in sidecar's."""
 ADMIN_PORT = 19000
@@ -61,7 +63,14 @@ def grpc_address(api: Api, given: str) -> tuple[str, int]:
         if not number.isdigit() or not 0 < int(number) < 65536:
             raise UsageError(f"-grpc-addr {given!r}: expected HOST:PORT")
         return host.strip("[]") or LOOPBACK, int(number)
-    served = int((api.get("/v1/agent/self").json().get("xDS") or {}).get("Port") or 0)
+    try:
+        told = api.get("/v1/agent/self").json()
+    except Refused as error:
+        if error.status != 403:
+            raise
+        # A sidecar's token need not let it read the agent; -grpc-addr says it where the port is another.
+        return LOOPBACK, GRPC_PORT
+    served = int((told.get("xDS") or {}).get("Port") or 0)
     if not served:
         raise CliError(
             "this agent serves no xDS: its node needs a grpc_port in cluster.toml, and pip install 'lictor[envoy]'"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -256,3 +257,47 @@ def test_an_agent_without_servers_keeps_what_it_knew_of_tokens(cluster: Guarded)
             other.get("/v1/agent/self")
     finally:
         agent.put("/v1/operator/debug/partition", {"Peers": []})
+
+
+def test_sidecars_stand_on_the_tokens_of_their_services(cluster: Guarded, tmp_path: Path) -> None:
+    """A service identity is all that an app's sidecar needs; another service's is no use to it."""
+    secrets = {
+        name: json.loads(cluster.lictor("acl", "token", "create", "-service-identity", name, "-json"))["SecretID"]
+        for name in ("shop", "stock")
+    }
+    port, public, admin = free_ports(3)
+    with ExitStack() as stack:
+
+        def sidecar(name: str, host: str, token: str, *more: str) -> Path:
+            log = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}.log"
+            output = stack.enter_context(log.open("w"))
+            command = [sys.executable, "-m", "cli", "connect", "-sidecar", "-register", "-name", name, "-id", name]
+            command += ["-service-id", name, "-http-addr", cluster.hosts[host], "-token", token, *more]
+            stack.enter_context(running(command, cwd=ROOT, stdout=output, stderr=output))
+            return log
+
+        stack.enter_context(
+            running([sys.executable, "-m", "http.server", "-b", "127.0.0.1", str(port)], cwd=tmp_path)
+        )
+        home = tmp_path / "proxy.json"
+        home.write_text(json.dumps({"services": [{"name": "stock", "port": port}]}))
+        wrong = sidecar("stock", "client-2", secrets["shop"], "-proxy", str(home))
+        assert wait_until(lambda: "lacks permission 'service:write'" in wrong.read_text(), 15.0), wrong.read_text()
+        right = sidecar("stock", "client-2", secrets["stock"], "-proxy", str(home), "-public-port", str(public))
+        assert wait_until(lambda: "is ready" in right.read_text(), 20.0), right.read_text()
+        caller = sidecar("shop", "client-1", secrets["shop"], "-upstreams", "stock", "-admin-port", str(admin))
+        assert wait_until(lambda: "is ready" in caller.read_text(), 20.0), caller.read_text()
+        refused = cluster.lictor("intentions", "create", "shop", "stock", token=secrets["shop"], fails=True)
+        assert "lacks permission 'intention:write'" in refused
+        cluster.lictor("intentions", "create", "shop", "stock")
+        printed = cluster.lictor("connect", "env", "-service-id", "shop", token=secrets["shop"])
+        address = next(line.partition("=")[2] for line in printed.splitlines() if "STOCK_ADDR" in line).strip("'\"")
+
+        def served() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://{address}/", timeout=5) as answer:
+                    return b"proxy.json" in answer.read()
+            except OSError:
+                return False
+
+        assert wait_until(served, 15.0), (address, right.read_text(), caller.read_text())
