@@ -65,10 +65,6 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     command: msgspec.Raw
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat()
-
-
 def _is_renewal(command: Command | msgspec.Raw) -> bool:
     if isinstance(command, msgspec.Raw):
         return protocol.command_name(command) == "SessionRenew"
@@ -92,6 +88,8 @@ class ServerBackend:
         self.on_session_renewed: Any = lambda session: None
         self._seen_index = 0
         self._tasks = Tasks("writes")
+        self._loop = asyncio.get_running_loop()
+        self._tick = (-1.0, "")
         # Request ids of this process's own writes: nobody else has or guesses the first part.
         self._boot, self._count = secrets.token_hex(12), itertools.count()
 
@@ -130,7 +128,7 @@ class ServerBackend:
         if not self.replica.is_leader:
             return self._submit_there(command, told)
         request_id = self._new_request_id()
-        deadline = asyncio.get_running_loop().time() + APPLY_TIMEOUT_S
+        deadline = self._loop.time() + APPLY_TIMEOUT_S
 
         def attempted(applied: Any, error: RaftError | None) -> None:
             if error is None:
@@ -141,7 +139,7 @@ class ServerBackend:
                 self._tasks.spawn(self._go_on(command, request_id, deadline, told))
 
         try:
-            self.replica.submit(encode(Envelope(request_id, _now(), command)), attempted, APPLY_TIMEOUT_S)
+            self.replica.submit(encode(Envelope(request_id, self._now(), command)), attempted, APPLY_TIMEOUT_S)
         except (TypeError, OverflowError, RaftError):
             return False  # nothing was proposed: `apply` waits for what stands in the way, or has the words for it
         return True
@@ -172,7 +170,7 @@ class ServerBackend:
         return True
 
     async def _go_on(self, command: Command, request_id: str, deadline: float, told: Told) -> None:
-        left_s = deadline - asyncio.get_running_loop().time()
+        left_s = deadline - self._loop.time()
         try:
             told(await self._apply(command, request_id, left_s, begun=True))
         except NodeError as error:
@@ -191,7 +189,9 @@ class ServerBackend:
                 self._tasks.spawn(self._go_on_raw(request, deadline, told))
 
         try:
-            self.replica.submit(encode(_Envelope(request.request_id, _now(), request.command)), attempted, timeout_s)
+            self.replica.submit(
+                encode(_Envelope(request.request_id, self._now(), request.command)), attempted, timeout_s
+            )
         except RaftError:
             return False
         return True
@@ -199,7 +199,7 @@ class ServerBackend:
     async def _go_on_raw(
         self, request: ApplyRequest, deadline: float, told: Callable[[bytes | NodeError], None]
     ) -> None:
-        left_s = deadline - asyncio.get_running_loop().time()
+        left_s = deadline - self._loop.time()
         try:
             told(await self.apply_raw(request, left_s, begun=True))
         except NodeError as error:
@@ -222,7 +222,7 @@ class ServerBackend:
         )
 
     async def _apply_here(self, request: ApplyRequest, left_s: float) -> ApplyReply:
-        envelope = encode(_Envelope(request.request_id, _now(), request.command))
+        envelope = encode(_Envelope(request.request_id, self._now(), request.command))
         return self._reply(request.command, await self.replica.apply(envelope, left_s))
 
     def _reply(self, command: Command | msgspec.Raw, applied: Any) -> ApplyReply:
@@ -237,6 +237,13 @@ class ServerBackend:
     async def _forward(request: ApplyRequest, leader: ClientConnection, left_s: float) -> bytes:
         body = encode(ApplyRequest(request.request_id, request.command, True))
         return await leader.call(protocol.APPLY, body, left_s)
+
+    def _now(self) -> str:
+        """Return the time, RFC 3339; made once for each tick of the loop's clock, a millisecond with uvloop."""
+        tick = self._loop.time()
+        if tick != self._tick[0]:
+            self._tick = tick, datetime.datetime.now(datetime.UTC).isoformat()
+        return self._tick[1]
 
     def _new_request_id(self) -> str:
         return f"{self._boot}-{next(self._count):x}"

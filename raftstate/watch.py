@@ -36,10 +36,12 @@ class Watches:
 
     def notify(self, touched: Iterable[WatchKey]) -> None:
         """Wake the watchers of what a command touched."""
-        if not self._parked and not self._listeners:
+        parked, listeners = self._parked, self._listeners
+        if not parked and not listeners:
             return
         for key in touched:
-            self._wake(key)
+            if key in parked or key in listeners:
+                self._wake(key)
             if key[0] == "kv" and self._prefix_lengths:
                 name = key[1]
                 for length in list(self._prefix_lengths):

@@ -159,15 +159,19 @@ def put_service(step: Step, service: ServiceInstance) -> None:
     row = step.stamp(service, old)
     if row is None:
         return
-    names = (row.service,) if old is None else (row.service, old.service)
-    before = _listed(step, names)
-    store.services.put(key, row)
-    if old is not None:
+    if old is None:
+        if not _lists(step, row):
+            step.touch("services")
+        store.services.put(key, row)
+    else:
+        names = (row.service, old.service)
+        before = _listed(step, names)
+        store.services.put(key, row)
+        if _listed(step, names) != before:
+            step.touch("services")
         _touch_service(step, old)
     _touch_service(step, row)
     step.touch("node", row.node)
-    if _listed(step, names) != before:
-        step.touch("services")
     if old is None or (old.service, old.tags) != (row.service, row.tags):
         step.touch("service-places")
         for check in list(store.checks.by_instance.get(key, {}).values()):
@@ -209,6 +213,12 @@ def _listed(step: Step, names: Iterable[str]) -> list[frozenset[str] | None]:
     """Return what `catalog.services` shows of these services: their tags, None for one that has no instance."""
     tags = step.store.services.tags
     return [None if (found := tags.get(name)) is None else frozenset(found) for name in names]
+
+
+def _lists(step: Step, row: ServiceInstance) -> bool:
+    """Whether `catalog.services` shows the same with this instance as without: its name and tags are there."""
+    found = step.store.services.tags.get(row.service)
+    return found is not None and all(tag in found for tag in row.tags)
 
 
 def _touch_service(step: Step, row: ServiceInstance) -> None:

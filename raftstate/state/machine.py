@@ -103,6 +103,7 @@ class StateMachine:
     """Applies the log in order. Its store is read by anyone and changed only here."""
 
     def __init__(self) -> None:
+        self._last_at: tuple[str, int | None] = ("", None)
         self.store = Store()
         """Take it anew for each query: a restore puts another in its place, and never changes one in use."""
 
@@ -124,7 +125,7 @@ class StateMachine:
             envelope = c.decode_envelope(data)
         except c.MalformedCommand as error:
             return Applied(index, None, Refusal(MALFORMED, str(error)), _NOTHING)
-        at_us = parse_time_us(envelope.at)
+        at_us = self._time_us(envelope.at)
         if at_us is not None and at_us > store.clock_us:
             store.clock_us = at_us
         request_id = envelope.request_id
@@ -143,6 +144,12 @@ class StateMachine:
         self._sweep(index)
         store.journal.clear()
         return Applied(index, value, refusal, touched)
+
+    def _time_us(self, at: str) -> int | None:
+        """Parse a proposal's time; those of one moment have the same."""
+        if at != self._last_at[0]:
+            self._last_at = at, parse_time_us(at)
+        return self._last_at[1]
 
     @staticmethod
     def _run(step: Step, command: Any) -> tuple[Any, Refusal | None]:
@@ -179,8 +186,9 @@ class StateMachine:
                 if request.at_us >= oldest:
                     break
                 surplus += 1
-        for request_id in list(islice(requests.rows, surplus)):
-            requests.remove(request_id)
+        if surplus:
+            for request_id in list(islice(requests.rows, surplus)):
+                requests.remove(request_id)
 
     def snapshot(self) -> Snapshot:
         """Open a snapshot of the state as it is now. Costs nothing yet; close it when done."""

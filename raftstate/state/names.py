@@ -43,7 +43,8 @@ def require_text(value: str, what: str, *, length_max: int = NAME_MAX) -> None:
 
 def require_service_name(value: str, what: str = "service name") -> None:
     """Refuse what cannot name a service: ``*`` is the wildcard, ``:`` and ``/`` part references to services."""
-    require_name(value, what)
+    if not value or not is_text(value):
+        require_name(value, what)
     if value == "*" or ":" in value or "/" in value:
         raise Refused(
             INVALID, f"{what} {value!r} must not be '*' or hold ':' or '/', which have a meaning in intentions"
