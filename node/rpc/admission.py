@@ -19,10 +19,8 @@ LEASE_S = 1.0
 """A handshake that takes longer waits for its client, not for us: it does not count as under way any more."""
 PEERS_WAITING_MAX = 64
 WAIT_S_MAX = 1.0
-"""Half of the time after which an agent gives a server up."""
-PACE_S_FIRST = 0.002
-"""What a handshake is taken to cost before any has been timed."""
-PACE_WEIGHT = 0.1
+"""While the first in the queue has waited for longer, no agent joins it: it is half of the time after which an agent
+gives a server up."""
 
 
 class Lane(Enum):
@@ -49,32 +47,26 @@ class Admission(Generic[T]):
 
     def __init__(self, *, waiting_max: int) -> None:
         self._waiting_max = waiting_max
-        self._queues: dict[Lane, deque[T]] = {Lane.PEER: deque(), Lane.AGENT: deque()}
+        self._queues: dict[Lane, deque[tuple[T, float]]] = {Lane.PEER: deque(), Lane.AGENT: deque()}
         self._started: deque[Started] = deque()
         """In the order in which they were started, so that the oldest lease is the first to end."""
         self._under_way = 0
-        self._pace_s = PACE_S_FIRST
-        self._ended_at = 0.0
 
     def __len__(self) -> int:
         """How many wait."""
         return sum(map(len, self._queues.values()))
 
-    @property
-    def wait_s(self) -> float:
-        """How long an agent that comes now would wait, by the pace of late."""
-        return len(self._queues[Lane.AGENT]) * self._pace_s
-
-    def offer(self, item: T, lane: Lane) -> str:
+    def offer(self, item: T, lane: Lane, now: float) -> str:
         """Let one wait; a text is why it may not."""
+        queue = self._queues[lane]
         if lane is Lane.PEER:
-            if len(self._queues[lane]) >= PEERS_WAITING_MAX:
+            if len(queue) >= PEERS_WAITING_MAX:
                 return f"{PEERS_WAITING_MAX} servers wait for a handshake"
-        elif len(self._queues[lane]) >= self._waiting_max:
+        elif len(queue) >= self._waiting_max:
             return f"{self._waiting_max} connections wait for a handshake"
-        elif self.wait_s > WAIT_S_MAX:
-            return f"it would wait {self.wait_s:.1f} s for a handshake"
-        self._queues[lane].append(item)
+        elif queue and (waited_s := now - queue[0][1]) > WAIT_S_MAX:
+            return f"others have waited {waited_s:.1f} s for a handshake"
+        queue.append((item, now))
         return ""
 
     def next(self, now: float) -> tuple[T, Started] | None:
@@ -87,22 +79,16 @@ class Admission(Generic[T]):
                 ticket = Started(now)
                 self._started.append(ticket)
                 self._under_way += 1
-                if not self._ended_at:
-                    self._ended_at = now
-                return queue.popleft(), ticket
+                return queue.popleft()[0], ticket
         return None
 
-    def ended(self, ticket: Started, now: float) -> None:
+    def ended(self, ticket: Started) -> None:
         """A handshake is over, however it ended."""
         self._give_back(ticket)
-        if self._ended_at:
-            self._pace_s += PACE_WEIGHT * (now - self._ended_at - self._pace_s)
-        # An idle server's pace says nothing: it is timed only between the ends of handshakes that others wait behind.
-        self._ended_at = now if self._queues[Lane.AGENT] else 0.0
 
     def clear(self) -> list[T]:
         """Let nobody wait any more; return who did."""
-        waiting = [item for queue in self._queues.values() for item in queue]
+        waiting = [item for queue in self._queues.values() for item, _ in queue]
         for queue in self._queues.values():
             queue.clear()
         return waiting

@@ -200,7 +200,7 @@ class Listener:
             return True
         lane = Lane.AGENT if {ALPN_RAFT, ALPN_PEER}.isdisjoint(alpn_offered(said)) else Lane.PEER
         why = self._full() if lane is Lane.AGENT else ""
-        if why := why or self._admission.offer(arrival, lane):
+        if why := why or self._admission.offer(arrival, lane, asyncio.get_running_loop().time()):
             with contextlib.suppress(OSError):  # it may be gone
                 arrival.sock.send(ALERT_BUSY)
                 arrival.sock.shutdown(socket.SHUT_WR)
@@ -261,7 +261,7 @@ class Listener:
             raise
         finally:
             self._handshakes -= 1
-            self._admission.ended(ticket, loop.time())
+            self._admission.ended(ticket)
             self._plan()
         try:
             peer = peer_of(transport.get_extra_info("ssl_object"), self._datacenter)
