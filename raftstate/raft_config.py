@@ -30,6 +30,8 @@ class RaftConfig:
     """Entries are batched up to this size; a single larger entry travels alone."""
     append_entries_max: int = 512
     inflight_messages_max: int = 64
+    inflight_entries_max: int = 4096
+    """What a follower may find on its link at once: each takes it some microseconds, in one turn of its loop."""
     inflight_bytes_max: int = 4 * 1024 * 1024
     snapshot_chunks_inflight: int = 4
     apply_batch: int = 128

@@ -93,6 +93,7 @@ class Progress:
             return not self.probe_sent
         return (
             len(self._inflight) < self.config.inflight_messages_max
+            and self.next - self.match <= self.config.inflight_entries_max
             and self._inflight_bytes < self.config.inflight_bytes_max
         )
 

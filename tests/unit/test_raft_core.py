@@ -395,6 +395,30 @@ def test_proposals_are_bounded() -> None:
         node.core.propose(b"x", lambda _value, _error: None)
 
 
+def test_a_follower_far_behind_is_sent_what_it_can_take_in_one_turn_of_its_loop() -> None:
+    config = RaftConfig(
+        heartbeat_s=0.1,
+        election_timeout_min_s=0.5,
+        election_timeout_max_s=1.0,
+        append_entries_max=10,
+        inflight_entries_max=40,
+    )
+    node = Lone(config=config)
+    node.lead()
+    for _ in range(200):
+        node.core.propose(b"x", lambda _value, _error: None)
+    node.out()
+    node.core.receive("b", AppendReply(node.core.term, 0, True, 1))
+
+    def sent() -> int:
+        return sum(len(message.entries) for peer, message in node.sent(AppendEntries) if peer == "b")
+
+    assert sent() == 40
+    assert sent() == 0
+    node.core.receive("b", AppendReply(node.core.term, 0, True, 11))
+    assert sent() == 10
+
+
 def test_a_silent_follower_is_sent_a_bounded_amount() -> None:
     config = RaftConfig(
         heartbeat_s=0.1, election_timeout_min_s=0.5, election_timeout_max_s=1.0, inflight_messages_max=3
