@@ -85,8 +85,11 @@ class Authorizer:
 
 
 def compile_rules(rules: Iterable[Rule], default: int) -> Authorizer:
-    """Return the authorizer of all rules of a token; ``default`` (DENY or WRITE) is what no rule speaks of."""
-    names = {resource: _Names(default) for resource in RESOURCES}
+    """Return the authorizer of all rules of a token; ``default`` (DENY or WRITE) is what no rule speaks of.
+
+    Access control itself is never granted by default, as in Consul.
+    """
+    names = {resource: _Names(DENY if resource == "acl" else default) for resource in RESOURCES}
     intentions: dict[tuple[bool, str], int | None] = {}
     for rule in rules:
         # A resource of which there is one has no names: its rule covers all of them.
@@ -116,5 +119,5 @@ def stronger(first: int, second: int | None) -> int:
     return DENY if DENY in (first, second) else max(first, second)
 
 
-ALLOW_ALL = compile_rules((), WRITE)
+ALLOW_ALL = compile_rules([Rule("acl", "", False, WRITE)], WRITE)
 DENY_ALL = compile_rules((), DENY)
