@@ -14,8 +14,11 @@ import grpc
 import pytest
 
 from cli.demo_stage import wait_until
+from cli.envoy import find_binary
+from cli.errors import CliError
 from cli.hclfile import entry_of
 from tests.e2e.support_e2e import Mesh
+from tests.e2e.test_envoy import ENVOY, LICTOR, stand, upstream
 
 UNARY, BOTH = "/test.Echo/Unary", "/test.Echo/Both"
 IN_FORCE_S = 1.0
@@ -154,3 +157,35 @@ def test_a_splitters_change_and_a_methods_withdrawal_are_in_force_at_once(
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
     assert channel.unary_unary(UNARY)(b"", timeout=10) == b"one"
     print(f"split in force after {[round(one, 3) for one in delays]} s, method withdrawn after {withdrawn:.3f} s")
+
+
+@pytest.mark.parametrize(("caller", "instance"), [(LICTOR, ENVOY), (ENVOY, LICTOR)])
+def test_grpc_passes_between_lictors_sidecar_and_envoy(lictor: Mesh, caller: str, instance: str) -> None:
+    try:
+        find_binary("")
+    except CliError as error:
+        pytest.skip(str(error))
+    source, destination = f"from-{caller}", f"to-{instance}"
+    lictor.api().put("/v1/config", {"Kind": "service-defaults", "Name": destination, "Protocol": "grpc"})
+    permissions = [{"Action": "allow", "HTTP": {"PathExact": method}} for method in (UNARY, BOTH)]
+    pair = {"source": source, "destination": destination}
+    lictor.api().put("/v1/connect/intentions/exact", {"Permissions": permissions}, pair)
+    echo = Echo(b"one")
+    stand(lictor, instance, destination, echo.port, host=1)
+    stand(lictor, caller, source, 0, "-upstreams", destination)
+    with grpc.insecure_channel(upstream(lictor, f"{source}-1", destination)) as channel:
+        unary = channel.unary_unary(UNARY)
+
+        def answered() -> bool:
+            try:
+                return bool(unary(b"", timeout=2) == b"one")
+            except grpc.RpcError:
+                return False
+
+        assert wait_until(answered, 20)
+        assert [answer.result(20) for answer in [unary.future(b"x" * 100_000) for _ in range(50)]] == [b"one"] * 50
+        assert list(channel.stream_stream(BOTH)(iter([b"1", b"2", b"3"]), timeout=20)) == [b"one"] * 3
+        with pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/test.Echo/Other")(b"", timeout=20)
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    echo.server.stop(0)
