@@ -8,6 +8,7 @@ The best of a few batches, in µs of this thread's CPU. `status` has a handler t
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -74,7 +75,11 @@ async def measure(node: Node) -> None:
         body = {"Node": f"n{number}", "Address": "10.0.0.1", "Service": service, "Check": check}
         await node.put("/v1/catalog/register", body)
     put = f"PUT /v1/kv/bench HTTP/1.1\r\n{HEADERS}Content-Length: 256\r\n\r\n".encode() + b"x" * 256
+    registration = {"Node": "n0", "Address": "10.0.0.1", "Service": {"ID": "web", "Service": "web", "Port": 80}}
+    data = json.dumps(registration).encode()
+    register = f"PUT /v1/catalog/register HTTP/1.1\r\n{HEADERS}Content-Length: {len(data)}\r\n\r\n".encode() + data
     requests = {
+        "PUT /v1/catalog/register": register,
         "PUT /v1/kv/KEY": put,
         "GET /v1/kv/KEY": _get("/v1/kv/bench"),
         "GET /v1/status/peers": _get("/v1/status/peers"),

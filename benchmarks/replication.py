@@ -1,8 +1,10 @@
 """Durable writes through Lictor's HTTP API against a 3-node etcd's, in one run on one machine, both with fsync on.
 
-    .venv/bin/python -m benchmarks.replication [--seconds 4] [--rounds 3] [--kills 8]
+    .venv/bin/python -m benchmarks.replication [--seconds 4] [--rounds 3] [--kills 8] [--registrations 10000]
 
-Needs Debian's ``etcd-server``. Interleaves the two systems, prints medians and ratios, ends what it started.
+Needs Debian's ``etcd-server``. Interleaves the two systems, prints medians, ratios of rates and of the three servers'
+CPU, ends what it started. On a machine that does other work too, take short turns and believe the CPU:
+``--seconds 1 --rounds 5 --kills 0 --registrations 2000``.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import psutil
 
 from benchmarks.http_load import Result, put_request, run_load
 
@@ -53,6 +58,9 @@ class System(Protocol):
 
     def register(self, member: int) -> Callable[[int], bytes]:
         """Return a maker of requests that each register one service (etcd: put one such value)."""
+
+    def pids(self) -> list[int]:
+        """Return the servers' process ids."""
 
     def kill(self, member: int) -> None: ...
     def start(self, member: int) -> None: ...
@@ -114,6 +122,9 @@ class Etcd:
     def register(self, member: int) -> Callable[[int], bytes]:
         return self._put("register", member)
 
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes if process is not None]
+
     def kill(self, member: int) -> None:
         process = self.processes[member]
         assert process is not None
@@ -170,6 +181,9 @@ class Lictor:
 
         return make
 
+    def pids(self) -> list[int]:
+        return [int(node["pid"]) for node in json.loads(self._run("cluster", "status", "--json"))]
+
     def kill(self, member: int) -> None:
         self._run("cluster", "kill", self.nodes[member])
 
@@ -189,6 +203,11 @@ def wait_leader(system: System, timeout_s: float = 30) -> int:
             return member
         time.sleep(0.05)
     raise TimeoutError(f"{system.name} has no leader after {timeout_s} s")
+
+
+def cpu_s(pids: list[int]) -> float:
+    """Return the CPU time that processes have used, user and system."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 def _fixed(request: bytes, _number: int) -> bytes:
@@ -251,45 +270,67 @@ def running(*makers: Callable[[Path], System]) -> Iterator[list[System]]:
                 system.stop()
 
 
+@dataclass
+class Turn:
+    """One system's turn at one load."""
+
+    result: Result
+    cpu_us: float
+    """Of all three servers, for each write."""
+
+
+async def take_turn(
+    system: System,
+    member: int,
+    make: Callable[[int], bytes],
+    *,
+    clients: int,
+    seconds: float,
+    requests: int | None = None,
+) -> Turn:
+    """Load a member. Raises RuntimeError if any write fails."""
+    pids = system.pids()
+    before = cpu_s(pids)
+    result = await run_load([system.address(member)], make, connections=clients, seconds=seconds, requests=requests)
+    if result.errors:
+        raise RuntimeError(f"{system.name}: {result.errors[:3]}")
+    return Turn(result, (cpu_s(pids) - before) / len(result.latencies_s) * 1e6)
+
+
+def _from(start: int, make: Callable[[int], bytes], number: int) -> bytes:
+    return make(start + number)
+
+
 async def measure(systems: list[System], options: argparse.Namespace) -> None:
     """Run all measurements and print the table."""
-    rates: dict[tuple[str, str], list[Result]] = {}
-    for _ in range(options.rounds):
+    turns: dict[tuple[str, str], list[Turn]] = {}
+    for round_ in range(options.rounds):
         for clients in (1, 16, 64):
             for system in systems:
                 leader = wait_leader(system)
-                result = await run_load(
-                    [system.address(leader)], system.put(leader), connections=clients, seconds=options.seconds
-                )
-                if result.errors:
-                    raise RuntimeError(f"{system.name}: {result.errors[:3]}")
-                rates.setdefault((system.name, f"put, {clients} clients"), []).append(result)
+                turn = await take_turn(system, leader, system.put(leader), clients=clients, seconds=options.seconds)
+                turns.setdefault((system.name, f"put, {clients} clients"), []).append(turn)
         for system in systems:
             follower = (wait_leader(system) + 1) % 3
-            result = await run_load(
-                [system.address(follower)], system.put(follower), connections=1, seconds=options.seconds
-            )
-            rates.setdefault((system.name, "put, 1 client, via follower"), []).append(result)
-    for system in systems:
-        leader = wait_leader(system)
-        result = await run_load(
-            [system.address(leader)], system.register(leader), connections=64, seconds=120, requests=10_000
-        )
-        if result.errors:
-            raise RuntimeError(f"{system.name}: {result.errors[:3]}")
-        rates.setdefault((system.name, "10,000 registrations, 64 in flight"), []).append(result)
-    print(f"{'':38}{'etcd':>36}{'lictor':>36}{'ratio':>8}")
-    for what in dict.fromkeys(what for _, what in rates):
-        cells = []
-        medians = []
+            turn = await take_turn(system, follower, system.put(follower), clients=1, seconds=options.seconds)
+            turns.setdefault((system.name, "put, 1 client, via follower"), []).append(turn)
+        count = options.registrations
         for system in systems:
-            results = rates[system.name, what]
-            rate = statistics.median(r.rate for r in results)
-            p50 = statistics.median(r.percentile_ms(0.5) for r in results)
-            p99 = statistics.median(r.percentile_ms(0.99) for r in results)
-            medians.append(rate)
-            cells.append(f"{rate:,.0f}/s p50 {p50:.1f} p99 {p99:.1f} ms")
-        print(f"{what:38}{cells[0]:>36}{cells[1]:>36}{medians[1] / medians[0]:>8.2f}")
+            leader = wait_leader(system)
+            make = functools.partial(_from, round_ * count, system.register(leader))
+            turn = await take_turn(system, leader, make, clients=64, seconds=120, requests=count)
+            turns.setdefault((system.name, f"{count:,} registrations, 64 in flight"), []).append(turn)
+    print(f"{'':38}{'etcd':>46}{'lictor':>46}{'rate':>7}{'CPU':>7}")
+    for what in dict.fromkeys(what for _, what in turns):
+        cells, rates, cpus = [], [], []
+        for system in systems:
+            found = turns[system.name, what]
+            rates.append(statistics.median(turn.result.rate for turn in found))
+            cpus.append(statistics.median(turn.cpu_us for turn in found))
+            p50, p99 = (statistics.median(t.result.percentile_ms(share) for t in found) for share in (0.5, 0.99))
+            cells.append(f"{rates[-1]:,.0f}/s p50 {p50:.1f} p99 {p99:.1f} ms, {cpus[-1]:,.0f} us CPU")
+        ratios = f"{rates[1] / rates[0]:>7.2f}{cpus[1] / cpus[0]:>7.2f}"
+        print(f"{what:38}{cells[0]:>46}{cells[1]:>46}{ratios}", flush=True)
     if options.kills:
         for system in systems:
             gaps = [await write_gap_s(system) for _ in range(options.kills)]
@@ -305,6 +346,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--registrations", type=int, default=10_000, help="in each round")
     with running(Etcd, Lictor) as systems:
         asyncio.run(measure(systems, parser.parse_args()))
 

@@ -48,6 +48,11 @@ def instance(number: int) -> ServiceInstance:
     return ServiceInstance(f"n{number % NODES}", f"i{number}", f"s{number // 10}", port=8080, tags=("v1",))
 
 
+def registration(number: int) -> c.CatalogRegister:
+    node = f"n{number % NODES}"
+    return c.CatalogRegister(Node(node, "10.0.0.1"), ServiceInstance(node, f"c{number}", f"s{number // 10}", port=80))
+
+
 def sidecar(number: int) -> ServiceInstance:
     service = f"s{number // 10}"
     proxy = ServiceProxy(service, f"i{number}", local_service_port=8080)
@@ -79,6 +84,7 @@ def main() -> None:
     run.apply("register its sidecar", (c.RegisterService(sidecar(number)) for number in range(INSTANCES)))
     gc.collect()
     print(f"{'memory an instance, check and sidecar':<46} {(rss_mib() - before) / INSTANCES * 1024:8.2f} KiB")
+    run.apply("register a node with an instance, past agents", (registration(number) for number in range(INSTANCES)))
     run.apply("register an instance again, equal", (c.RegisterService(instance(number)) for number in range(20_000)))
     run.apply("a check turns critical", (c.RegisterCheck(check(number, "critical")) for number in range(20_000)))
     run.apply("a check turns passing", (c.RegisterCheck(check(number)) for number in range(20_000)))
