@@ -19,7 +19,7 @@ from node.ca.signing import rfc3339
 from node.config import Liveness
 from node.durations import parse_duration_s
 from node.errors import NodeError
-from node.liveness import ALIVE_OUTPUT, DEAD_OUTPUT, Deadlines
+from node.liveness import ALIVE_OUTPUT, DEAD_OUTPUT, Deadlines, Excuse
 from node.protocol import ApplyRequest
 from node.roster import Roster
 from node.server import ServerBackend
@@ -62,6 +62,7 @@ class LeaderDuties:
         self._first_token = first_token
         self.node_ttl_s = liveness.node_ttl_s
         self._nodes = Deadlines(liveness.node_ttl_s)
+        self._excuse = Excuse(liveness.node_ttl_s)
         self.session_deadlines = Deadlines(0.0)
         self._roster = Roster()
         self._dead_since: dict[str, float] = {}
@@ -97,6 +98,10 @@ class LeaderDuties:
             check = checks.get((node, SERF_HEALTH))
             if check is not None and check.status != PASSING:
                 self._judge(node, PASSING, ALIVE_OUTPUT)
+
+    def excuse(self) -> None:
+        """A server has more to do than it can: agents that are not heard of may be trying to get in."""
+        self._excuse.note(asyncio.get_running_loop().time())
 
     def _judge(self, node: str, status: str, output: str) -> None:
         if node not in self._judging:
@@ -174,6 +179,9 @@ class LeaderDuties:
             self._nodes.begin(roster.living, now)
         self._ticked_at = now
         for node in self._nodes.expired(now):
+            if self._excuse.holds(now):
+                self._nodes.beat(node, now)
+                continue
             self._judge(node, CRITICAL, DEAD_OUTPUT)
             roster.forget()  # if the verdict is not written, the node gets a full deadline again
         self._reap_nodes(roster.critical, now)

@@ -23,6 +23,32 @@ def beat_every_s(agents: int, servers: int, ttl_s: float) -> float:
     return min(agents / max(1, servers) / BEATS_PER_S, ttl_s / BEATS_IN_TTL)
 
 
+EXCUSE_S_MAX = 60.0
+
+
+class Excuse:
+    """Whether silence says nothing now, because servers are crowded: who is not heard of may wait at their door.
+
+    Strangers can crowd a server, so an excuse is bounded: after `EXCUSE_S_MAX` silence counts again for as long.
+    Pure: times are handed in.
+    """
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._since = self._until = float("-inf")
+
+    def note(self, now: float) -> None:
+        """A server is crowded; those it put off may come later still."""
+        if now >= self._until + EXCUSE_S_MAX:
+            self._since = now
+        if now - self._since <= EXCUSE_S_MAX:
+            self._until = now + self._ttl_s
+
+    def holds(self, now: float) -> bool:
+        """Whether an agent that missed its deadline has to be given another."""
+        return now < self._until
+
+
 class Deadlines:
     """Deadlines by name. `ttl_s` is how long a beat lasts."""
 

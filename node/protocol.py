@@ -16,6 +16,7 @@ SIGN = "sign_leaf"
 OPERATOR = "operator"
 HEARTBEAT = "heartbeat"
 HEARTBEATS = "heartbeats"
+CROWDED = "crowded"
 SNAPSHOT_SAVE = "snapshot.save"
 SNAPSHOT_RESTORE = "snapshot.restore"
 

@@ -140,6 +140,7 @@ class ServerNode:
             accept_raft=lambda peer: self.transport.incoming(peer.node),
             blocked=self.faults.blocks,
         )
+        self.rpc.crowded = lambda: self.listener.crowded
         try:
             await self.listener.start(node.bind_address, node.rpc_port)
         except OSError:

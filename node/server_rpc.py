@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -49,6 +49,8 @@ class ServerRpc:
         self._beats: set[str] = set()
         self._beaten = asyncio.Event()
         self._reply, self._reply_until = b"", 0.0
+        self.crowded: Callable[[], bool] = lambda: False
+        """Whether more agents want to get in than this server can see to."""
         self._tasks = Tasks("server rpc")
         self.methods = Methods()
         for name, unary in (
@@ -61,6 +63,7 @@ class ServerRpc:
             self.methods.add(name, unary)
         self.methods.add_immediate(protocol.HEARTBEAT, self.heartbeat)
         self.methods.add_immediate(protocol.HEARTBEATS, self.heartbeats)
+        self.methods.add_immediate(protocol.CROWDED, self.crowded_server)
         self.methods.add_direct(protocol.APPLY, self.apply_directly)
         self.methods.add_stream(protocol.SUBSCRIBE, self.subscribe)
         self.methods.add_feed(protocol.SUBSCRIBE, self.feed)
@@ -168,6 +171,13 @@ class ServerRpc:
         self._duties.beats(decode(call.body, list[str]))
         return encode(True)
 
+    def crowded_server(self, call: Call) -> bytes:
+        """Take in that another server is crowded."""
+        if call.peer.role != SERVER:
+            raise BadRequest("only a server says that it is crowded")
+        self._duties.excuse()
+        return encode(True)
+
     def beat(self, node: str) -> None:
         """Note one sign of life."""
         self._beats.add(node)
@@ -179,12 +189,17 @@ class ServerRpc:
             await asyncio.sleep(BATCH_S)
             self._beaten.clear()
             beats, self._beats = sorted(self._beats), set()
+            crowded = self.crowded()
             if self._backend.replica.is_leader:
                 self._duties.beats(beats)
+                if crowded:
+                    self._duties.excuse()
                 continue
             try:
                 connection = await self._backend.route.connection(1.0)
                 await connection.call(protocol.HEARTBEATS, encode(beats), 1.0)
+                if crowded:
+                    await connection.call(protocol.CROWDED, encode(True), 1.0)
             except (NodeError, RaftError):
                 pass  # the next beats come soon, and a new leader gives everyone a full deadline
 

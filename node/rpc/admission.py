@@ -56,6 +56,11 @@ class Admission(Generic[T]):
         """How many wait."""
         return sum(map(len, self._queues.values()))
 
+    def waited_s(self, now: float) -> float:
+        """How long the agent has waited whose turn is next; 0 when there is none."""
+        queue = self._queues[Lane.AGENT]
+        return now - queue[0][1] if queue else 0.0
+
     def offer(self, item: T, lane: Lane, now: float) -> str:
         """Let one wait; a text is why it may not."""
         queue = self._queues[lane]
@@ -64,7 +69,7 @@ class Admission(Generic[T]):
                 return f"{PEERS_WAITING_MAX} servers wait for a handshake"
         elif len(queue) >= self._waiting_max:
             return f"{self._waiting_max} connections wait for a handshake"
-        elif queue and (waited_s := now - queue[0][1]) > WAIT_S_MAX:
+        elif (waited_s := self.waited_s(now)) > WAIT_S_MAX:
             return f"others have waited {waited_s:.1f} s for a handshake"
         queue.append((item, now))
         return ""

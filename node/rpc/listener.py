@@ -33,6 +33,7 @@ SILENT_MAX = 256
 WAITING_MAX = 1024
 """Connections that wait for their handshake; fewer when they would wait too long."""
 STARTS_A_TURN = 4
+CROWDED_WAIT_S, CROWDED_FOR_S = 0.1, 1.0
 FULL_PAUSE_S = 0.05
 HANDSHAKE_S_MIN = 0.5
 """However long one had to wait for its turn, it has this long to shake hands."""
@@ -105,6 +106,7 @@ class Listener:
         """Who has sent nothing yet, the oldest first."""
         self._admission = Admission[_Arrival](waiting_max=WAITING_MAX)
         self._handshakes = 0
+        self._put_off_at = float("-inf")
         self._planned: asyncio.Handle | None = None
         self._connections: set[ServerConnection] = set()
         self._closings = BurstLog(log)
@@ -117,6 +119,12 @@ class Listener:
     def connections(self) -> frozenset[ServerConnection]:
         """The RPC connections open now."""
         return frozenset(self._connections)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether someone waits for a handshake for long, or was put off a moment ago."""
+        now = asyncio.get_running_loop().time()
+        return self._admission.waited_s(now) > CROWDED_WAIT_S or now - self._put_off_at < CROWDED_FOR_S
 
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port (useful with 0). Raises OSError."""
@@ -201,6 +209,7 @@ class Listener:
         lane = Lane.AGENT if {ALPN_RAFT, ALPN_PEER}.isdisjoint(alpn_offered(said)) else Lane.PEER
         why = self._full() if lane is Lane.AGENT else ""
         if why := why or self._admission.offer(arrival, lane, asyncio.get_running_loop().time()):
+            self._put_off_at = asyncio.get_running_loop().time()
             with contextlib.suppress(OSError):  # it may be gone
                 arrival.sock.send(ALERT_BUSY)
                 arrival.sock.shutdown(socket.SHUT_WR)

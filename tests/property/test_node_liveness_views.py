@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.backend import ViewEvent
-from node.liveness import Deadlines, beat_every_s
+from node.liveness import EXCUSE_S_MAX, Deadlines, Excuse, beat_every_s
 from node.views import ROW_KEYS, as_delta, canonical, difference, merge, rows_of
 from raftstate.model.catalog import Check, InstanceHealth, Node, ServiceInstance
 from raftstate.model.connect import Revocation
@@ -62,6 +62,24 @@ def test_agents_beat_seldomer_the_more_there_are_but_never_too_seldom() -> None:
     assert beat_every_s(5000, 3, 5.0) == pytest.approx(1.667, abs=0.001)
     assert beat_every_s(20_000, 3, 5.0) == beat_every_s(10**6, 1, 5.0) == 2.0, "two in a deadline, whatever comes"
     assert beat_every_s(5, 0, 5.0) > 0.0
+
+
+def test_silence_is_excused_while_servers_are_crowded_but_not_for_ever() -> None:
+    excuse = Excuse(5.0)
+    assert not excuse.holds(0.0)
+    excuse.note(100.0)
+    assert excuse.holds(104.9)
+    assert not excuse.holds(105.0)
+    held = []
+    for now in range(101, 240):  # crowded by strangers, all the time
+        excuse.note(float(now))
+        if excuse.holds(float(now)):
+            held.append(now)
+    assert held == [*range(101, 165), *range(225, 240)]
+    excuse = Excuse(5.0)
+    excuse.note(100.0)
+    excuse.note(105.0 + EXCUSE_S_MAX)
+    assert excuse.holds(109.0 + EXCUSE_S_MAX), "it had been quiet"
 
 
 def test_many_beats_take_bounded_room() -> None:
