@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +24,19 @@ _GZIP = b"\x1f\x8b"
 
 def _verified(path: Path) -> SnapshotSummary:
     """Read a whole snapshot file, plain or gzipped, and check it. Raises :class:`CliError`."""
+    return _read(path, lambda _chunk: None)
+
+
+def _read(path: Path, see: Callable[[bytes], None]) -> SnapshotSummary:
+    """The same; each chunk of the state is shown to ``see``."""
     from raftstate.errors import RaftError
     from raftstate.snapshot_format import SnapshotDecoder
 
     decoder = SnapshotDecoder(str(path), advice="take another with lictor snapshot save, or use an older one")
     try:
         for data in _content(path):
-            for _ in decoder.feed(data):
-                pass
+            for chunk in decoder.feed(data):
+                see(chunk)
         return decoder.finish()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CliError(f"{path} is damaged ({error}): take another with lictor snapshot save") from None
@@ -82,15 +87,18 @@ def restore(args: Args) -> int:
     path = Path(args.words[0])
     summary = _verified(path)
     with path.open("rb") as file:
-        Api.of(args).put_file("/v1/snapshot", file)
+        Api.of(args).put_file("/v1/snapshot" + ("?foreign=true" if args.on("foreign") else ""), file)
     print(f"Restored snapshot of index {summary.header.index}")
     return 0
 
 
 def inspect(args: Args) -> int:
     """Show what a file holds; needs no agent."""
+    from raftstate.state.snapshot import trust_domain_in
+
     path = Path(args.words[0])
-    summary = _verified(path)
+    told: list[str] = []
+    summary = _read(path, lambda chunk: told.append(trust_domain_in(chunk)))
     header = summary.header
     facts: dict[str, object] = {
         "File": str(path),
@@ -98,6 +106,7 @@ def inspect(args: Args) -> int:
         "Index": header.index,
         "Term": header.term,
         "Taken": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
+        "TrustDomain": next(filter(None, told), ""),
         "Members": ", ".join(sorted(header.members)),
         "StateBytes": summary.bytes,
         "SHA256": summary.sha256,
@@ -121,7 +130,17 @@ FAMILIES = {
                 1,
                 1,
             ),
-            "restore": Command("Replace the cluster's state by a saved one", restore, API_FLAGS, "FILE", 1, 1),
+            "restore": Command(
+                "Replace the cluster's state by a saved one",
+                restore,
+                (
+                    *API_FLAGS,
+                    Flag("foreign", "take over another cluster's state, its identities and roots too", switch=True),
+                ),
+                "FILE",
+                1,
+                1,
+            ),
             "inspect": Command(
                 "Check a file and show what it holds",
                 inspect,

@@ -212,5 +212,8 @@ class Backend(Protocol):
     def snapshot_save(self) -> AsyncIterator[bytes]:
         """Yield a snapshot of the cluster's state, taken on the leader, in its checksummed file form."""
 
-    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
-        """Replace the cluster's state by a saved snapshot; checked whole before anything changes."""
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes], *, foreign: bool = False) -> None:
+        """Replace the cluster's state by a saved snapshot; checked whole before anything changes.
+
+        Raises Refused (409) for the snapshot of a cluster of another trust domain, unless it may be ``foreign``.
+        """

@@ -263,7 +263,9 @@ class RpcBackend:
         async for piece in connection.stream(protocol.SNAPSHOT_SAVE, encode(True)):
             yield piece
 
-    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes], *, foreign: bool = False) -> None:
         """See Backend.snapshot_restore."""
         connection = await self.link.connection(QUERY_TIMEOUT_S)
-        await connection.upload(protocol.SNAPSHOT_RESTORE, encode(True), chunks, SNAPSHOT_TIMEOUT_S)
+        await connection.upload(
+            protocol.SNAPSHOT_RESTORE, encode(protocol.RestoreRequest(foreign)), chunks, SNAPSHOT_TIMEOUT_S
+        )

@@ -114,7 +114,7 @@ class LocalBackend:
         finally:
             snapshot.close()
 
-    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes], *, foreign: bool = False) -> None:
         """Replace the state."""
         self.machine.restore([chunk async for chunk in chunks])
         self._index = self.machine.store.index

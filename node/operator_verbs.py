@@ -11,11 +11,13 @@ from node import protocol
 from node.errors import BadRequest, NoLeader, Refused
 from node.faults import FaultFilter
 from node.leader_route import LeaderRoute
-from node.protocol import OperatorRequest, encode
+from node.protocol import OperatorRequest, RestoreRequest, encode
 from node.raft_errors import translate
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
 from raftstate.replica import Replica
+from raftstate.state.machine import StateMachine
+from raftstate.state.snapshot import Restorer, trust_domain_of
 
 if TYPE_CHECKING:
     from node.ca.authority import Authority
@@ -201,16 +203,37 @@ class OperatorVerbs:
         async for piece in connection.stream(protocol.SNAPSHOT_SAVE, encode(True)):
             yield piece
 
-    async def snapshot_restore(self, pieces: AsyncIterator[bytes], *, forwarded: bool) -> None:
-        """Hand a snapshot to the leader, which replaces the cluster's state by it."""
+    async def snapshot_restore(self, pieces: AsyncIterator[bytes], *, forwarded: bool, foreign: bool = False) -> None:
+        """Hand a snapshot to the leader, which replaces the cluster's state by it.
+
+        Raises Refused for another cluster's, unless ``foreign`` consents to it.
+        """
         if self._replica.is_leader:
+            admit = (lambda _restorer: None) if foreign else self._refuse_foreign
             try:
-                await self._replica.restore_snapshot(pieces)
+                await self._replica.restore_snapshot(pieces, admit=admit)
             except RaftError as error:
                 raise translate(error) from error
             return
         connection = await self._leader_connection(forwarded)
-        await connection.upload(protocol.SNAPSHOT_RESTORE, encode(True), pieces, SNAPSHOT_TIMEOUT_S)
+        await connection.upload(
+            protocol.SNAPSHOT_RESTORE, encode(RestoreRequest(foreign)), pieces, SNAPSHOT_TIMEOUT_S
+        )
+
+    def _refuse_foreign(self, restorer: Restorer) -> None:
+        """Another cluster's state brings its root certificates and identities: no sidecar's leaf would be good."""
+        machine = self._replica.machine
+        assert isinstance(machine, StateMachine)
+        ours, theirs = trust_domain_of(machine.store), restorer.trust_domain
+        if ours and theirs and theirs != ours:
+            raise Refused(
+                f"this is a snapshot of another cluster: its trust domain is {theirs}, this cluster's is {ours}. To "
+                "take over its identities, root certificates and intentions all the same: "
+                "lictor snapshot restore -foreign FILE, or ?foreign=true. Its authority's keys are of use only with "
+                "the cluster key file of that cluster",
+                reason="foreign-snapshot",
+                http_status=409,
+            )
 
     async def _leader_connection(self, forwarded: bool) -> Any:
         if forwarded:

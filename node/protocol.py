@@ -88,6 +88,12 @@ class OperatorRequest(_Body, frozen=True):
     forwarded: bool = False
 
 
+class RestoreRequest(_Body, frozen=True):
+    """A snapshot follows. `foreign`: it may be another cluster's."""
+
+    foreign: bool = False
+
+
 class HeartbeatReply(_Body, frozen=True):
     """`servers`: (name, address) of every server; the agent may talk to any of them. `beat_every_s`: there are
     so many agents that a sign of life this often is enough."""

@@ -407,7 +407,7 @@ class ServerBackend:
         async for piece in self.verbs.snapshot_save(forwarded=False):
             yield piece
 
-    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes], *, foreign: bool = False) -> None:
         """See Backend.snapshot_restore."""
         assert self.verbs is not None, "a server has its verbs from its start"
-        await self.verbs.snapshot_restore(chunks, forwarded=False)
+        await self.verbs.snapshot_restore(chunks, forwarded=False, foreign=foreign)

@@ -24,6 +24,7 @@ from node.protocol import (
     HeartbeatReply,
     OperatorRequest,
     QueryRequest,
+    RestoreRequest,
     SignRequest,
     SubscribeRequest,
     command_name,
@@ -146,7 +147,9 @@ class ServerRpc:
 
     async def snapshot_restore(self, call: Call) -> bytes:
         """Take a snapshot in."""
-        await self._verbs.snapshot_restore(call.upload(), forwarded=call.peer.role == SERVER)
+        # Older nodes send a mere true, which consents to nothing.
+        foreign = call.body != encode(True) and decode(call.body, RestoreRequest).foreign
+        await self._verbs.snapshot_restore(call.upload(), forwarded=call.peer.role == SERVER, foreign=foreign)
         return encode(True)
 
     # -- heartbeats ------------------------------------------------------------------------------------------------

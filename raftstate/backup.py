@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from raftstate.errors import UnknownOutcome
 from raftstate.raft_backup import BEGIN, END, Restoring, parts_of
@@ -34,16 +34,20 @@ async def save(machine: Machine, header: SnapshotHeader) -> AsyncIterator[bytes]
 
 
 async def restore(
-    pieces: AsyncIterator[bytes], propose: Callable[[bytes], Awaitable[object]], trial: Callable[[], Restoring]
+    pieces: AsyncIterator[bytes],
+    propose: Callable[[bytes], Awaitable[object]],
+    trial: Callable[[], Restoring],
+    admit: Callable[[Any], None] = lambda _trial: None,
 ) -> None:
     """Check a backup whole, then send it through the log. `trial` begins a state that is read and thrown away.
 
-    Raises SnapshotDamaged before anything has changed; UnknownOutcome if leadership was lost on the way.
+    `admit` is given that state when all is read, and raises what it will if this one must not be restored. Raises
+    SnapshotDamaged before anything has changed; UnknownOutcome if leadership was lost on the way.
     """
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES) as spool:
         async for piece in pieces:
             spool.write(piece)
-        await asyncio.to_thread(_check, spool, trial)
+        admit(await asyncio.to_thread(_check, spool, trial))
         await propose(BEGIN)
         batch: list[bytes] = []
         for chunk in _chunks(spool):
@@ -61,12 +65,13 @@ async def _all(propose: Callable[[bytes], Awaitable[object]], batch: list[bytes]
     batch.clear()
 
 
-def _check(spool: IO[bytes], trial: Callable[[], Restoring]) -> None:
+def _check(spool: IO[bytes], trial: Callable[[], Restoring]) -> Restoring:
     """Read all of it as the servers will: one that they cannot read would stop them all."""
     fresh = trial()
     for chunk in _chunks(spool):
         fresh.feed(chunk)
     fresh.check()
+    return fresh
 
 
 def _chunks(spool: IO[bytes]) -> Iterator[bytes]:

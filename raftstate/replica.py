@@ -595,17 +595,24 @@ class Replica:
         async for piece in backup.save(self.machine, header):
             yield piece
 
-    async def restore_snapshot(self, pieces: AsyncIterator[bytes], timeout_s: float = 60.0) -> None:
+    async def restore_snapshot(
+        self,
+        pieces: AsyncIterator[bytes],
+        timeout_s: float = 60.0,
+        *,
+        admit: Callable[[Any], None] = lambda _restorer: None,
+    ) -> None:
         """Replace the state on every server by a backup; the membership stays as it is. Only on the leader.
 
-        The backup is checked whole before anything changes. Raises SnapshotDamaged, NotLeader, UnknownOutcome.
+        The backup is checked whole before anything changes; `admit` is shown what was read of it, and may raise.
+        Raises SnapshotDamaged, NotLeader, UnknownOutcome.
         """
         self._running_core()._refuse_unless_leading()
 
         async def propose(step: bytes) -> Any:
             return await self._propose(lambda core, done: core.propose_restore(step, done), timeout_s)
 
-        await backup.restore(pieces, propose, self.machine.restorer)
+        await backup.restore(pieces, propose, self.machine.restorer, admit)
 
     def _replaced_by_backup(self, replaced: Any) -> None:
         # The log is no short way to this state: a snapshot is due.

@@ -36,8 +36,11 @@ async def save(ctx: Context, request: web.Request) -> web.StreamResponse:
 
 @routes.add("PUT", "/v1/snapshot", body=bytes, streams=True)
 async def restore(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """Replace the cluster's state by a saved snapshot."""
-    await ctx.backend.snapshot_restore(_unpacked(request))
+    """Replace the cluster's state by a saved snapshot; with ?foreign=true, by another cluster's too."""
+    foreign = request.query.get("foreign")
+    if foreign not in (None, "", "true", "false"):
+        raise BadRequest(f"foreign is {foreign!r}: it is true or false")
+    await ctx.backend.snapshot_restore(_unpacked(request), foreign=foreign in ("", "true"))
     return empty()
 
 

@@ -14,6 +14,9 @@ from raftstate.state.changes import WatchKey
 from raftstate.state.refusal import Refusal
 from raftstate.state.table import Journal, Table, group_put, group_remove
 
+CA_CONFIG = "ca-config"
+"""Name of the table that tells the cluster's trust domain."""
+
 IntentionKey = tuple[str, str, str, str]
 """(source service, source name, destination service, destination name); a service is named for instances only."""
 
@@ -61,7 +64,7 @@ class CAConfigs(Table[str, CAConfig]):
     """The authority's configuration: one row or none."""
 
     def __init__(self, journal: Journal) -> None:
-        super().__init__("ca-config", CAConfig, journal)
+        super().__init__(CA_CONFIG, CAConfig, journal)
 
     def key_of(self, row: CAConfig) -> str:
         return ""

@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 
 from raftstate.errors import SnapshotDamaged
+from raftstate.model.connect import CAConfig
+from raftstate.state.policy_tables import CA_CONFIG
 from raftstate.state.store import Store
 from raftstate.state.table import TableCursor
 
@@ -39,6 +41,7 @@ class _End(msgspec.Struct, frozen=True):
 
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 _end_decoder = msgspec.msgpack.Decoder(_End)
+_config_decoder = msgspec.msgpack.Decoder(CAConfig)
 _rows_decoder = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
@@ -131,6 +134,11 @@ class Restorer:
             self._count += 1
         self._fresh.journal.clear()
 
+    @property
+    def trust_domain(self) -> str:
+        """The trust domain of the cluster that this is a state of; empty while none has been read."""
+        return trust_domain_of(self._fresh)
+
     def check(self) -> None:
         """Raise SnapshotDamaged unless all was read. What is long is done here, so that `finish` is short."""
         if self._header is None or not self._ended:
@@ -156,6 +164,23 @@ class Restorer:
         fresh, header = self._fresh, self._header
         fresh.index, fresh.clock_us, fresh.offset = header.index, header.clock_us, header.offset
         return self._install(fresh, at)
+
+
+def trust_domain_of(store: Store) -> str:
+    """Return the trust domain of a state's authority; empty if it has none yet."""
+    config = store.ca_config.rows.get("")
+    return config.trust_domain if config is not None else ""
+
+
+def trust_domain_in(chunk: bytes) -> str:
+    """Return the trust domain that a chunk of a snapshot tells; empty for most chunks, and for any other bytes."""
+    try:
+        name, body = _decoder.decode(chunk)
+        if name != CA_CONFIG:
+            return ""
+        return next((_config_decoder.decode(row).trust_domain for row in _rows_decoder.decode(body)), "")
+    except msgspec.DecodeError:
+        return ""
 
 
 def _damaged(what: str) -> SnapshotDamaged:

@@ -34,6 +34,7 @@ from raftstate.state.commands import (
     Revoke,
     SessionCreate,
 )
+from raftstate.state.snapshot import trust_domain_of
 from tests.support.cluster import Cluster, cluster, free_ports
 from tests.support.rpc import eventually
 
@@ -487,6 +488,30 @@ async def test_following_ends_with_a_bad_query(tmp_path: Path) -> None:
 async def pieces_of(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
+
+
+async def test_a_backup_of_another_cluster_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
+    async with cluster(tmp_path / "theirs", servers=1) as other:
+        backend = other.servers["server-1"].backend
+        (await backend.apply(KVSet("theirs", b"1"))).unwrap()
+        await eventually(lambda: trust_domain_of(other.servers["server-1"].replica.machine.store) != "")
+        theirs = trust_domain_of(other.servers["server-1"].replica.machine.store)
+        saved = b"".join([piece async for piece in backend.snapshot_save()])
+    async with cluster(tmp_path / "ours", clients=1) as running:
+        follower = await running.follower()
+        store = lambda: follower.replica.machine.store  # noqa: E731 - a restore puts another in its place
+        await eventually(lambda: trust_domain_of(store()) != "")
+        ours = trust_domain_of(store())
+        client = running.clients["client-1"].backend
+        (await client.apply(KVSet("ours", b"1"))).unwrap()
+        for restorer in (client, follower.backend):
+            with pytest.raises(Refused, match=f"another cluster.*{theirs}.*{ours}.*-foreign") as refused:
+                await restorer.snapshot_restore(pieces_of(saved))
+            assert refused.value.http_status == 409
+            assert (await client.query("kv.keys", {"prefix": ""}, mode="consistent")).value == ["ours"]
+        await client.snapshot_restore(pieces_of(saved), foreign=True)
+        assert (await client.query("kv.keys", {"prefix": ""}, mode="consistent")).value == ["theirs"]
+        await eventually(lambda: trust_domain_of(store()) == theirs)
 
 
 async def test_a_backup_is_saved_and_restored_through_any_node(tmp_path: Path) -> None:

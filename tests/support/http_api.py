@@ -116,7 +116,8 @@ class SigningBackend(LocalBackend):
             raise self.away
         return self.ca.sign(csr_pem, service, instance)
 
-    async def snapshot_restore(self, chunks: AsyncIterator[bytes]) -> None:
+    async def snapshot_restore(self, chunks: AsyncIterator[bytes], *, foreign: bool = False) -> None:
+        self.restored_foreign = foreign
         self.restored = b"".join([chunk async for chunk in chunks])
 
     async def use_root(self) -> None:

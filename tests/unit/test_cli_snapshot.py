@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
 
 from cli.main import main
 from raftstate.snapshot_format import SnapshotEncoder, SnapshotHeader
+from raftstate.state import commands as c
+from raftstate.state.machine import StateMachine
 
 
 def _snapshot(chunks: int = 3) -> bytes:
@@ -26,6 +29,19 @@ def test_a_whole_file_is_shown(pack: type[bytes], tmp_path: Path, capsys: pytest
     assert "1500" in shown
     assert "server-1" in shown
     assert "2023-11-14T22:13:20+00:00" in shown
+
+
+def test_the_cluster_that_a_file_is_of_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = StateMachine()
+    command = c.SetCAConfig(config={}, trust_domain="one.example")
+    assert machine.apply(1, c.encode_envelope(c.Envelope("r", "2026-01-01T00:00:00Z", command))).refusal is None
+    encoder = SnapshotEncoder(SnapshotHeader(1, 1, {}, 0.0))
+    with machine.snapshot() as chunks:
+        parts = [encoder.start(), *(encoder.chunk(chunk) for chunk in chunks), encoder.finish()]
+    file = tmp_path / "s"
+    file.write_bytes(b"".join(parts))
+    assert main(["snapshot", "inspect", "-json", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["TrustDomain"] == "one.example"
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])

@@ -320,7 +320,10 @@ async def test_config_events_snapshot(tmp_path: Path) -> None:
         assert (await text(node, "PUT", "/v1/snapshot", data=b"junk"))[0] == 400
         assert (await text(node, "PUT", "/v1/snapshot", data=saved[:-4]))[0] == 400
         assert (await text(node, "PUT", "/v1/snapshot", data=saved))[0] == 200
-        assert node.backend.restored == gzip.decompress(saved)
+        assert (node.backend.restored, node.backend.restored_foreign) == (gzip.decompress(saved), False)
+        assert (await text(node, "PUT", "/v1/snapshot?foreign=perhaps", data=saved))[0] == 400
+        assert (await text(node, "PUT", "/v1/snapshot?foreign=true", data=saved))[0] == 200
+        assert node.backend.restored_foreign
 
 
 async def test_catalog_by_hand(tmp_path: Path) -> None:
