@@ -88,10 +88,9 @@ class Desk:
 
     # Telling
 
-    @staticmethod
-    def now() -> float:
+    def now(self) -> float:
         """Return the loop's time."""
-        return asyncio.get_running_loop().time()
+        return self.poller.now()
 
     def tell_connection(self, call: Call) -> None:
         """A call that was relayed has ended."""

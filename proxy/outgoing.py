@@ -114,7 +114,7 @@ class Outgoing:
 
     def _attempt(self) -> None:
         upstream = self.upstream
-        now = asyncio.get_running_loop().time()
+        now = upstream.pool.poller.now()
         self._leave()
         instance = self._choice.pick(now, self._tried, self._hash)
         if instance is None:
@@ -172,7 +172,7 @@ class Outgoing:
             stream.write_eof()
         opening = self.upstream.opening
         if self not in opening:
-            opening[self] = asyncio.get_running_loop().time() + ACCEPT_TIMEOUT_S
+            opening[self] = self.upstream.pool.poller.now() + ACCEPT_TIMEOUT_S
 
     def accept_timed_out(self) -> None:
         """The instance neither accepted nor refused in time."""
@@ -187,7 +187,7 @@ class Outgoing:
     def _failed(self, instance: Instance, reason: str) -> None:
         upstream = self.upstream
         self.reason = reason
-        if instance.owner.failed(instance, asyncio.get_running_loop().time()):
+        if instance.owner.failed(instance, self.upstream.pool.poller.now()):
             upstream.metrics.count("lictor_ejections_total", upstream=upstream.name)
             key = f"ejected {instance.key}"
             upstream.limited.warning(key, f"upstream {upstream.name}: {instance.key.instance} left out: {reason}")
@@ -296,7 +296,7 @@ class Outgoing:
             self._failed(instance, reason)
         else:
             self.reason = reason
-            instance.owner.refused(instance, asyncio.get_running_loop().time())
+            instance.owner.refused(instance, self.upstream.pool.poller.now())
             self._attempt()
 
     def stream_closed(self, stream: MuxStream) -> None:

@@ -31,6 +31,8 @@ LINGER_RESET = struct.pack("ii", 1, 0)
 _MORE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 """There is more to read although a read was not filled: the end, or what follows an urgent byte."""
 
+_IN = select.EPOLLIN
+
 _CONNECTING, _OPEN, _CLOSING, _GONE = range(4)
 
 Address = tuple[int, tuple[Any, ...]]
@@ -148,7 +150,14 @@ class PlainTransport(asyncio.Transport):
 
     def on_ready(self, events: int) -> None:
         state = self._state
-        if state == _OPEN:
+        if events == _IN and state == _OPEN and not self._paused and not self._thorough:
+            # By far the most frequent case, in few steps.
+            data = self._receive()
+            if data:
+                if len(data) == self._read_bytes:
+                    self._read_more()
+                self._protocol.data_received(data)
+        elif state == _OPEN:
             if self._queued and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
                 self._drain()
                 if self._state != _OPEN:
@@ -191,9 +200,7 @@ class PlainTransport(asyncio.Transport):
         if not data:
             return
         if len(data) == self._read_bytes:
-            if self._read_bytes < READ_MAX_BYTES:
-                self._read_bytes *= 4
-            self._poller.again(self)
+            self._read_more()
             self._protocol.data_received(data)
             return
         self._protocol.data_received(data)
@@ -203,6 +210,12 @@ class PlainTransport(asyncio.Transport):
             elif data := self._receive():
                 self._poller.again(self)
                 self._protocol.data_received(data)
+
+    def _read_more(self) -> None:
+        """The last read was filled."""
+        if self._read_bytes < READ_MAX_BYTES:
+            self._read_bytes *= 4
+        self._poller.again(self)
 
     def _receive(self) -> bytes:
         """Read once; the end and errors are dealt with here."""
@@ -426,7 +439,8 @@ _NOBODY = asyncio.Protocol()
 
 def with_socket(fd: int, use: Any) -> None:
     """Call ``use`` with a socket object of a descriptor that stays open. Raises what ``use`` raises."""
-    sock = socket.SocketType(fileno=fd)
+    # Family and type are said, lest three system calls find them out; none of what is called looks at the family.
+    sock = socket.SocketType(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
     try:
         use(sock)
     finally:

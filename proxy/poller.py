@@ -74,6 +74,13 @@ class Poller:
         if self._handlers.pop(fd, None) is not None and self._epoll is not None:
             self._epoll.unregister(fd)
 
+    def now(self) -> float:
+        """Return the loop's time, without asking which loop it is: that is a system call in CPython 3.11."""
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        return loop.time()
+
     def again(self, handler: Handler) -> None:
         """Report ``handler`` as readable in the next turn, without an event."""
         self._again[handler] = None
@@ -124,24 +131,27 @@ class Poller:
             if self._again:
                 again, self._again = self._again, {}
                 for handler in again:
-                    self._tell(handler, select.EPOLLIN)
+                    try:
+                        handler.on_ready(select.EPOLLIN)
+                    except Exception as error:  # noqa: BLE001 - as below
+                        self._failed(handler, error)
             if self._epoll is not None:
                 for fd, events in self._epoll.poll(0, BATCH):
                     found = handlers.get(fd)
                     if found is not None:
-                        self._tell(found, events)
+                        try:
+                            found.on_ready(events)
+                        except Exception as error:  # noqa: BLE001 - a bug in one must not end the others
+                            self._failed(found, error)
             self._settle()
         finally:
             self.inside = False
         if self._again:
             self._call_later()
 
-    def _tell(self, handler: Handler, events: int) -> None:
-        try:
-            handler.on_ready(events)
-        except Exception as error:  # noqa: BLE001 - a bug in one connection's handling must not end the others
-            self._report("handling of a connection failed", error)
-            handler.on_failure(error)
+    def _failed(self, handler: Handler, error: Exception) -> None:
+        self._report("handling of a connection failed", error)
+        handler.on_failure(error)
 
     def _report(self, message: str, error: Exception) -> None:
         if self._loop is not None:

@@ -120,7 +120,7 @@ class SessionPool:
         memory: MemoryBudget | None = None,
         poller: Poller | None = None,
     ) -> None:
-        self._poller = poller or Poller()
+        self.poller = poller or Poller()
         self._metrics = metrics
         self._tasks = tasks
         self._max_streams = max_streams
@@ -248,7 +248,7 @@ class SessionPool:
         context = material.client_for(mux=offer_mux, http2=http2)
         address = numeric(key.address, key.port)
         addresses = await resolve(key.address, key.port) if address is None else [address]
-        transport = SecureTransport(self._poller, channel, context, server=False)
+        transport = SecureTransport(self.poller, channel, context, server=False)
         transport.connect(addresses)
         await transport.handshake()
         try:
@@ -273,7 +273,7 @@ class SessionPool:
             on_lost=self._lost,
             max_streams=self._max_streams,
             memory=self._memory,
-            poller=self._poller,
+            poller=self.poller,
         )
         self._live[session] = (key, proof)
         transport.set_protocol(session)

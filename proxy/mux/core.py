@@ -29,6 +29,8 @@ TURN_BYTES = 64 * 1024
 GROWTH_BYTES = 64 * 1024 * 1024
 """How much the receive windows of a session may grow in sum."""
 MAX_STREAM_ID = (1 << 31) - 1
+_header = frames.HEADER.pack
+_DATA = frames.DATA << 24
 
 
 def _nothing() -> None:
@@ -70,8 +72,8 @@ class MuxStream:
         self.fin_in = False
         self.fin_wanted = False
         self.fin_out = False
-        self.pending: deque[Data] = deque()
-        """Given to us by the peer, not sent yet; non-empty means that the peer is paused."""
+        self.pending: deque[Data] | None = None
+        """Given to us by the peer, not sent yet; non-empty means that the peer is paused. Made when first needed."""
 
     # Channel
 
@@ -83,6 +85,8 @@ class MuxStream:
         if self.pending or core.blocked or size > credit.left or core.out_bytes > OUT_HIGH_BYTES:
             if not self.pending:
                 self.peer.pause_reading()
+            if self.pending is None:
+                self.pending = deque()
             self.pending.append(data)
             core.memory.held += size
             if core.memory.over:
@@ -92,7 +96,13 @@ class MuxStream:
             return
         credit.left -= size
         self.data_sent = True
-        core.send_data(self.id, data, size)
+        # As core.send_data, without a call: this is every piece of data in the common case.
+        out = core.out
+        out.append(_header(_DATA | size, self.id))
+        out.append(data)
+        core.out_bytes += size + frames.HEADER_BYTES
+        if len(out) == 2:
+            core.wake()
 
     def write_eof(self) -> None:
         if self.fin_wanted or self.closed:
@@ -207,8 +217,9 @@ class MuxStream:
     def release(self) -> None:
         """Mark closed and let go of buffers; called by the core once."""
         self.closed = True
-        self._core.memory.held -= sum(map(len, self.pending))
-        self.pending.clear()
+        if self.pending:
+            self._core.memory.held -= sum(map(len, self.pending))
+            self.pending.clear()
         self._window.close()
 
 
@@ -240,7 +251,8 @@ class MuxCore:
         self.on_pong: Callable[[], None] = _nothing
         self.max_streams = max_streams
         self._acceptor = acceptor
-        self._wake = wake
+        self.wake = wake
+        """Called when there is something to send, or the session is over."""
         self._parser = frames.FrameParser()
         self._last_id = -1
         self._waiting: dict[MuxStream, None] = {}
@@ -263,7 +275,7 @@ class MuxCore:
         if self.out_bytes > OUT_MAX_BYTES:
             raise MuxError("peer makes us answer but reads nothing")
         if self._waiting and not self.blocked:
-            self._wake()
+            self.wake()
 
     def take_output(self) -> list[Data]:
         """Return what is to be sent now, in order."""
@@ -325,7 +337,7 @@ class MuxCore:
 
     def release(self) -> None:
         """The session is over: let go of the shell."""
-        self._wake = self.on_pong = _nothing
+        self.wake = self.on_pong = _nothing
         self._acceptor = None
 
     # From streams
@@ -336,18 +348,18 @@ class MuxCore:
         out.append(data)
         self.out_bytes += size + frames.HEADER_BYTES
         if len(out) == 2:
-            self._wake()
+            self.wake()
 
     def send_control(self, encoded: bytes) -> None:
         self.out.append(encoded)
         self.out_bytes += len(encoded)
         if len(self.out) == 1:
-            self._wake()
+            self.wake()
 
     def enqueue(self, stream: MuxStream) -> None:
         self._waiting[stream] = None
         if len(self._waiting) == 1 and not self.blocked:
-            self._wake()
+            self.wake()
 
     def forget(self, stream: MuxStream) -> None:
         if self.streams.pop(stream.id, None) is None:
@@ -358,7 +370,7 @@ class MuxCore:
         if owner is not None:
             owner.stream_closed(stream)
         if not self.streams and (self.draining or self.going_away):
-            self._wake()
+            self.wake()
 
     @property
     def finished(self) -> bool:
@@ -431,7 +443,7 @@ class MuxCore:
         else:
             frames.decode_coded(payload)
             self.going_away = True
-            self._wake()
+            self.wake()
 
     def _check_known(self, kind: int, stream_id: int) -> None:
         """A frame for a stream that is gone is normal (it crossed our reset); for one that never was, it is not."""

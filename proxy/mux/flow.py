@@ -121,10 +121,12 @@ class ReceiveWindow:
 
     def close(self) -> None:
         """Give what this window had grown and held back to the budgets."""
-        self._unpark()
-        self._budget.left += self.size - INITIAL_WINDOW_BYTES
-        self._memory.growth_left += self.size - INITIAL_WINDOW_BYTES
-        self.size = INITIAL_WINDOW_BYTES
+        if self._parked:
+            self._unpark()
+        if (grown := self.size - INITIAL_WINDOW_BYTES) > 0:
+            self._budget.left += grown
+            self._memory.growth_left += grown
+            self.size = INITIAL_WINDOW_BYTES
 
     def _unpark(self) -> None:
         self._memory.held -= self._parked

@@ -12,7 +12,6 @@ every other payload is short, so what the parser holds is bounded.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from proxy.errors import MuxError
 
@@ -69,18 +68,14 @@ CODE_NAMES = {
 
 _ON_SESSION = frozenset({PING, PONG, GOAWAY})
 
-_HEADER = struct.Struct(">II")
-_pack_header = _HEADER.pack
-_unpack_header = _HEADER.unpack_from
+HEADER = struct.Struct(">II")
+_pack_header = HEADER.pack
+_unpack_header = HEADER.unpack_from
 _U32 = struct.Struct(">I")
 
 
-class Frame(NamedTuple):
-    """One frame, or one piece of a DATA frame."""
-
-    kind: int
-    stream_id: int
-    payload: bytes | memoryview
+Frame = tuple[int, int, bytes | memoryview]
+"""Kind, stream id and payload of a frame, or of one piece of a DATA frame. Plain, for there are very many."""
 
 
 def header(kind: int, stream_id: int, length: int) -> bytes:
@@ -145,7 +140,7 @@ class FrameParser:
         if self._data_left:
             position = min(self._data_left, end)
             self._data_left -= position
-            append(Frame(DATA, self._data_stream, _slice(data, 0, position)))
+            append((DATA, self._data_stream, _slice(data, 0, position)))
         while end - position >= HEADER_BYTES:
             word, stream_id = _unpack_header(data, position)
             kind, length = word >> 24, word & 0xFFFFFF
@@ -158,9 +153,9 @@ class FrameParser:
                     self._data_left = stop - end
                     self._data_stream = stream_id
                     if end > start:
-                        append(Frame(DATA, stream_id, _slice(data, start, end)))
+                        append((DATA, stream_id, _slice(data, start, end)))
                     return frames
-                append(Frame(DATA, stream_id, _slice(data, start, stop)))
+                append((DATA, stream_id, data[start:stop] if length < COPY_BYTES else memoryview(data)[start:stop]))
             else:
                 if kind not in _NAMES:
                     raise MuxError(f"unknown frame kind {kind}")
@@ -170,7 +165,7 @@ class FrameParser:
                     raise MuxError(f"{_NAMES[kind]} frame on stream {stream_id}")
                 if stop > end:
                     break
-                append(Frame(kind, stream_id, data[start:stop]))
+                append((kind, stream_id, data[start:stop]))
             position = stop
         if position < end:
             self._tail = data[position:]

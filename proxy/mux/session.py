@@ -175,8 +175,7 @@ class MuxSession(asyncio.Protocol):
 
     def _send(self) -> None:
         transport, core = self._transport, self.core
-        # asyncio's TLS transport tells a turn later that its socket is lost; a write till then raises from 3.13 on.
-        if transport is None or self.closed or transport.is_closing():
+        if transport is None or self.closed:
             return
         while not core.blocked:
             if core.out:
