@@ -159,6 +159,13 @@ class RaftCore(Installing):
         if progress is not None:
             progress.lost()
 
+    @property
+    def silent(self) -> bool:
+        """Whether `take_outbox` would hand over nothing."""
+        if self._free or self._held:
+            return False
+        return not (self.is_leader and (self._fresh or (self._reads is not None and self._reads.wants_round)))
+
     def take_outbox(self) -> Outbox:
         """Hand over what is to be sent; see `Outbox` for when."""
         if self.is_leader:

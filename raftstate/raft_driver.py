@@ -113,7 +113,7 @@ class Driver:
                 if applies:
                     more = core.apply_some()
                 self._after()
-                if applies:
+                if applies and not core.silent:
                     self._move()
         except BaseException as error:  # noqa: BLE001 - whatever it is, a core in an unknown state must not go on
             self.fail(error)
@@ -133,12 +133,13 @@ class Driver:
 
     def _move(self) -> bool:
         """Send what may be sent; return whether a sync was begun."""
-        out = self._core.take_outbox()
-        for peer, message in out.free:
-            self._send(peer, message)
-        if out.held:
+        core = self._core
+        if not core.silent:
+            out = core.take_outbox()
+            for peer, message in out.free:
+                self._send(peer, message)
             self._held += out.held
-        return not self.syncing and self._sync(out.term)  # what is held during a sync waits for the next group
+        return not self.syncing and self._sync()  # what is held during a sync waits for the next group
 
     def _set_timer(self) -> None:
         """Have `_pump` called when the core has something to do. A timer that comes too early is left as it is.
@@ -169,12 +170,16 @@ class Driver:
             return
         self._pump()
 
-    def _sync(self, term: int) -> bool:
+    def _sync(self) -> bool:
         group = self._journal.take_pending()
-        held, self._held = self._held, []
+        held = self._held
+        if group is None and not held:
+            return False
+        self._held = []
         if group is None:
             self._release(held)
             return False
+        term = self._core.term
         self.syncing, self._quiet = True, False
         self._run_sync(group, lambda error: self._synced(error, held, term))
         return True
@@ -186,7 +191,8 @@ class Driver:
         if error is not None:
             self.fail(error)
             return
-        self._release(held)
+        if held:
+            self._release(held)
         try:
             self._core.synced(term)
         except BaseException as failure:  # noqa: BLE001 - as above

@@ -97,6 +97,10 @@ class Core:
         self.did.append("tick")
         self.deadline = 1e6
 
+    @property
+    def silent(self) -> bool:
+        return not (self.out.free or self.out.held)
+
     def take_outbox(self) -> Outbox:
         out, self.out = self.out, Outbox(term=self.term)
         return out
