@@ -112,6 +112,7 @@ class Tokens:
         self._backend, self._datacenter, self._clock = backend, datacenter, clock
         self.default = WRITE if default_allow else DENY
         self._own_hash = hash_of(management_secret) if management_secret else ""
+        self._own_bearer = Bearer("", ALLOW_ALL)
         self._known: OrderedDict[str, tuple[Any, Bearer | None]] = OrderedDict()
         """By hash: what the state said, and what was made of it."""
 
@@ -124,11 +125,19 @@ class Tokens:
     async def resolve_hash(self, hashed: str) -> Bearer:
         """As `resolve`, by the secret's hash; empty: the anonymous bearer."""
         if hashed and self._own_hash and hmac.compare_digest(hashed, self._own_hash):
-            return Bearer("", ALLOW_ALL)
+            return self._own_bearer
         bearer = await self._look_up(hashed)
         if bearer is None or (bearer.until is not None and bearer.until <= self._clock()):
             raise Refused(NOT_FOUND, http_status=403)
         return bearer
+
+    def known_now(self, hashed: str) -> Bearer | None:
+        """Return the bearer, the same object as before if nothing has changed, if that can be told at once."""
+        if hashed and hashed == self._own_hash:
+            return self._own_bearer
+        found = self._backend.query_now("acl.resolve", {"secret_hash": hashed, "datacenter": self._datacenter})
+        bearer = None if found is None else self._bearer(hashed, found)
+        return None if bearer is None or (bearer.until is not None and bearer.until <= self._clock()) else bearer
 
     async def _look_up(self, hashed: str) -> Bearer | None:
         params = {"secret_hash": hashed, "datacenter": self._datacenter}
@@ -294,6 +303,12 @@ class AccessControl:
     def hash_for(self, secret: str, kind: str = "default") -> str:
         """Return the hash of what a request shows, or of what the agent has in its place; empty: anonymous."""
         return hash_of(secret) if secret else self.agent_tokens.hash_for(kind)
+
+    def is_still(self, bearer: Bearer, secret: str, hashed: str) -> bool:
+        """Whether a request that shows ``secret``, which was of this hash, has the same bearer as before."""
+        if not secret and self.agent_tokens.hash_for("default") != hashed:
+            return False
+        return self.tokens.known_now(hashed) is bearer
 
     async def bearer(self, secret: str, kind: str = "default") -> Bearer:
         """Return who shows this secret; without one, who the agent's own token stands for. Raises Refused (403)."""

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import msgspec
 from aiohttp import web
@@ -17,6 +18,7 @@ from node.http.acl_access import OPEN, TABLE, Access
 from node.http.acl_needs import BEARER, COVERED, NEEDS, first_lacking, lacks, permit
 from node.http.context import Context
 from node.http.errors import HttpError
+from node.http.front.repeats import Body
 from node.http.middleware import foreign
 from node.tokens import AccessControl, Bearer, bearer_token
 from raftstate.acl import DENY
@@ -71,6 +73,9 @@ def make_enforcer(ctx: Context, control: AccessControl, held: frozenset[str]) ->
             response = _cut(ctx, request, access, bearer, response)
         if "X-Consul-Index" in response.headers:
             response.headers[DEFAULT_POLICY_HEADER] = default
+        content = cast(Any, request.content)
+        if isinstance(content, Body) and content.noted is not None:
+            content.holds = partial(control.is_still, bearer, secret, control.hash_for(secret))
         return response
 
     return enforce

@@ -57,7 +57,8 @@ def create_app(
             app.router.add_route(method, route.path, _bound(app[CONTEXT], route.handler))
     if access is not None:
         held = frozenset(canonical(route.path) for route in all_routes() if route.streams)
-        app.middlewares.append(make_enforcer(app[CONTEXT], access, held))
+        app[CONTEXT].enforcer = make_enforcer(app[CONTEXT], access, held)
+        app.middlewares.append(app[CONTEXT].enforcer)
     return app
 
 

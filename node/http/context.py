@@ -69,6 +69,8 @@ class Context:
     rendered: Rendered = field(default_factory=Rendered)
     access: AccessControl | None = None
     """Set where tokens are asked for."""
+    enforcer: Any = None
+    """The middleware that asks for them."""
 
 
 Handler = Callable[[Context, web.Request], Awaitable[web.StreamResponse]]

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,10 @@ from node.http.front.connection import Connection
 from node.http.front.heads import BODY_BYTES_MAX, HEAD_BYTES_MAX, Head, HeadCache, parse_head
 from node.http.front.repeats import Body
 from node.http.front.routing import Router
-from tests.support.acl import ROOT, guarded
+from node.tokens import hash_of
+from raftstate.model.acl import Policy, Token
+from raftstate.state.commands import DeleteToken, UpsertPolicy
+from tests.support.acl import ROOT, guarded, token_with
 from tests.support.acl import ask as ask_with
 from tests.support.http_api import Node, eventually, serving
 from tests.support.raw_http import RawAnswer, RawClient
@@ -211,15 +215,72 @@ async def test_a_repeated_read_is_answered_without_its_handler_until_its_rows_ch
             assert json.loads((await read()).body) == []
 
 
-async def test_where_tokens_are_asked_for_no_answer_is_sent_again(tmp_path: Path) -> None:
+async def test_where_tokens_are_asked_for_an_answer_is_sent_again_to_who_may_still_see_it(
+    tmp_path: Path,
+) -> None:
     async with guarded(tmp_path) as node, await RawClient.open(node.port) as client:
         assert (await ask_with(node, "PUT", "/v1/catalog/register", ROOT, json=WEB))[0] == 200
-        row = b"X-Consul-Token: %s\r\n" % ROOT.encode()
-        for more, found in ((b"", b"[]"), (row, b"web"), (b"", b"[]")) * 2:
-            client.send(get("/v1/health/service/web?stale", more))
+        rules = 'node_prefix "" { policy = "read" } service "web" { policy = "read" }'
+        seeing, other = await token_with(node.backend, rules), await token_with(node.backend, rules)
+
+        async def told(token: str) -> tuple[int, bool, str]:
+            row = b"X-Consul-Token: %s\r\n" % token.encode() if token else b""
+            client.send(get("/v1/health/service/web?stale", row))
             answer = await client.answer()
-            assert (answer.status, found in answer.body) == (200, True)
+            return answer.status, b"web-1" in answer.body, answer.header("X-Consul-Results-Filtered-By-ACLs")
+
+        def row_of(token: str) -> Token:
+            return node.backend.machine.store.tokens.by_secret_hash[hash_of(token)]
+
+        shown, hidden = (200, True, ""), (200, False, "true")
+        for token, expected in (("", hidden), (ROOT, shown), (seeing, shown), (other, shown)) * 3:
+            assert await told(token) == expected
+        heads = node.runner.front.heads._held.values()
+        assert sum(head.memo is not None for head in heads) == 4
+        await node.backend.apply(UpsertPolicy(Policy(row_of(seeing).policies[0], "narrower", rules="")))
+        assert await told(seeing) == hidden
+        await node.backend.apply(DeleteToken(row_of(other).accessor_id))
+        assert (await told(other))[0] == 403
+        assert await told(ROOT) == shown
+        await ask_with(node, "PUT", "/v1/agent/token/default", ROOT, json={"Token": ROOT})
+        assert await told("") == shown
         assert not any(one.is_slow() for one in node.runner.front.connections)
+
+
+async def test_what_stands_before_the_handlers_and_is_not_known_forbids_repeats(tmp_path: Path) -> None:
+    """A middleware may judge by what no head says."""
+    from aiohttp import web
+
+    from node.agent.agent import LocalAgent
+    from node.http.app import create_app, make_runner
+    from tests.support.http_api import SigningBackend, TestCa, options
+
+    backend, seen = SigningBackend(TestCa()), 0
+
+    @web.middleware
+    async def count(request: web.Request, handler: Any) -> web.StreamResponse:
+        nonlocal seen
+        seen += 1
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    agent = LocalAgent(backend, options(tmp_path))
+    await agent.start()
+    app = create_app(backend, agent)
+    app.middlewares.insert(0, count)
+    runner = make_runner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        async with await RawClient.open(runner.addresses[0][1]) as client:
+            for number in range(1, 4):
+                client.send(get("/v1/health/service/web?stale"))
+                assert (await client.answer()).status == 200
+                assert seen == number
+    finally:
+        await agent.stop()
+        await runner.cleanup()
+        await backend.close()
 
 
 READ, KV = get("/v1/health/service/web?stale"), put("/v1/kv/p", b"x\r\n\r\ny")

@@ -214,7 +214,7 @@ class Connection(asyncio.Protocol):
             raise
         except Parked as parked:
             self._task = None
-            if self._front.repeats and parked.stale:
+            if self._front.plain and parked.stale:
                 head.parked = parked
             if not self._deaf:
                 self._front.parking.enter(self, head, parked)
@@ -229,7 +229,7 @@ class Connection(asyncio.Protocol):
             response = await front.handle(head, front.request(head, body, self))
             made = encode(response, closing=front.closing)
             if front.repeats:
-                repeats.keep(head, body, cast(web.Response, response))
+                repeats.keep(head, body, cast(web.Response, response), guarded=not front.plain)
         except Parked:
             raise
         except web.HTTPException as error:

@@ -44,7 +44,11 @@ class Front:
         ask: Ask | None,
         newer: Newer,
         writes: Writes | None,
+        *,
+        plain: bool,
     ) -> None:
+        self.plain = plain
+        """A request's verdict follows from its head: no token is asked for."""
         self.loop = asyncio.get_running_loop()
         self.handle = Router(app).handle
         self.make_slow = server
@@ -144,16 +148,18 @@ class FrontRunner(web.AppRunner):
     async def setup(self) -> None:
         """Make ready to listen."""
         await super().setup()
-        # An answer may be sent again, and a write begun, past the handler only if nothing but the API's own guard,
-        # whose verdict follows from the head, stands before it: where tokens are asked for, one might have been
-        # withdrawn.
-        plain = list(self.app.middlewares) == [guard]
+        # A write may be begun past the handler only if nothing but the API's own guard, whose verdict follows from
+        # the head, stands before it. So may an answer be sent again, but where tokens are asked for as well, as long
+        # as the token's part in it can be asked for anew.
         ctx = self.app[CONTEXT]
         backend = ctx.backend
-        ask = backend.query_now if plain else None
+        own = [guard] if ctx.access is None else [guard, ctx.enforcer]
+        known = list(self.app.middlewares) == own
+        plain = known and ctx.access is None
+        ask = backend.query_now if known else None
         writes = Writes(ctx, self._makers) if plain else None
         server = cast(web.Server, super().server)
-        self._front = Front(self.app, server, self._options, self._streams, ask, backend.newer, writes)
+        self._front = Front(self.app, server, self._options, self._streams, ask, backend.newer, writes, plain=plain)
 
     async def shutdown(self) -> None:
         """End streams, then the connections that are not aiohttp's."""

@@ -3,8 +3,9 @@
 A whole run of the handler leaves a note on its request (:func:`note`): which query it asked and what it found. The
 body follows from the head and these rows alone, so a later request with the same head needs only the query, and is
 sent the same body if the rows are the ones of then. Only reads that do not wait and promise nothing but age
-(`?stale`) are noted, and notes are kept only where no token is asked for: all else in such an answer depends on the
-head alone.
+(`?stale`) are noted: all else in such an answer depends on the head alone and, where tokens are asked for, on what
+the head's token may do. There a note is kept with the means to ask whether that is still the same (`Body.holds`),
+and only with it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ Ask = Callable[[str, Mapping[str, Any]], QueryResult | None]
 class Body:
     """A request's whole body, in the ways in which handlers read one, and their note."""
 
-    __slots__ = ("_data", "noted", "waits")
+    __slots__ = ("_data", "holds", "noted", "waits")
 
     def __init__(self, data: bytes, *, waits: bool = True) -> None:
         self._data = data
         self.waits = waits
         """False: a blocking query's time is up, and it is answered as things stand."""
         self.noted: tuple[str, Mapping[str, Any], Any] | None = None
+        self.holds: Callable[[], bool] | None = None
+        """Whether the one who asked may do now what was allowed then."""
 
     def is_eof(self) -> bool:
         return not self._data
@@ -67,11 +70,19 @@ class Parked(Exception):
 class Memo:
     """What a handler made of a query's rows."""
 
-    __slots__ = ("body", "name", "params", "raw", "tail")
+    __slots__ = ("body", "holds", "name", "params", "raw", "tail")
 
-    def __init__(self, name: str, params: Mapping[str, Any], raw: Any, body: bytes) -> None:
-        self.name, self.params, self.raw, self.body = name, params, raw, body
-        self.tail = f"Content-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\nDate: "
+    def __init__(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        raw: Any,
+        body: bytes,
+        holds: Callable[[], bool] | None = None,
+        marks: str = "",
+    ) -> None:
+        self.name, self.params, self.raw, self.body, self.holds = name, params, raw, body, holds
+        self.tail = f"{marks}Content-Type: {JSON_TYPE}\r\nContent-Length: {len(body)}\r\nDate: "
 
 
 def note(request: web.Request, name: str, params: Mapping[str, Any], raw: Any) -> None:
@@ -81,19 +92,28 @@ def note(request: web.Request, name: str, params: Mapping[str, Any], raw: Any) -
         content.noted = (name, params, raw)
 
 
-def keep(head: Head, body: Body, response: web.Response) -> None:
-    """Keep what the handler noted, for the next request with this head."""
+MARKS = ("X-Consul-Results-Filtered-By-ACLs", "X-Consul-Default-ACL-Policy")
+"""Headers of an answer that say how its token was judged."""
+
+
+def keep(head: Head, body: Body, response: web.Response, *, guarded: bool) -> None:
+    """Keep what the handler noted, for the next request with this head. ``guarded``: tokens are asked for."""
     made = response.body
-    if body.noted is not None and response.status == 200 and isinstance(made, bytes) and len(made) <= BODY_BYTES_MAX:
-        head.memo = Memo(*body.noted, made)
+    if body.noted is None or (guarded and body.holds is None):
+        return
+    if response.status == 200 and isinstance(made, bytes) and len(made) <= BODY_BYTES_MAX:
+        marks = "".join([f"{name}: {response.headers[name]}\r\n" for name in MARKS if name in response.headers])
+        head.memo = Memo(*body.noted, made, body.holds, marks)
 
 
 _SERVER = f"\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
 
 
 def again(memo: Memo, ask: Ask) -> bytes | None:
-    """Return the answer if it can be given at once and its rows are those of before."""
+    """Return the answer if it can be given at once, its rows are those of before, and so is what may be seen."""
     try:
+        if memo.holds is not None and not memo.holds():
+            return None
         result = ask(memo.name, memo.params)
     except NodeError:
         return None  # the handler will meet it too, and the guard around it has the words
