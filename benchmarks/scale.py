@@ -51,8 +51,8 @@ MIB = 1 << 20
 
 
 class Link(ServerLink):
-    """A link whose dial waits for a place in this process: one process cannot shake a thousand hands at once, as a
-    thousand hosts can, and the time until it comes to it is not the servers'."""
+    """A link whose dial waits for a place in this process: one process cannot shake thousands of hands at once, as
+    thousands of hosts can, and the time until it comes to it is not the servers'."""
 
     places: asyncio.Semaphore
 
@@ -252,6 +252,7 @@ async def measure(stage: Mesh, options: argparse.Namespace) -> dict[str, Any]:
             "p50": round(statistics.median(times) * 1000), "max": round(max(times) * 1000)
         }  # fmt: skip
         found["dead_before"] = len(dead.ever)
+        Link.places = asyncio.Semaphore(options.dials_at_once)
         with watch.phase("heal"):
             for agent in agents:
                 agent.link.replace(await agent.link.connection(10.0), "everyone at once")
@@ -296,7 +297,8 @@ def main() -> None:
     parser.add_argument("--steady", type=float, default=15.0, help="seconds at rest that are measured")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds at rest before")
     parser.add_argument("--changes", type=int, default=10)
-    parser.add_argument("--heal-timeout", type=float, default=120.0)
+    parser.add_argument("--dials-at-once", type=int, default=1000, help="of all that were lost at once")
+    parser.add_argument("--heal-timeout", type=float, default=180.0)
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     needed = max(hard, options.agents + 1000)
