@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from proxy.balancer import Instance, Key
 from proxy.choosing import Chooser, InstanceUse, RequestAim, View, is_retiring, report_failure
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
+from proxy.http2.fleet import Aim, Lease
 from proxy.http2.half import PREFACE
 from proxy.http2.head import RequestHead
 from proxy.http2.link import Link
-from proxy.http2.outbound import Aim, Lease
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.outbound_http import HttpAppConnection

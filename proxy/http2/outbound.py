@@ -10,7 +10,6 @@ What nobody has looked at but can't be sent again is given back to the app as RE
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
 
 from h2.errors import ErrorCodes
 from h2.events import InformationalResponseReceived, ResponseReceived
@@ -22,86 +21,13 @@ from proxy.http.outbound import REPLAY_BYTES, OutboundOptions
 from proxy.http.side import NEVER, HttpSide
 from proxy.http2.connection import Http2Connection
 from proxy.http2.exchange import Exchange, Part, Replay
-from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of
+from proxy.http2.fleet import Aim, Fleet, Lease
+from proxy.http2.head import grpc_ending, grpc_status_of
 from proxy.http2.link import Link
 from proxy.stream import Channel
 
 STREAMS_MAX = 512
 """Of one connection of the app: a gRPC channel keeps to one connection, whatever it has under way."""
-
-
-class Lease(Protocol):
-    """The right to send one request to one instance. ``done`` ends it."""
-
-    key: Hashable
-
-    def link(self) -> Link | None:
-        """Return a link that takes a stream now, or None: then :meth:`connect`."""
-        ...
-
-    async def connect(self) -> Link:
-        """Make a link that takes a stream. Raises :class:`~proxy.errors.ConnectFailed` or OSError."""
-        ...
-
-    def failed(self, reason: str) -> None:
-        """The instance could not be reached or did not answer."""
-        ...
-
-    def answered(self, status: int) -> None:
-        """The instance gave an answer with this HTTP status, or one that says the same."""
-        ...
-
-    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
-        """The instance's sidecar did not take the link: return the answer if no other one would, else None."""
-        ...
-
-    def done(self) -> None:
-        """The request has ended. Idempotent."""
-        ...
-
-
-class Aim(Protocol):
-    """What a plan says of one request; see :class:`proxy.balancing.routing.Way`."""
-
-    request_timeout_s: float
-    idle_timeout_s: float
-    attempts_max: int
-    """0: as the upstream's options say."""
-    retry_statuses: frozenset[int]
-    retry_grpc: frozenset[bytes]
-    retry_resets: bool
-
-    def target(self, target: bytes) -> bytes:
-        """Return the target to ask for."""
-        ...
-
-    def asked(self, fields: list[Field]) -> list[Field]:
-        """Return the request's fields as they are sent on."""
-        ...
-
-    def answered(self, fields: list[Field]) -> list[Field]:
-        """Return the response's fields as they are sent on."""
-        ...
-
-
-class Fleet(Protocol):
-    """The instances of one upstream."""
-
-    def aim(self, head: RequestHead, client: Channel) -> Aim | None:
-        """Return what the plan says of a request; None when there is no plan."""
-        ...
-
-    def unavailable(self) -> str:
-        """Return why nothing can be sent now, or ``""``."""
-        ...
-
-    def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
-        """Choose the instance for a request, outside ``tried``."""
-        ...
-
-    def may_retry(self) -> bool:
-        """Take leave for one retry."""
-        ...
 
 
 class OutboundHttp2(HttpSide):
