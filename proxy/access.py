@@ -34,6 +34,8 @@ SPANS_MAX = 4096
 SPANS_PER_BATCH = 512
 EXPORT_S = 1.0
 EXPORT_TIMEOUT_S = 5.0
+EXIT_S = 2.0
+"""What the end of a sidecar waits for spans to be taken."""
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 
 
@@ -200,31 +202,47 @@ class SpanExporter:
         self._service = service
         self._tasks = tasks
         self._waiting: deque[dict[str, object]] = deque()
-        self._exporting = False
+        self._export_task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def __call__(self, entry: Entry) -> None:
         """Queue a span, if the request is traced and sampled."""
         traced = read_traceparent(entry.traceparent)
         if traced is None or not traced.sampled:
             return
-        if len(self._waiting) >= SPANS_MAX:
+        if len(self._waiting) >= SPANS_MAX or self._closing.is_set():
             self.dropped += 1
             return
         self._waiting.append(_span(entry, traced))
-        if not self._exporting:
-            self._exporting = True
-            self._tasks.spawn(self._export())
+        if self._export_task is None:
+            self._export_task = self._tasks.spawn(self._export())
+
+    async def close(self, timeout_s: float = EXIT_S) -> None:
+        """Send what waits, for at most ``timeout_s``; what is left then is dropped and counted. Idempotent."""
+        self._closing.set()
+        if self._export_task is not None:
+            await asyncio.wait([self._export_task], timeout=timeout_s)
+        self.dropped += len(self._waiting)
+        self._waiting.clear()
 
     async def _export(self) -> None:
         timeout = aiohttp.ClientTimeout(total=EXPORT_TIMEOUT_S)
         try:
             async with aiohttp.ClientSession(timeout=timeout) as session:
                 while self._waiting:
-                    await asyncio.sleep(EXPORT_S)
+                    await self._pause()
                     batch = [self._waiting.popleft() for _ in range(min(SPANS_PER_BATCH, len(self._waiting)))]
                     await self._send(session, batch)
         finally:
-            self._exporting = False
+            self._export_task = None
+
+    async def _pause(self) -> None:
+        """Let spans gather, but not when the sidecar ends."""
+        try:
+            async with asyncio.timeout(EXPORT_S):
+                await self._closing.wait()
+        except TimeoutError:
+            return
 
     async def _send(self, session: aiohttp.ClientSession, batch: list[dict[str, object]]) -> None:
         resource = {"attributes": [_attribute("service.name", self._service())]}
@@ -237,6 +255,9 @@ class SpanExporter:
                     return
         except (aiohttp.ClientError, TimeoutError, OSError):
             pass  # counted below; a collector that is away is nothing a call should suffer from
+        except asyncio.CancelledError:
+            self.dropped += len(batch)
+            raise
         self.dropped += len(batch)
 
 

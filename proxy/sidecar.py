@@ -239,6 +239,9 @@ class Sidecar:
         self._pool.close()
         if self._admin is not None:
             await self._admin.close()
+        if self._spans is not None:
+            await asyncio.sleep(0)  # calls that were cut above tell of their end on the loop's next turn
+            await self._spans.close()
         self._drained.set()
         await self._tasks.close()
         self._desk.close()  # last: a dial that was under way may have come through

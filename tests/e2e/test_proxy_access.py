@@ -160,6 +160,58 @@ async def test_what_does_not_fit_is_dropped_and_counted(tmp_path: Path, monkeypa
     await tasks.close()
 
 
+def traced_entry() -> Entry:
+    return ENTRY._replace(traceparent=f"00-{TRACE}-{PARENT}-01".encode())
+
+
+@with_mesh
+async def test_spans_that_wait_when_a_sidecar_ends_are_sent(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "EXPORT_S", 3600.0)
+    collector = Collector()
+    endpoint = await collector.start()
+    app = App(answer=simple(b"hello"))
+    made = await mesh.app(app.handle)
+    server = await mesh.member("backend", "backend-1", port=made.port, options={"otlp_endpoint": endpoint})
+    client = await mesh.member("web", "web-1", upstreams=("backend",))
+    await server.allow("web")
+    me = server.sidecar.config.self
+    assert me is not None
+    await server.push(self=msgspec.structs.replace(me, protocol="http"))
+    await client.route("backend", server.endpoint, protocol="http")
+    request = f"GET /a HTTP/1.1\r\nHost: b\r\ntraceparent: 00-{TRACE}-{PARENT}-01\r\n\r\n".encode()
+    assert [status for status, _ in await ask(client, request)] == [200]
+    assert collector.spans == []
+    await server.sidecar.drain(1.0)
+    sent = [span["traceId"] for span in collector.spans]
+    await collector.stop()
+    assert sent == [TRACE]
+
+
+async def test_a_collector_that_does_not_answer_holds_up_an_end_for_a_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(access, "EXPORT_S", 3600.0)
+    monkeypatch.setattr(access, "SPANS_PER_BATCH", 10)
+    collector, tasks = Collector(), Tasks("test")
+    collector.hold = asyncio.Event()
+    exporter = SpanExporter(await collector.start(), lambda: "db", tasks)
+    for _ in range(25):
+        exporter(traced_entry())
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await exporter.close(0.2)
+    assert loop.time() - began < 3.0
+    await tasks.close()
+    exporter(traced_entry())
+    assert (exporter.exported, exporter.dropped) == (0, 26), "what was lost is counted"
+    await exporter.close(0.2)
+    assert exporter.dropped == 26
+    collector.hold.set()
+    await collector.stop()
+
+
 def test_a_log_that_cannot_be_written_is_one_error() -> None:
     async def make() -> None:
         Sidecar(SidecarOptions(access_log="/nowhere/access.log"))
