@@ -37,9 +37,11 @@ class WriteGap:
 
 
 def write_gaps(history: History) -> list[WriteGap]:
-    """Return the times between two acknowledged writes, the run's ends included, longest first."""
+    """Return the times between two acknowledged writes, longest first; the first begins with the run, and the last
+    ends when a client last tried something."""
     moments = sorted(op.returned_s for op in history.operations if op.kind != READ and op.known)
-    pairs = itertools.pairwise([0.0, *moments, max([history.duration_s, *moments])])
+    tried_s = max((op.invoked_s for op in history.operations), default=history.duration_s)
+    pairs = itertools.pairwise([0.0, *moments, max([tried_s, *moments])])
     gaps = [WriteGap(begin_s, end_s, _during(history.faults, begin_s, end_s)) for begin_s, end_s in pairs]
     return sorted(gaps, key=lambda gap: -gap.length_s)
 

@@ -6,9 +6,18 @@ from cli.chaos.gaps import told, write_gaps
 from cli.chaos.history import READ, WRITE, Fault, History, Operation
 
 
-def history(*returned_s: float, faults: tuple[Fault, ...] = (), duration_s: float = 20.0) -> History:
-    writes = [Operation("c0", "k", WRITE, 0.0, at) for at in returned_s]
-    return History(1, duration_s, writes, list(faults), [])
+def history(
+    *returned_s: float, faults: tuple[Fault, ...] = (), tried_s: float = 20.0, duration_s: float = 20.0
+) -> History:
+    """A run with writes answered at these times, in which a client last tried something at `tried_s`."""
+    operations = [Operation("c0", "k", WRITE, 0.0, at) for at in returned_s]
+    operations.append(Operation("c1", "k", READ, tried_s))
+    return History(1, duration_s, operations, list(faults), [])
+
+
+def test_what_came_after_the_last_try_is_no_gap() -> None:
+    one = history(1.0, 2.0, tried_s=5.0, duration_s=60.0)
+    assert write_gaps(one)[0].length_s == 3.0
 
 
 def test_longest_gap_comes_first_and_the_runs_ends_count() -> None:
