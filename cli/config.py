@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cli.cas import cas_flags, cas_params, require_done
 from cli.client import API_FLAGS, READ_FLAGS, Api
 from cli.errors import CliError, UsageError
-from cli.flags import Args, Command, Family, Flag, whole
+from cli.flags import Args, Command, Family, Flag
 from cli.hclfile import entry_of
 from cli.output import print_json
 from raftstate.acl.hcl import BadSyntax
@@ -62,9 +63,8 @@ def write(args: Args) -> int:
     """Write an entry."""
     entry = _entry(args.words[0])
     kind, name = _of(entry, "kind"), _of(entry, "name")
-    params = {"cas": str(args.number("modify-index"))} if args.on("cas") else {}
-    if not Api.of(args).put("/v1/config", json.dumps(entry).encode(), params).json():
-        raise CliError(f"{kind}/{name} was not written: its ModifyIndex is not {args.number('modify-index')}")
+    done = Api.of(args).put("/v1/config", json.dumps(entry).encode(), cas_params(args)).json()
+    require_done(args, done, f"{kind}/{name}", "written")
     print(f"Config entry written: {kind}/{name}")
     return 0
 
@@ -93,20 +93,15 @@ def list_names(args: Args) -> int:
 def delete(args: Args) -> int:
     """Delete an entry."""
     kind, name = _required(args, "kind"), _required(args, "name")
-    params = {"cas": str(args.number("modify-index"))} if args.on("cas") else {}
-    done = Api.of(args).write("DELETE", _path(kind, name), params=params).json()
-    if args.on("cas") and not done:
-        raise CliError(f"{kind}/{name} was not deleted: its ModifyIndex is not {args.number('modify-index')}")
+    done = Api.of(args).write("DELETE", _path(kind, name), params=cas_params(args)).json()
+    require_done(args, done or not args.on("cas"), f"{kind}/{name}", "deleted")
     print(f"Config entry deleted: {kind}/{name}")
     return 0
 
 
 _KIND = Flag("kind", "service-defaults, service-resolver, service-splitter, service-router, …", "KIND")
 _NAME = Flag("name", "the entry's name: the service (of proxy-defaults: global)", "NAME")
-_CAS = (
-    Flag("cas", "only if the entry's ModifyIndex is still -modify-index", switch=True),
-    Flag("modify-index", "for -cas; 0: only if there is no such entry", "INDEX", parse=whole),
-)
+_CAS = cas_flags("entry")
 FAMILIES = {
     "config": Family(
         "Write, read, list and delete configuration entries",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cli.cas import cas_flags, cas_params, require_done
 from cli.client import API_FLAGS, READ_FLAGS, Api
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag, whole
@@ -66,11 +67,10 @@ def put(args: Args) -> int:
             raise UsageError(f"can't read {text[1:]}: {error.strerror}") from None
     else:
         value = text.encode()
-    params = {"cas": str(args.number("modify-index"))} if args.on("cas") else {}
+    params = cas_params(args)
     if args.given("flags"):
         params["flags"] = str(args.number("flags"))
-    if not Api.of(args).put(_path(key), value, params).json():
-        raise CliError(f"{key} was not written: its ModifyIndex is not {args.number('modify-index')}")
+    require_done(args, Api.of(args).put(_path(key), value, params).json(), key, "written")
     print(f"Success! Data written to: {key}")
     return 0
 
@@ -78,19 +78,13 @@ def put(args: Args) -> int:
 def delete(args: Args) -> int:
     """Delete a key, or all under a prefix."""
     key = args.words[0]
-    params = {"recurse": ""} if args.on("recurse") else {}
-    if args.on("cas"):
-        params["cas"] = str(args.number("modify-index"))
-    if not Api.of(args).write("DELETE", _path(key), params=params).json():
-        raise CliError(f"{key} was not deleted: its ModifyIndex is not {args.number('modify-index')}")
+    params = cas_params(args) | ({"recurse": ""} if args.on("recurse") else {})
+    require_done(args, Api.of(args).write("DELETE", _path(key), params=params).json(), key, "deleted")
     print(f"Success! Deleted key{'s with prefix' if args.on('recurse') else ''}: {key}")
     return 0
 
 
-_CAS = (
-    Flag("cas", "only if the key's ModifyIndex is still -modify-index", switch=True),
-    Flag("modify-index", "for -cas; 0: only if the key does not exist", "INDEX", parse=whole),
-)
+_CAS = cas_flags("key")
 FAMILIES = {
     "kv": Family(
         "Get, put, delete and list keys",
