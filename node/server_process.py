@@ -63,7 +63,8 @@ class ServerNode:
         self._rng = rng or random.Random()
         self.faults = FaultFilter(enabled=config.fault_injection)
         self._tasks = Tasks("server")
-        self._running = False
+        self._listening = self._running = False
+        """Whether there is something to stop, and whether all of it runs."""
 
     async def start(self) -> None:
         """Open disk, port and replica. Raises NodeError, RaftError (damaged data), OSError (port taken)."""
@@ -146,6 +147,7 @@ class ServerNode:
         except OSError:
             await asyncio.to_thread(journal.close)
             raise
+        self._listening = True
         others = [server for server in config.servers() if server.name != node.name]
         # Until its log names the members, a server that joins answers those that the file names.
         self.transport.set_peers({server.name: server.rpc_endpoint for server in others})
@@ -185,10 +187,10 @@ class ServerNode:
             log.warning("server: leaving without handing over leadership: %s", error)
 
     async def stop(self) -> None:
-        """Hand leadership over, then close everything."""
-        if not self._running:
+        """Hand leadership over, then close everything; also what a start that failed has left."""
+        if not self._listening:
             return
-        self._running = False
+        self._listening = self._running = False
         await self._tasks.close()
         await self.duties.stop()
         await self.replica.stop()

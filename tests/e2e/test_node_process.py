@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import aiohttp
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from node import pki
 from node.config import ClusterConfig, parse_config
 from node.main import NodeProcess
+from raftstate.errors import RaftError
+from raftstate.replica import Replica
 from tests.support.cluster import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +68,22 @@ async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="in use"):
         await NodeProcess(config, server, on_stop=lambda why: None).start()
     taken.close()
+    again = NodeProcess(config, server, on_stop=lambda why: None)
+    await again.start()
+    await again.stop()
+
+
+async def test_a_server_whose_raft_does_not_start_leaves_its_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    server = config.node("server-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(Replica, "start", AsyncMock(side_effect=RaftError("what is on disk is damaged")))
+        with pytest.raises(RaftError, match="damaged"):
+            await NodeProcess(config, server, on_stop=lambda why: None).start()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", server.rpc_port)
     again = NodeProcess(config, server, on_stop=lambda why: None)
     await again.start()
     await again.stop()
