@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from raftstate.watch import Watches
 log = logging.getLogger("lictor.server")
 
 WARM_EVERY_S = 1.0
+COLLECT_EVERY_S = 1800.0
 
 
 class ServerNode:
@@ -77,7 +79,7 @@ class ServerNode:
             pki.client_context(files, node.name, pki.ALPN_RAFT),
             peer_name=self._server_name,
             on_frame=self._deliver,
-            on_read=lambda: self.replica.delivered(),
+            on_read=self._delivered,
             on_connected=self._peer_lost,  # what was sent before there was a link is lost as well
             on_disconnected=self._peer_lost,
             fault_filter=self.faults.blocks if config.fault_injection else None,
@@ -158,6 +160,7 @@ class ServerNode:
         self.duties.start()
         self._tasks.spawn(self._own_heartbeat())
         self._tasks.spawn(self._keep_peers_near())
+        self._tasks.spawn(self._collect())
         self._tasks.spawn(self._come_in(marker, others))
         self._running = True
         log.info("server: %s listens for its peers at %s", node.name, node.rpc_endpoint)
@@ -219,6 +222,9 @@ class ServerNode:
     def _deliver(self, peer: str, frame: bytes) -> None:
         self.replica.deliver(peer, frame)
 
+    def _delivered(self) -> None:
+        self.replica.delivered()
+
     def _peer_lost(self, peer: str) -> None:
         self.replica.peer_lost(peer)
 
@@ -262,6 +268,13 @@ class ServerNode:
             others = [(member.id, member.address) for member in members if member.id != self.node.name]
             await self.peers.warm(others)
             await asyncio.sleep(WARM_EVERY_S * self._rng.uniform(0.8, 1.2))
+
+    async def _collect(self) -> None:
+        """Look for garbage among all objects now and then. With a large state it takes half a second: not as leader."""
+        while True:
+            await asyncio.sleep(COLLECT_EVERY_S * self._rng.uniform(0.8, 1.2))
+            if not self.replica.is_leader:
+                gc.collect()
 
     async def _own_heartbeat(self) -> None:
         while True:
