@@ -301,3 +301,15 @@ def test_sidecars_stand_on_the_tokens_of_their_services(cluster: Guarded, tmp_pa
                 return False
 
         assert wait_until(served, 15.0), (address, right.read_text(), caller.read_text())
+
+
+def test_an_agents_own_token_stands_in_for_none(cluster: Guarded) -> None:
+    rules = 'node_prefix "" { policy = "read" }'
+    cluster.lictor("acl", "policy", "create", "-name", "nodes", "-rules", rules)
+    token = json.loads(cluster.lictor("acl", "token", "create", "-policy-name", "nodes", "-json"))["SecretID"]
+    assert "server-1" not in cluster.lictor("catalog", "nodes", token="")
+    cluster.lictor("acl", "set-agent-token", "default", token)
+    assert "server-1" in cluster.lictor("catalog", "nodes", token="")
+    assert "server-1" not in cluster.lictor("catalog", "nodes", token="", host="client-2")
+    cluster.lictor("acl", "set-agent-token", "default", "")
+    assert "server-1" not in cluster.lictor("catalog", "nodes", token="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 import json
 import uuid
 from pathlib import Path
@@ -112,6 +113,38 @@ async def test_tokens_are_made_shown_cloned_changed_and_deleted(tmp_path: Path) 
         made = await put(node, "/v1/acl/token", given)
         assert {name: made[name] for name in given} == given
         assert (await ask(node, "PUT", "/v1/acl/token", ROOT, json=given))[0] == 400, "it is in use"
+
+
+async def test_bodies_as_go_writes_them(tmp_path: Path) -> None:
+    """HashiCorp's client sends all fields of its structs: null for no links, zero times, durations in nanoseconds."""
+    nothing = {"CreateIndex": 0, "ModifyIndex": 0, "Hash": None}
+    async with guarded(tmp_path) as node:
+        policy = await put(
+            node,
+            "/v1/acl/policy",
+            {"ID": "", "Name": "go", "Description": "", "Rules": "", "Datacenters": None, **nothing},
+        )
+        token = await put(
+            node,
+            "/v1/acl/token",
+            {
+                **nothing, "AccessorID": "", "SecretID": "", "Description": "d", "Local": False,
+                "Policies": [{"ID": "", "Name": "go"}], "Roles": None, "ServiceIdentities": None,
+                "NodeIdentities": None, "ExpirationTTL": 3_600_000_000_000, "CreateTime": "0001-01-01T00:00:00Z",
+            },
+        )  # fmt: skip
+        assert datetime.datetime.fromisoformat(token["ExpirationTime"]) > datetime.datetime.now(datetime.UTC)
+        changed = await put(
+            node, f"/v1/acl/token/{token['AccessorID']}", {**token, "Description": "e", "Policies": None}
+        )
+        assert (changed["Description"], "Policies" in changed) == ("e", False)
+        assert changed["ExpirationTime"] == token["ExpirationTime"]
+        assert (await get(node, "/v1/acl/token/self", token["SecretID"]))["Description"] == "e"
+        again = await put(node, f"/v1/acl/policy/{policy['ID']}", {**policy, "Description": "f"})
+        assert (again["Description"], again["ID"]) == ("f", policy["ID"])
+        for row in (token, policy):
+            assert len(base64.b64decode(row["Hash"])) == 32
+        datetime.datetime.fromisoformat(token["CreateTime"])
 
 
 @pytest.mark.parametrize(
