@@ -55,12 +55,14 @@ class Link(ServerLink):
     thousands of hosts can, and the time until it comes to it is not the servers'."""
 
     places: asyncio.Semaphore
+    patience = 4.0
+    """Nor is the time that a handshake takes here among a thousand others."""
 
     async def _dial(
         self, name: str, address: str, timeout_s: float, on_reached: Callable[[], None] = lambda: None
     ) -> ClientConnection:
         async with self.places:
-            return await super()._dial(name, address, timeout_s, on_reached)
+            return await super()._dial(name, address, timeout_s * self.patience, on_reached)
 
 
 class Agent:

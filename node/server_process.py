@@ -270,7 +270,7 @@ class ServerNode:
             await asyncio.sleep(WARM_EVERY_S * self._rng.uniform(0.8, 1.2))
 
     async def _collect(self) -> None:
-        """Look for garbage among all objects now and then. With a large state it takes half a second: not as leader."""
+        """Look for garbage among all objects now and then: with a large state half a second, so not as leader."""
         while True:
             await asyncio.sleep(COLLECT_EVERY_S * self._rng.uniform(0.8, 1.2))
             if not self.replica.is_leader:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-AT_ONCE_MAX = 256
-"""Handshakes under way; more are started as these end."""
+AT_ONCE_MAX = 32
+"""Handshakes under way; more are started as these end. Clients that were held up may all go on in one turn of the
+loop: with so many it takes some 30 ms, which raft does not notice."""
 LEASE_S = 1.0
 """A handshake that takes longer waits for its client, not for us: it does not count as under way any more."""
 PEERS_WAITING_MAX = 64

@@ -219,6 +219,7 @@ async def test_more_handshakes_than_can_be_seen_to_are_put_off_and_servers_go_fi
         await eventually(lambda: len(ends.listener) == 5)
         with pytest.raises(Overloaded):
             await ends.dial()
+        assert ends.listener.crowded
         await one_line(caplog, "5 connections wait for a handshake")
         peers = PeerConnections(pki.client_context(ends.files, "server-2", pki.ALPN_RPC), "dc1")
         server = await peers.get("server-1", f"127.0.0.1:{ends.port}")
@@ -231,6 +232,20 @@ async def test_more_handshakes_than_can_be_seen_to_are_put_off_and_servers_go_fi
         for connection in await asyncio.gather(*waiting[2:]):
             assert await connection.call("echo", b"ok", 5) == b"ok"
             connection.close()
+        await eventually(lambda: len(ends.listener) == 0)
+
+
+@both_loops
+async def test_a_server_is_crowded_only_while_someone_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("node.rpc.admission.AT_ONCE_MAX", 0)
+    async with rpc_ends(tmp_path, methods()) as ends:
+        assert not ends.listener.crowded
+        waiting = asyncio.create_task(ends.dial())
+        await eventually(lambda: ends.listener.crowded)
+        monkeypatch.setattr("node.rpc.admission.AT_ONCE_MAX", 1)
+        connection = await waiting
+        assert not ends.listener.crowded
+        connection.close()
         await eventually(lambda: len(ends.listener) == 0)
 
 
