@@ -231,9 +231,11 @@ class Raw:
         self.conn.initiate_connection()
         self.events: list[h2.events.Event] = []
 
-    def request(self, *extra: tuple[str, str], path: str = "/test.Echo/Unary", end: bool = True) -> int:
+    def request(
+        self, *extra: tuple[str, str], path: str = "/test.Echo/Unary", end: bool = True, method: str = "POST"
+    ) -> int:
         stream_id = self.conn.get_next_available_stream_id()
-        headers = [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", path), *extra]
+        headers = [(":method", method), (":scheme", "http"), (":authority", "a"), (":path", path), *extra]
         self.conn.send_headers(stream_id, headers, end_stream=end)
         self.writer.write(self.conn.data_to_send())
         return stream_id

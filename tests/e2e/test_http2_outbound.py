@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +17,7 @@ import msgspec
 import pytest
 
 from raftstate.model.intention import HTTPMatch, Intention, Permission
+from tests.e2e.support_e2e import a_free_port, need
 from tests.e2e.test_http2_grpc import Raw
 from tests.support.sidecars import Member, Mesh, hang_up, until
 from tests.support.traffic import SUBSETS, Stage
@@ -453,3 +456,62 @@ async def test_a_foreign_peer_is_dialled_with_http2() -> None:
         assert echo.calls[UNARY] == 51
         assert sum(map(len, links.values())) == 1
         await echo.server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def nginx(directory: Path) -> AsyncIterator[int]:
+    """An HTTP/2 server that ends its connections by a GOAWAY after a few requests, as real ones do."""
+    need("nginx")
+    port = a_free_port()
+    (directory / "nginx.conf").write_text(
+        f"""
+        daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log;
+        events {{ worker_connections 512; }}
+        http {{
+          access_log off; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
+          fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
+          keepalive_requests 50;
+          server {{ listen 127.0.0.1:{port} http2; location / {{ return 200 "ok $uri\\n"; }} }}
+        }}
+        """
+    )
+    process = await asyncio.create_subprocess_exec("nginx", "-p", str(directory), "-c", str(directory / "nginx.conf"))
+    try:
+        await until(lambda: _listens(port))
+        yield port
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize("protocol", ["http2", "tcp"])
+async def test_an_app_that_ends_its_connections_now_and_then_costs_no_request(tmp_path: Path, protocol: str) -> None:
+    """``tcp``: the instance's sidecar only relays, so the app's GOAWAYs are the caller's to deal with."""
+    async with Mesh() as mesh, asyncio.timeout(60), nginx(tmp_path) as port:
+        server = await mesh.member("backend", "b1", port=port)
+        me = server.sidecar.config.self
+        assert me is not None
+        await server.push(self=msgspec.structs.replace(me, protocol=protocol))
+        await server.allow("web")
+        client = await mesh.member("web", "web-1", upstreams=("backend",))
+        await client.route("backend", server.endpoint, protocol="http2")
+        reader, writer = await client.dial()
+        raw = Raw(reader, writer)
+        asked: dict[int, int] = {}
+        answers: dict[int, bytes] = {}
+        while len(answers) < 600:
+            while len(asked) < 600 and len(asked) - len(answers) < 40:
+                asked[raw.request(path=f"/{len(asked)}", method="GET")] = len(asked)
+            ended = await raw.next(h2.events.StreamEnded)
+            parts = [event for event in raw.events if getattr(event, "stream_id", 0) == ended.stream_id]
+            raw.events = [event for event in raw.events if event not in parts]
+            answers[asked[ended.stream_id]] = b"".join(
+                one.data for one in parts if isinstance(one, h2.events.DataReceived)
+            )
+        assert answers == {number: b"ok /%d\n" % number for number in range(600)}
+        await hang_up(writer)
