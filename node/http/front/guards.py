@@ -108,6 +108,7 @@ class Deadlines:
     def __init__(self, timeout_s: float, late: Callable[[Connection], None]) -> None:
         self._timeout_s, self._late = timeout_s, late
         self._due: dict[Connection, float] = {}
+        self._loop = asyncio.get_running_loop()  # kept: to ask for it takes a system call, and each request would
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -115,11 +116,10 @@ class Deadlines:
 
     def begin(self, who: Connection) -> None:
         """Give ``who`` the whole time, anew if it had been given some."""
-        loop = asyncio.get_running_loop()
         self._due.pop(who, None)
-        self._due[who] = loop.time() + self._timeout_s
+        self._due[who] = self._loop.time() + self._timeout_s
         if self._timer is None:
-            self._timer = loop.call_later(self._timeout_s, self._look)
+            self._timer = self._loop.call_later(self._timeout_s, self._look)
 
     def end(self, who: Connection) -> None:
         """``who`` is done."""
@@ -133,7 +133,7 @@ class Deadlines:
             self._timer = None
 
     def _look(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         now = loop.time()
         self._timer = None
         while self._due:
