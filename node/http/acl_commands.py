@@ -100,11 +100,15 @@ async def _deregister_node(command: c.DeregisterNode, ask: Ask) -> list[Need]:
 
 async def _deregister_service(command: c.DeregisterService, ask: Ask) -> list[Need]:
     names = _held_name(await _held(ask, command.node), command.service_id)
-    return [service_write(name) for name in names] or [node_write(command.node)]
+    # Whoever may write the node may clean it up, as its agent does when its services are nobody's any more.
+    node = node_write(command.node)
+    return [Need("service", WRITE, name, otherwise=node) for name in names] or [node]
 
 
 async def _deregister_check(command: c.DeregisterCheck, ask: Ask) -> list[Need]:
-    return await check_needs(command.node, command.check_id, ask)
+    node = node_write(command.node)
+    found = await check_needs(command.node, command.check_id, ask)
+    return [Need(need.resource, need.access, need.name, otherwise=node) for need in found]
 
 
 async def check_needs(node: str, check_id: str, ask: Ask) -> list[Need]:

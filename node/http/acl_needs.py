@@ -28,9 +28,14 @@ class Need:
     access: int
     name: str = ""
     scope: str = ONE
+    otherwise: Need | None = None
+    """What does in its place."""
 
     def met(self, authorizer: Authorizer) -> bool:
-        """Whether the authorizer grants it."""
+        """Whether the authorizer grants it, or what does in its place."""
+        return self._granted(authorizer) or (self.otherwise is not None and self.otherwise.met(authorizer))
+
+    def _granted(self, authorizer: Authorizer) -> bool:
         if self.scope == ONE:
             return authorizer.allows(self.resource, self.name, self.access)
         if self.scope == BELOW:

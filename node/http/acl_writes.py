@@ -9,6 +9,7 @@ from aiohttp import web
 from node.http.acl_commands import Ask, needs_of, txn_needs
 from node.http.acl_needs import BEARER, COVERED, first_lacking, lacks, permit
 from node.http.context import Context
+from node.views import canonical
 from raftstate.state import commands as c
 
 
@@ -36,7 +37,13 @@ async def denied_operations(ctx: Context, request: web.Request, ops: tuple[c.Txn
 
 
 def _asker(ctx: Context) -> Ask:
+    """Return how the state is asked: each question once a request, however many operations it bears on."""
+    told: dict[str, Any] = {}
+
     async def ask(query: str, params: dict[str, Any]) -> Any:
-        return (await ctx.backend.query(query, params)).value
+        key = canonical(query, params)
+        if key not in told:
+            told[key] = (await ctx.backend.query(query, params)).value
+        return told[key]
 
     return ask

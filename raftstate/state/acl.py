@@ -26,6 +26,7 @@ from raftstate.model.acl import (
     Token,
 )
 from raftstate.state.answer import Answer, answer, index_of
+from raftstate.state.changes import WatchKey
 from raftstate.state.commands import (
     BootstrapACL,
     DeletePolicy,
@@ -71,7 +72,8 @@ BUILTIN_POLICIES = {
 }
 ANONYMOUS = Token(ANONYMOUS_ID, "", description="Anonymous Token", create_index=1, modify_index=1)
 ACL = ("acl",)
-"""Touched by every change here: what a token comes to depends on many rows, and they change seldom."""
+"""Touched by every change here. Whoever follows one token follows its own rows (`_rows_of`): an agent that knows many
+tokens must not ask for all of them again whenever one is made."""
 
 
 def upsert(step: Step, command: UpsertToken) -> bool:
@@ -176,6 +178,7 @@ def upsert_policy(step: Step, command: UpsertPolicy) -> bool:
     if row is not None:
         policies.put(row.id, row)
         step.touch(*ACL)
+        step.touch("acl-policy", row.id)
     return True
 
 
@@ -188,6 +191,7 @@ def delete_policy(step: Step, command: DeletePolicy) -> bool:
     if step.store.acl_policies.remove(command.id) is None:
         return False
     step.touch(*ACL)
+    step.bury("acl-policy", command.id)
     return True
 
 
@@ -211,6 +215,7 @@ def upsert_role(step: Step, command: UpsertRole) -> bool:
     if row is not None:
         roles.put(row.id, row)
         step.touch(*ACL)
+        step.touch("acl-role", row.id)
     return True
 
 
@@ -219,6 +224,7 @@ def delete_role(step: Step, command: DeleteRole) -> bool:
     if step.store.acl_roles.remove(command.id) is None:
         return False
     step.touch(*ACL)
+    step.bury("acl-role", command.id)
     return True
 
 
@@ -304,17 +310,33 @@ def bootstrapped(store: Store) -> Answer:
 
 def resolve(store: Store, secret_hash: str = "", datacenter: str = "") -> Answer:
     """All that the bearer of a secret is granted in a datacenter, or None; without a secret: the anonymous token."""
-    index = index_of(store, (ACL,))
+    changed = index_of(store, (ACL,))
     key = f"{datacenter}/{secret_hash}"
     known = store.tokens.resolved.get(key)
-    if known is not None and known[0] == index:
-        return Answer(index, known[1], (ACL,))
-    row = store.tokens.by_secret_hash.get(secret_hash)
-    if not secret_hash:
-        row = store.tokens.rows.get(ANONYMOUS_ID, ANONYMOUS)
-    grants = None if row is None else grants_of(store, row, datacenter)
-    store.tokens.remember(key, index, grants)
-    return Answer(index, grants, (ACL,))
+    if known is not None and known[0] == changed:
+        return known[1]
+    if secret_hash:
+        row, watch = store.tokens.by_secret_hash.get(secret_hash), ("token-secret", secret_hash)
+    else:
+        row, watch = store.tokens.rows.get(ANONYMOUS_ID, ANONYMOUS), ("token", ANONYMOUS_ID)
+    found = answer(store, None, watch)
+    if row is not None:
+        found = answer(store, grants_of(store, row, datacenter), watch, *_rows_of(store, row))
+    if known is not None and known[1].index == found.index:
+        found = known[1]  # none of its own rows has changed: the same object, by which others know that
+    store.tokens.remember(key, changed, found)
+    return found
+
+
+def _rows_of(store: Store, row: Token) -> list[WatchKey]:
+    """Return the watch keys of what a token links to, directly or by its roles; of deleted rows as well."""
+    keys = [("acl-policy", policy_id) for policy_id in row.policies]
+    for role_id in row.roles:
+        keys.append(("acl-role", role_id))
+        found = store.acl_roles.rows.get(role_id)
+        if found is not None:
+            keys.extend(("acl-policy", policy_id) for policy_id in found.policies)
+    return list(dict.fromkeys(keys))
 
 
 def grants_of(store: Store, row: Token, datacenter: str) -> Grants:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from raftstate.model.acl import Bootstrap, Grants, Policy, Role, Token
+from typing import TYPE_CHECKING
+
+from raftstate.model.acl import Bootstrap, Policy, Role, Token
 from raftstate.state.table import Journal, Table
+
+if TYPE_CHECKING:
+    from raftstate.state.answer import Answer
 
 RESOLVED_MAX = 4096
 
@@ -14,7 +19,7 @@ class Tokens(Table[str, Token]):
     def __init__(self, journal: Journal) -> None:
         super().__init__("tokens", Token, journal)
         self.by_secret_hash: dict[str, Token] = {}
-        self.resolved: dict[str, tuple[int, Grants | None]] = {}
+        self.resolved: dict[str, tuple[int, Answer]] = {}
         """What secrets came to, with the index of access control's last change before: a memory, not state."""
 
     def key_of(self, row: Token) -> str:
@@ -26,11 +31,12 @@ class Tokens(Table[str, Token]):
         if new is not None and new.secret_hash:
             self.by_secret_hash[new.secret_hash] = new
 
-    def remember(self, secret_hash: str, index: int, grants: Grants | None) -> None:
+    def remember(self, secret_hash: str, index: int, found: Answer) -> None:
         """Keep what a secret came to; the oldest is forgotten when there are too many."""
+        self.resolved.pop(secret_hash, None)
         if len(self.resolved) >= RESOLVED_MAX:
             del self.resolved[next(iter(self.resolved))]
-        self.resolved[secret_hash] = index, grants
+        self.resolved[secret_hash] = index, found
 
 
 class Policies(Table[str, Policy]):

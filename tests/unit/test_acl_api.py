@@ -225,6 +225,24 @@ async def test_identities_grant_what_a_service_and_a_node_need(tmp_path: Path) -
         assert (status, "'service:write' on \"db\"" in text) == (403, True), "what stands there is another's"
 
 
+async def test_whoever_may_write_a_node_may_clean_it_up(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as node:
+        row = {
+            "Node": "ext",
+            "Address": "10.0.0.9",
+            "Service": {"Service": "db"},
+            "Check": {"Name": "c", "ServiceID": "db"},
+        }
+        secret = await token_with(node.backend, 'node "ext" { policy = "write" }')
+        for gone in ({"CheckID": "c"}, {"ServiceID": "db"}, {}):
+            await put(node, "/v1/catalog/register", row)
+            status, text, _ = await ask(node, "PUT", "/v1/catalog/register", secret, json=row)
+            assert (status, "'service:write' on \"db\"" in text) == (403, True)
+            await put(node, "/v1/catalog/deregister", {"Node": "ext", **gone}, secret)
+            other = await token_with(node.backend, 'node "other" { policy = "write" }')
+            assert (await ask(node, "PUT", "/v1/catalog/deregister", other, json={"Node": "ext", **gone}))[0] == 403
+
+
 async def test_a_policy_counts_where_it_is_for(tmp_path: Path) -> None:
     async with guarded(tmp_path) as node:
         for datacenter, status in (("dc1", 200), ("dc2", 403)):

@@ -37,6 +37,38 @@ def test_a_secret_comes_to_the_rules_of_its_policies_and_roles() -> None:
     assert log.ask("acl.resolve", secret_hash=SECRET, datacenter="dc1").value is None
 
 
+def test_a_token_is_looked_at_anew_only_when_one_of_its_own_rows_changes() -> None:
+    log = Log()
+    for name in ("a", "b"):
+        log.do(c.UpsertPolicy(Policy(f"p-{name}", f"policy-{name}")))
+        log.do(c.UpsertRole(Role(f"r-{name}", f"role-{name}", policies=(f"p-{name}",))))
+    log.do(c.UpsertToken(Token("t", SECRET, roles=("r-a",))))
+
+    def index() -> int:
+        answer = log.ask("acl.resolve", secret_hash=SECRET)
+        assert ("token-secret", SECRET) in answer.watch
+        return answer.index
+
+    def changes(command: c.Command) -> bool:
+        before, watch = index(), set(log.ask("acl.resolve", secret_hash=SECRET).watch)
+        applied = log.apply(command)
+        assert applied.refusal is None
+        woken = bool(applied.touched & watch)
+        assert (index() > before) == woken, "whoever is woken finds something newer, and nobody else does"
+        return woken
+
+    assert not changes(c.UpsertPolicy(Policy("p-b", "policy-b", rules="# other")))
+    assert not changes(c.UpsertToken(Token("other", "cd" * 32, roles=("r-b",))))
+    assert changes(c.UpsertPolicy(Policy("p-a", "policy-a", rules='operator = "read"')))
+    assert changes(c.UpsertRole(Role("r-a", "role-a", policies=("p-a", "p-b"))))
+    assert changes(c.DeletePolicy("p-b"))
+    assert changes(c.DeleteRole("r-a"))
+    assert not changes(c.DeletePolicy("p-a"))
+    assert changes(c.UpsertToken(Token("t", SECRET, policies=())))
+    assert changes(c.DeleteToken("t"))
+    assert changes(c.UpsertToken(Token("again", SECRET)))
+
+
 def test_without_a_secret_one_is_anonymous() -> None:
     log = Log()
     assert log.ask("acl.resolve").value.accessor_id == ANONYMOUS_ID
