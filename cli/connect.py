@@ -98,7 +98,7 @@ def connect(args: Args) -> int:
         service=name,
         service_id=instance,
         app_port=app_port,
-        protocol=entry.protocol if entry else "tcp",
+        protocol=entry.protocol if entry else "",
         public_host=args.text("public-addr", "127.0.0.1"),
         public_port=args.number("public-port") or (entry.public_port if entry else 0),
         upstreams=upstreams,

@@ -31,7 +31,8 @@ class ProxyService:
     port: int = 0
     """The app's own port; 0: it takes no calls."""
     id: str = ""
-    protocol: str = "tcp"
+    protocol: str = ""
+    """Empty: it is not said here."""
     public_port: int = 0
     """0: the first free one from 20000."""
     upstreams: tuple[UpstreamSpec, ...] = ()
@@ -101,8 +102,8 @@ class _Reader:
 
     def service(self, path: str, value: Any) -> ProxyService:
         entry = self.keys(path, value, _SERVICE_KEYS)
-        protocol = self.text(f"{path}.protocol", entry.get("protocol")) or "tcp"
-        if protocol not in PROTOCOLS:
+        protocol = self.text(f"{path}.protocol", entry.get("protocol")) or ""
+        if protocol and protocol not in PROTOCOLS:
             self.fail(f"{path}.protocol", f"must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
         upstreams = entry.get("upstreams", [])
         if not isinstance(upstreams, list):

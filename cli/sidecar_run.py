@@ -35,7 +35,8 @@ class SidecarPlan:
     service: str
     service_id: str
     app_port: int
-    protocol: str = "tcp"
+    protocol: str = ""
+    """What the app speaks; empty: what ``service-defaults`` or ``proxy-defaults`` says, else TCP."""
     public_host: str = _LOOPBACK
     public_port: int = 0
     upstreams: tuple[UpstreamSpec, ...] = ()
@@ -91,7 +92,7 @@ class SidecarPlan:
                 "DestinationServiceID": self.service_id,
                 "LocalServiceAddress": _LOOPBACK,
                 "LocalServicePort": self.app_port,
-                "Config": {"protocol": self.protocol},
+                "Config": {"protocol": self.protocol} if self.protocol else {},
                 "Upstreams": upstreams,
             },
         }

@@ -119,6 +119,14 @@ async def test_the_child_gets_the_variables_after_the_sidecar_is_ready(
     assert agent.deregistered == ["web-1-sidecar-proxy"]
 
 
+def test_a_protocol_that_nobody_named_is_left_to_service_defaults() -> None:
+    ports = BoundPorts(20000)
+    assert SidecarPlan("web", "web-1", 80).definition(ports)["Proxy"]["Config"] == {}
+    assert SidecarPlan("web", "web-1", 80, protocol="http").definition(ports)["Proxy"]["Config"] == {
+        "protocol": "http"
+    }
+
+
 async def test_signals_go_to_the_child(tmp_path: Path) -> None:
     started = tmp_path / "started"
     program = f"import time, pathlib; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
