@@ -32,6 +32,7 @@ _MORE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 """There is more to read although a read was not filled: the end, or what follows an urgent byte."""
 
 _IN = select.EPOLLIN
+_read, _write = os.read, os.write
 
 _CONNECTING, _OPEN, _CLOSING, _GONE = range(4)
 
@@ -152,11 +153,19 @@ class PlainTransport(asyncio.Transport):
         state = self._state
         if events == _IN and state == _OPEN and not self._paused and not self._thorough:
             # By far the most frequent case, in few steps.
-            data = self._receive()
+            try:
+                data = _read(self._fd, self._read_bytes)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self.end(error)
+                return
             if data:
                 if len(data) == self._read_bytes:
                     self._read_more()
                 self._protocol.data_received(data)
+            else:
+                self._ended_by_peer()
         elif state == _OPEN:
             if self._queued and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
                 self._drain()
@@ -220,17 +229,21 @@ class PlainTransport(asyncio.Transport):
     def _receive(self) -> bytes:
         """Read once; the end and errors are dealt with here."""
         try:
-            data = os.read(self._fd, self._read_bytes)
+            data = _read(self._fd, self._read_bytes)
         except BlockingIOError:
             return b""
         except OSError as error:
             self.end(error)
             return b""
-        if not data and not self._eof_in:
+        if not data:
+            self._ended_by_peer()
+        return data
+
+    def _ended_by_peer(self) -> None:
+        if not self._eof_in:
             self._eof_in = True
             if not self._protocol.eof_received():
                 self.close()
-        return data
 
     # asyncio.Transport: reading
 
@@ -260,7 +273,7 @@ class PlainTransport(asyncio.Transport):
             if self._sends == 2:
                 self._no_delay()
         try:
-            sent = os.write(self._fd, data)
+            sent = _write(self._fd, data)
         except BlockingIOError:
             self._enqueue(data)
             return

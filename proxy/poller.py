@@ -37,7 +37,7 @@ class Handler(Protocol):
 class Poller:
     """The epoll instance of one sidecar; comes to life on the loop that first adds a descriptor."""
 
-    __slots__ = ("_again", "_due", "_ends", "_epoll", "_flushes", "_handlers", "_loop", "inside")
+    __slots__ = ("_again", "_due", "_ends", "_epoll", "_handlers", "_loop", "flushes", "inside")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -45,7 +45,8 @@ class Poller:
         self._handlers: dict[int, Handler] = {}
         self._again: dict[Handler, None] = {}
         """Those that have more to read than one turn allows."""
-        self._flushes: list[Callable[[], None]] = []
+        self.flushes: list[Callable[[], None]] = []
+        """Called at the end of the batch; while ``inside``, appending here is all that :meth:`flush_later` does."""
         self._ends: list[Callable[[], None]] = []
         self.inside = False
         """Whether a batch is being handled, whose end will deal with flushes and ends."""
@@ -88,7 +89,7 @@ class Poller:
 
     def flush_later(self, flush: Callable[[], None]) -> None:
         """Call ``flush`` once the events at hand are handled: it sends what they made."""
-        self._flushes.append(flush)
+        self.flushes.append(flush)
         self._call_later()
 
     def end_later(self, end: Callable[[], None]) -> None:
@@ -111,7 +112,7 @@ class Poller:
         self._loop = asyncio.get_running_loop()
         epoll = self._epoll = select.epoll()
         self._loop.add_reader(epoll.fileno(), self._turn)
-        if self._again or self._flushes or self._ends:
+        if self._again or self.flushes or self._ends:
             self._due = False
             self._call_later()
         return epoll
@@ -143,7 +144,8 @@ class Poller:
                             found.on_ready(events)
                         except Exception as error:  # noqa: BLE001 - a bug in one must not end the others
                             self._failed(found, error)
-            self._settle()
+            if self.flushes or self._ends:
+                self._settle()
         finally:
             self.inside = False
         if self._again:
@@ -160,9 +162,9 @@ class Poller:
     def _settle(self) -> None:
         inside, self.inside = self.inside, True
         try:
-            while self._flushes or self._ends:
-                # Flushes first: what ends may have made frames that are to go out with the others.
-                calls, self._flushes = self._flushes, []
+            while self.flushes or self._ends:
+                # Flushes first: what ends may make frames that are to go out with the others.
+                calls, self.flushes = self.flushes, []
                 if not calls:
                     calls, self._ends = self._ends, []
                 for call in calls:

@@ -96,7 +96,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             done.set_result(None)
         self._protocol.connection_made(self)
         if self._incoming.pending:
-            self._deliver()
+            self.data_received(b"")
 
     def _handshake_failed(self, error: Exception) -> None:
         done, self._done = self._done, None
@@ -110,29 +110,28 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._shake()
 
     def data_received(self, data: bytes) -> None:
-        self._incoming.write(data)
+        incoming = self._incoming
+        incoming.write(data)
         if self._done is not None:
             self._shake()
-        elif not self._closing:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        incoming, decrypt = self._incoming, self._decrypt
+            return
+        if self._closing:
+            return
         ended = False
         try:
-            data = decrypt(RECORD_BYTES)
-            if not data:
+            clear = self._decrypt(RECORD_BYTES)
+            if not clear:
                 ended = True
             elif incoming.pending:
-                data, ended = self._decrypt_all(data)
+                clear, ended = self._decrypt_all(clear)
         except ssl.SSLWantReadError:
             self._send()  # less than a record, or a key update, which is to be answered
             return
         except ssl.SSLError as error:
             self._broken(error)
             return
-        if data:
-            self._protocol.data_received(data)
+        if clear:
+            self._protocol.data_received(clear)
         if ended:
             self._ended_by_peer()
 

@@ -186,7 +186,15 @@ class MuxStream:
     def on_data(self, payload: bytes | memoryview) -> None:
         if self.fin_in:
             raise MuxError(f"data after the end of stream {self.id}")
-        credit = self._window.received(len(payload))
+        window = self._window
+        size = len(payload)
+        if window.taking and size <= window.left and (window.held + size) * 2 < window.size:
+            # As ReceiveWindow.received where nothing is to be granted yet: nearly all data is such.
+            window.left -= size
+            window.held += size
+            self.peer.write(payload)
+            return
+        credit = window.received(size)
         self.peer.write(payload)
         if credit and not self.closed:
             self._core.send_control(frames.window(self.id, credit))
@@ -255,7 +263,7 @@ class MuxCore:
         """Called when there is something to send, or the session is over."""
         self._parser = frames.FrameParser()
         self._last_id = -1
-        self._waiting: dict[MuxStream, None] = {}
+        self.waiting: dict[MuxStream, None] = {}
         """Streams with something to send and credit for it, in turn order."""
 
     # From the shell
@@ -274,7 +282,7 @@ class MuxCore:
                 self._receive_control(kind, stream_id, payload)
         if self.out_bytes > OUT_MAX_BYTES:
             raise MuxError("peer makes us answer but reads nothing")
-        if self._waiting and not self.blocked:
+        if self.waiting and not self.blocked:
             self.wake()
 
     def take_output(self) -> list[Data]:
@@ -285,17 +293,12 @@ class MuxCore:
 
     def pump(self) -> None:
         """Let waiting streams send, in turn, until enough is queued. Call after a flush while not blocked."""
-        waiting = self._waiting
+        waiting = self.waiting
         while waiting and not self.blocked and self.out_bytes < OUT_HIGH_BYTES:
             stream = next(iter(waiting))
             del waiting[stream]
             if not stream.closed and stream.take_turn():
                 waiting[stream] = None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether :meth:`pump` has something to do."""
-        return bool(self._waiting)
 
     def open(self, service: str, peer: Channel, owner: StreamOwner) -> MuxStream:
         """Open a stream (dialing side). Data may be written at once; it is lost if the stream is refused."""
@@ -357,14 +360,14 @@ class MuxCore:
             self.wake()
 
     def enqueue(self, stream: MuxStream) -> None:
-        self._waiting[stream] = None
-        if len(self._waiting) == 1 and not self.blocked:
+        self.waiting[stream] = None
+        if len(self.waiting) == 1 and not self.blocked:
             self.wake()
 
     def forget(self, stream: MuxStream) -> None:
         if self.streams.pop(stream.id, None) is None:
             return
-        self._waiting.pop(stream, None)
+        self.waiting.pop(stream, None)
         stream.release()
         owner, stream.owner = stream.owner, None
         if owner is not None:

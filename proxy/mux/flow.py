@@ -83,14 +83,14 @@ class GrowthBudget:
 class ReceiveWindow:
     """What the peer may still send on a stream, and when to grant more."""
 
-    __slots__ = ("_budget", "_held", "_memory", "_parked", "left", "size", "taking")
+    __slots__ = ("_budget", "_memory", "_parked", "held", "left", "size", "taking")
 
     def __init__(self, budget: GrowthBudget, memory: MemoryBudget) -> None:
         self.size = INITIAL_WINDOW_BYTES
         self.left = INITIAL_WINDOW_BYTES
         self.taking = True
         """False while our app does not take what arrived; nothing is granted then."""
-        self._held = 0
+        self.held = 0
         """Received, not granted again yet."""
         self._parked = 0
         """Received while nothing was taken: what we hold."""
@@ -102,18 +102,18 @@ class ReceiveWindow:
         self.left -= count
         if self.left < 0:
             raise MuxError(f"peer sent {-self.left} bytes beyond the stream's window")
-        self._held += count
+        self.held += count
         if not self.taking:
             self._parked += count
             self._memory.held += count
             return 0
-        return self._grant() if self._held * 2 >= self.size else 0
+        return self._grant() if self.held * 2 >= self.size else 0
 
     def resume(self) -> int:
         """The app takes data again; return the credit to grant now."""
         self.taking = True
         self._unpark()
-        return self._grant(grow=False) if self._held * 2 >= self.size else 0
+        return self._grant(grow=False) if self.held * 2 >= self.size else 0
 
     def pause(self) -> None:
         """The app takes no more data for now."""
@@ -133,7 +133,7 @@ class ReceiveWindow:
         self._parked = 0
 
     def _grant(self, *, grow: bool = True) -> int:
-        credit, self._held = self._held, 0
+        credit, self.held = self.held, 0
         room = self._budget.window_max - self.size
         if grow and room > 0:
             extra = min(self.size, room, self._budget.left, self._memory.growth_left)

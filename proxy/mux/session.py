@@ -157,7 +157,7 @@ class MuxSession(asyncio.Protocol):
         self._flush_due = True
         poller = self._poller
         if poller is not None and poller.inside:
-            poller.flush_later(self._flush)
+            poller.flushes.append(self._flush)
         elif len(self.core.streams) <= FEW_STREAMS:
             self._flush()
         elif poller is not None:
@@ -168,30 +168,25 @@ class MuxSession(asyncio.Protocol):
     def _flush(self) -> None:
         # Stays due while it runs: what is written meanwhile is sent by the loop below.
         self._flush_due = True
+        transport, core = self._transport, self.core
         try:
-            self._send()
+            if transport is None or self.closed:
+                return
+            while not core.blocked:
+                if core.out:
+                    out, size = core.out, core.out_bytes
+                    core.out, core.out_bytes = [], 0
+                    if size <= JOIN_BYTES:
+                        transport.write(b"".join(out))
+                    else:
+                        self._write_long(transport, out)
+                if not core.waiting:
+                    break
+                core.pump()
+            if (core.draining or core.going_away) and core.finished:
+                self._end(transport)
         finally:
             self._flush_due = False
-
-    def _send(self) -> None:
-        transport, core = self._transport, self.core
-        if transport is None or self.closed:
-            return
-        while not core.blocked:
-            if core.out:
-                size = core.out_bytes
-                out = core.take_output()
-                if len(out) == 1:
-                    transport.write(out[0])
-                elif size <= JOIN_BYTES:
-                    transport.write(b"".join(out))
-                else:
-                    self._write_long(transport, out)
-            if not core.waiting:
-                break
-            core.pump()
-        if core.finished:
-            self._end(transport)
 
     def _end(self, transport: asyncio.Transport) -> None:
         """Close a session that is over. The accepting side gives the peer a moment to do it: an OPEN that crossed our
