@@ -43,6 +43,9 @@ log = logging.getLogger("lictor.proxy.http")
 
 _CONTROL_WHILE_FULL_MAX = 1000
 """Pings and settings from a client that reads nothing; then it is cut off."""
+TURNED_AWAY_MAX = 8
+"""How often a request may meet somebody who is leaving. A server that ends its connections after a few requests turns
+away whatever is under way just then, so that with much under way some requests meet several such ends."""
 
 
 class Http2Connection:
@@ -105,8 +108,8 @@ class Http2Connection:
         """The link was lost before any response came."""
         raise NotImplementedError
 
-    def not_served(self, exchange: Exchange) -> None:
-        """The other end said that it has not looked at the request."""
+    def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
+        """The other end said that it has not looked at the request, be it because it is leaving."""
         raise NotImplementedError
 
     def _over(self, exchange: Exchange) -> None:
@@ -387,6 +390,15 @@ class Http2Connection:
         self._forget_link(exchange, ErrorCodes.CANCEL)
         self._client.reset(exchange.client_id, ErrorCodes.REFUSED_STREAM)
         self._remove(exchange)
+
+    def _rewind(self, exchange: Exchange) -> bool:
+        """Make ready to send the request again; False when what was sent of it is not at hand any more."""
+        replay = exchange.replay
+        if replay is None or replay.spent:
+            return False
+        replay.rewind(exchange.to_link)
+        exchange.request_ended = False
+        return True
 
     def _forget_link(self, exchange: Exchange, code: ErrorCodes | int | None) -> None:
         link = exchange.link

@@ -32,8 +32,9 @@ class Owner(Protocol):
     def was_reset(self, exchange: Exchange, code: ErrorCodes | int) -> None:
         """The other end cancelled the stream; the link has forgotten it."""
 
-    def not_served(self, exchange: Exchange) -> None:
-        """The other end said that it has not looked at the request; the link has forgotten it."""
+    def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
+        """The other end said that it has not looked at the request, be it because it is leaving; the link has
+        forgotten the exchange."""
 
     def link_ended(self, exchange: Exchange, error: Exception | None) -> None:
         """The link is gone, with the stream on it."""
@@ -48,6 +49,7 @@ class Exchange:
     __slots__ = (
         "active_at", "client_id", "deadline", "grpc_status", "head", "headers", "keep_trailers", "link", "link_id",
         "origin", "owner", "replay", "request_ended", "sent", "started", "status", "to_client", "to_link",
+        "turned_away",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
@@ -73,6 +75,8 @@ class Exchange:
         """All of the request was sent on."""
         self.replay: Replay | None = None
         """What was sent of the request's body, while the request may have to be sent again."""
+        self.turned_away = 0
+        """How often it was sent to somebody who was leaving."""
         self.to_link: deque[Part] = deque()
         self.to_client: deque[Part] = deque()
 

@@ -11,14 +11,18 @@ from proxy.http.inbound import Decide, Dial
 from proxy.http.options import HttpStats
 from proxy.http.replies import denial
 from proxy.http.side import HttpSide
-from proxy.http2.connection import Http2Connection
-from proxy.http2.exchange import Exchange
+from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
+from proxy.http2.exchange import Exchange, Replay
 from proxy.http2.link import Link
 from proxy.mux.core import MuxStream
 from proxy.stream import Channel
 from raftstate.model.identity import Identity
 
 log = logging.getLogger("lictor.proxy.http")
+
+REPLAY_BYTES = 16 * 1024
+"""What is kept of a request's body for an app that leaves without looking at it; a longer one is the caller's to send
+again."""
 
 
 class InboundHttp2(HttpSide):
@@ -95,6 +99,7 @@ class InboundHttp2Connection(Http2Connection):
             target = request.forward_target.encode("latin-1")
             exchange.keep_trailers = False
         exchange.headers = exchange.head.wire(target, self._identity)
+        exchange.replay = Replay(REPLAY_BYTES)
         if self._options.response_timeout_s:
             self._arm(exchange, exchange.started + self._options.response_timeout_s)
         self._launch(exchange)
@@ -151,8 +156,12 @@ class InboundHttp2Connection(Http2Connection):
             self.drain()
         self.flush()
 
-    def not_served(self, exchange: Exchange) -> None:
-        self._refuse(exchange)
+    def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
+        exchange.turned_away += 1
+        if leaving and exchange.turned_away <= TURNED_AWAY_MAX and self._rewind(exchange):
+            self._launch(exchange)
+        else:
+            self._refuse(exchange)
 
     def _lost(self, exchange: Exchange, error: Exception | None) -> None:
         self._answer(exchange, 502, f"{self._options.service!r} gave no usable answer", "app-down")

@@ -150,7 +150,7 @@ class Link:
             for each in [x for id, x in self.exchanges.items() if id > (event.last_stream_id or 0)]:
                 owners.add(each.owner)
                 self.forget(each)
-                each.owner.not_served(each)
+                each.owner.not_served(each, leaving=True)
         elif exchange is None:
             if isinstance(event, DataReceived):
                 self.half.acknowledge(stream_id, event.flow_controlled_length)
@@ -184,7 +184,7 @@ class Link:
         elif isinstance(event, StreamReset):
             self.forget(exchange)
             if event.error_code == ErrorCodes.REFUSED_STREAM:
-                owner.not_served(exchange)
+                owner.not_served(exchange, leaving=False)
             else:
                 owner.was_reset(exchange, event.error_code)
 

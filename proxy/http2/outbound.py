@@ -19,7 +19,7 @@ from proxy.http.head import Field
 from proxy.http.options import HttpStats
 from proxy.http.outbound import REPLAY_BYTES, OutboundOptions
 from proxy.http.side import NEVER, HttpSide
-from proxy.http2.connection import Http2Connection
+from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
 from proxy.http2.exchange import Exchange, Part, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease
 from proxy.http2.head import grpc_ending, grpc_status_of
@@ -156,11 +156,21 @@ class OutboundHttp2Connection(Http2Connection):
         elif exchange.link is not None:
             self._watch(exchange, call)
 
-    def _again(self, exchange: Exchange, call: _Call, reason: str, *, anew: bool = False, free: bool = False) -> None:
+    def _again(
+        self,
+        exchange: Exchange,
+        call: _Call,
+        reason: str,
+        *,
+        anew: bool = False,
+        free: bool = False,
+        paid: bool = False,
+    ) -> None:
         """An attempt came to nothing: make another one, or say so.
 
         ``free``: nobody has looked at the request, so that another instance may be asked without taking of the
-        budget: hundreds may be under way to an instance that begins to drain, or wait for one dial to it.
+        budget: hundreds may be under way to an instance that begins to drain, or wait for one dial to it. ``paid``:
+        the same instance may be, too.
         """
         call.reason = reason
         replay = exchange.replay
@@ -170,12 +180,10 @@ class OutboundHttp2Connection(Http2Connection):
         elif not free and not self._outbound.fleet.may_retry():
             self._answer(exchange, 503, f"{self._options.service!r}: {reason}; no more retries", "app-down")
         else:
-            self._resend(exchange, call, anew=anew, paid=not free)
+            self._resend(exchange, call, anew=anew, paid=paid or not free)
 
     def _resend(self, exchange: Exchange, call: _Call, *, anew: bool, paid: bool = True) -> None:
-        assert exchange.replay is not None
-        exchange.replay.rewind(exchange.to_link)
-        exchange.request_ended = False
+        self._rewind(exchange)
         exchange.deadline = call.respond_by = NEVER
         self._connect(exchange, call, anew=anew, paid=paid)
 
@@ -286,14 +294,18 @@ class OutboundHttp2Connection(Http2Connection):
         aim = self._calls[exchange.client_id].aim
         return headers if aim is None else aim.answered(headers)
 
-    def not_served(self, exchange: Exchange) -> None:
+    def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
         if exchange.response_came:
             exchange.request_ended = True
         elif exchange.status or exchange.replay is None or exchange.replay.spent:
             self._refuse(exchange)
         else:
             call = self._calls[exchange.client_id]
-            self._again(exchange, call, f"{self._party(exchange)[1]} takes no more requests", anew=True, free=True)
+            if leaving and exchange.turned_away < TURNED_AWAY_MAX:
+                exchange.turned_away += 1
+                call.attempts -= 1
+            reason = f"{self._party(exchange)[1]} takes no more requests"
+            self._again(exchange, call, reason, anew=True, free=True, paid=leaving)
 
     def was_reset(self, exchange: Exchange, code: ErrorCodes | int) -> None:
         call = self._calls[exchange.client_id]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions
 from proxy.http2 import InboundHttp2, InboundHttp2Connection
+from proxy.http2.connection import TURNED_AWAY_MAX
 from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import READ_LIMIT_BYTES, Channel, Data, Early
@@ -243,13 +244,34 @@ async def test_an_app_that_leaves_finishes_what_it_has_and_is_dialled_again() ->
         assert app.ended, "the old connection ends with its last stream"
 
 
-async def test_what_a_leaving_app_did_not_look_at_may_be_sent_again() -> None:
+async def test_what_a_leaving_app_did_not_look_at_goes_to_its_next_connection_or_back() -> None:
     async with setting() as s:
-        s.request()
+        short, long = s.request(end=False), s.request(end=False)
+        s.client.conn.send_data(short, b"x" * 100)
+        s.client.conn.send_data(long, b"x" * 16_000)
+        s.client.conn.send_data(long, b"x" * 1000)
         await s.step()
         s.apps[0].peer.write(GoAwayFrame(stream_id=0, last_stream_id=0, error_code=0).serialize())
+        s.client.conn.send_data(short, b"y" * 100, end_stream=True)
         await s.step()
-        assert s.client.of(h2.events.StreamReset)[0].error_code == 7, "REFUSED_STREAM"
+        (reset,) = s.client.of(h2.events.StreamReset)
+        assert (reset.stream_id, reset.error_code) == (long, 7), "REFUSED_STREAM: the caller has it all, we have not"
+        assert s.apps[0].ended
+        (seen,) = s.apps[1].of(h2.events.RequestReceived)
+        assert b"".join(event.data for event in s.apps[1].of(h2.events.DataReceived)) == b"x" * 100 + b"y" * 100
+        s.apps[1].conn.send_headers(seen.stream_id, [(":status", "200")], end_stream=True)
+        await s.step()
+        assert s.client.of(h2.events.ResponseReceived)[0].stream_id == short
+
+
+async def test_an_app_that_always_leaves_gets_a_request_so_often_and_no_more() -> None:
+    async with setting() as s:
+        s.request()
+        for _ in range(20):
+            await s.step()
+            s.apps[-1].peer.write(GoAwayFrame(stream_id=0, last_stream_id=0, error_code=0).serialize())
+        assert len(s.apps) == 1 + TURNED_AWAY_MAX
+        assert s.client.of(h2.events.StreamReset)[0].error_code == 7
 
 
 async def test_the_apps_limit_of_streams_is_kept() -> None:
