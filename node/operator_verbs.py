@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from node import protocol
+from node.ca.sealing import SealError
 from node.errors import BadRequest, NoLeader, Refused
 from node.faults import FaultFilter
 from node.leader_route import LeaderRoute
@@ -18,6 +19,7 @@ from raftstate.model.wire import to_msgpack
 from raftstate.replica import Replica
 from raftstate.state.machine import StateMachine
 from raftstate.state.snapshot import Restorer, trust_domain_of
+from raftstate.state.store import Store
 
 if TYPE_CHECKING:
     from node.ca.authority import Authority
@@ -206,10 +208,23 @@ class OperatorVerbs:
     async def snapshot_restore(self, pieces: AsyncIterator[bytes], *, forwarded: bool, foreign: bool = False) -> None:
         """Hand a snapshot to the leader, which replaces the cluster's state by it.
 
-        Raises Refused for another cluster's, unless ``foreign`` consents to it.
+        Raises Refused for another cluster's, unless ``foreign`` consents to it, and for one whose authority could sign
+        nothing here.
         """
         if self._replica.is_leader:
-            admit = (lambda _restorer: None) if foreign else self._refuse_foreign
+
+            def admit(restorer: Restorer) -> None:
+                if not foreign:
+                    self._refuse_foreign(restorer.store)
+                try:
+                    self._authority.check_usable(restorer.store)
+                except SealError as error:
+                    raise Refused(
+                        f"this cluster's authority could sign nothing after that: {error}",
+                        reason="ca-seal",
+                        http_status=409,
+                    ) from error
+
             try:
                 await self._replica.restore_snapshot(pieces, admit=admit)
             except RaftError as error:
@@ -220,17 +235,16 @@ class OperatorVerbs:
             protocol.SNAPSHOT_RESTORE, encode(RestoreRequest(foreign)), pieces, SNAPSHOT_TIMEOUT_S
         )
 
-    def _refuse_foreign(self, restorer: Restorer) -> None:
+    def _refuse_foreign(self, store: Store) -> None:
         """Another cluster's state brings its root certificates and identities: no sidecar's leaf would be good."""
         machine = self._replica.machine
         assert isinstance(machine, StateMachine)
-        ours, theirs = trust_domain_of(machine.store), restorer.trust_domain
+        ours, theirs = trust_domain_of(machine.store), trust_domain_of(store)
         if ours and theirs and theirs != ours:
             raise Refused(
                 f"this is a snapshot of another cluster: its trust domain is {theirs}, this cluster's is {ours}. To "
                 "take over its identities, root certificates and intentions all the same: "
-                "lictor snapshot restore -foreign FILE, or ?foreign=true. Its authority's keys are of use only with "
-                "the cluster key file of that cluster",
+                "lictor snapshot restore -foreign FILE, or ?foreign=true",
                 reason="foreign-snapshot",
                 http_status=409,
             )

@@ -24,6 +24,8 @@ from node.errors import NodeError, NoLeader, Refused
 from raftstate.model.catalog import CatalogNode, ServiceInstance
 from raftstate.model.connect import CAConfig, CARoot, CARoots, Revocation, SigningMaterial
 from raftstate.state.commands import AddCARoot, Command, RetireCARoot, SetCAConfig
+from raftstate.state.connect import active_root
+from raftstate.state.store import Store
 
 log = logging.getLogger("lictor.ca")
 
@@ -83,6 +85,15 @@ class Authority:
             material: SigningMaterial = self._ask("internal.ca_signing_material", {}).value
             self._signer = Signer.load(active, unseal(material.sealed_key, self._cluster_key, active.id))
         return self._signer
+
+    def check_usable(self, store: Store) -> None:
+        """Raise SealError if the authority of a state could sign nothing here: its key is under another cluster key.
+
+        There would be no way out of that but the other key: a rotation is cross-signed by the key before.
+        """
+        root = active_root(store)
+        if root is not None and (sealed := store.sealed_keys.rows.get(root.id)) is not None:
+            unseal(sealed, self._cluster_key, root.id)
 
     # -- roots -----------------------------------------------------------------------------------------------------
 

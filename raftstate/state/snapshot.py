@@ -135,9 +135,9 @@ class Restorer:
         self._fresh.journal.clear()
 
     @property
-    def trust_domain(self) -> str:
-        """The trust domain of the cluster that this is a state of; empty while none has been read."""
-        return trust_domain_of(self._fresh)
+    def store(self) -> Store:
+        """What has been read so far, to be looked at only."""
+        return self._fresh
 
     def check(self) -> None:
         """Raise SnapshotDamaged unless all was read. What is long is done here, so that `finish` is short."""

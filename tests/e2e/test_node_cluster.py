@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -34,6 +35,7 @@ from raftstate.state.commands import (
     Revoke,
     SessionCreate,
 )
+from raftstate.state.connect import active_root
 from raftstate.state.snapshot import trust_domain_of
 from tests.support.cluster import Cluster, cluster, free_ports
 from tests.support.rpc import eventually
@@ -490,28 +492,50 @@ async def pieces_of(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
 
+async def saved_of(directory: Path, key: str) -> bytes:
+    """A backup of a cluster that was made and is gone; its certificates and its cluster key stay."""
+    async with cluster(directory, servers=1) as other:
+        server = other.servers["server-1"]
+        (await server.backend.apply(KVSet(key, b"1"))).unwrap()
+        await eventually(lambda: active_root(server.replica.machine.store) is not None)
+        saved = b"".join([piece async for piece in server.backend.snapshot_save()])
+    shutil.rmtree(server.node.data_dir)
+    return saved
+
+
+async def keys_of(backend: Backend) -> list[str]:
+    keys: list[str] = (await backend.query("kv.keys", {"prefix": ""}, mode="consistent")).value
+    return keys
+
+
 async def test_a_backup_of_another_cluster_is_refused_unless_that_is_meant(tmp_path: Path) -> None:
-    async with cluster(tmp_path / "theirs", servers=1) as other:
-        backend = other.servers["server-1"].backend
-        (await backend.apply(KVSet("theirs", b"1"))).unwrap()
-        await eventually(lambda: trust_domain_of(other.servers["server-1"].replica.machine.store) != "")
-        theirs = trust_domain_of(other.servers["server-1"].replica.machine.store)
-        saved = b"".join([piece async for piece in backend.snapshot_save()])
-    async with cluster(tmp_path / "ours", clients=1) as running:
+    saved = await saved_of(tmp_path, "theirs")
+    async with cluster(tmp_path, clients=1) as running:
         follower = await running.follower()
         store = lambda: follower.replica.machine.store  # noqa: E731 - a restore puts another in its place
-        await eventually(lambda: trust_domain_of(store()) != "")
+        await eventually(lambda: active_root(store()) is not None)
         ours = trust_domain_of(store())
         client = running.clients["client-1"].backend
         (await client.apply(KVSet("ours", b"1"))).unwrap()
         for restorer in (client, follower.backend):
-            with pytest.raises(Refused, match=f"another cluster.*{theirs}.*{ours}.*-foreign") as refused:
+            with pytest.raises(Refused, match=f"another cluster: .*this cluster's is {ours}.*-foreign") as refused:
                 await restorer.snapshot_restore(pieces_of(saved))
             assert refused.value.http_status == 409
-            assert (await client.query("kv.keys", {"prefix": ""}, mode="consistent")).value == ["ours"]
+            assert await keys_of(client) == ["ours"]
         await client.snapshot_restore(pieces_of(saved), foreign=True)
-        assert (await client.query("kv.keys", {"prefix": ""}, mode="consistent")).value == ["theirs"]
-        await eventually(lambda: trust_domain_of(store()) == theirs)
+        assert await keys_of(client) == ["theirs"]
+        await eventually(lambda: trust_domain_of(store()) != ours)
+
+
+async def test_a_backup_whose_authority_could_sign_nothing_here_is_refused_always(tmp_path: Path) -> None:
+    saved = await saved_of(tmp_path / "theirs", "theirs")
+    async with cluster(tmp_path / "ours", clients=1) as running:
+        client = running.clients["client-1"].backend
+        (await client.apply(KVSet("ours", b"1"))).unwrap()
+        with pytest.raises(Refused, match=r"this server's cluster key: copy cluster\.key") as refused:
+            await client.snapshot_restore(pieces_of(saved), foreign=True)
+        assert refused.value.http_status == 409
+        assert await keys_of(client) == ["ours"]
 
 
 async def test_a_backup_is_saved_and_restored_through_any_node(tmp_path: Path) -> None:
