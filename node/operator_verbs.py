@@ -208,8 +208,8 @@ class OperatorVerbs:
     async def snapshot_restore(self, pieces: AsyncIterator[bytes], *, forwarded: bool, foreign: bool = False) -> None:
         """Hand a snapshot to the leader, which replaces the cluster's state by it.
 
-        Raises Refused for another cluster's, unless ``foreign`` consents to it, and for one whose authority could sign
-        nothing here.
+        Raises Refused for another cluster's, unless ``foreign`` consents to it, and for one whose authority could
+        sign nothing here.
         """
         if self._replica.is_leader:
 
