@@ -59,12 +59,14 @@ class Node:
         )
         pki.ensure_local_pki(config)
         self._ready = threading.Event()
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._over = asyncio.Event()
         self._process = NodeProcess(config, config.node("server-1"), on_stop=lambda why: None)
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),))
+        # `asyncio.run` ends what is left: a loop that is merely closed leaves generators and threads to be found.
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         await self._process.start()
         self._ready.set()
         await self._over.wait()
@@ -72,14 +74,16 @@ class Node:
 
     def __enter__(self) -> Node:
         self._thread.start()
-        assert self._ready.wait(20)
+        if not self._ready.wait(60):
+            self.__exit__()
+            raise AssertionError("the server has not started within 60 s")
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join(20)
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join(60)
         assert not self._thread.is_alive()
-        self._loop.close()
 
 
 @pytest.fixture(scope="module")
