@@ -131,9 +131,10 @@ def _accessor(args: Args, api: Api) -> str:
 
 
 def _only(found: list[str], what: str, given: str) -> str:
-    if len(found) != 1:
-        some = "no" if not found else f"{len(found)}"
-        raise CliError(f"{some} {what} has an id that begins with {given!r}; see: lictor acl {what} list")
+    if not found:
+        raise CliError(f"no {what} has an id that begins with {given!r}; see: lictor acl {what} list")
+    if len(found) > 1:
+        raise CliError(f"{len(found)} ids begin with {given!r}: give more of it; see: lictor acl {what} list")
     return found[0]
 
 
