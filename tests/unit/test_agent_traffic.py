@@ -95,7 +95,8 @@ def test_what_is_nearer_goes_first() -> None:
         }
     }
     assert upstream_config({"limits": {"max_pending_requests": 9}}, "b", defaults) == {
-        "protocol": "http", "limits": {"max_connections": 5, "max_pending_requests": 9}, "passive_health_check": {"max_failures": 4},
+        "protocol": "http", "limits": {"max_connections": 5, "max_pending_requests": 9},
+        "passive_health_check": {"max_failures": 4},
     }  # fmt: skip
     assert upstream_config({"protocol": "tcp"}, "c", defaults)["protocol"] == "tcp"
 
