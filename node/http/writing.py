@@ -30,7 +30,7 @@ def request_id(request: web.Request) -> str | None:
 
 async def write(ctx: Context, request: web.Request, command: Any) -> Any:
     """Apply a command and return its value. Raises the refusal, or the backend's errors; 403 without permission."""
-    if BEARER in request:
+    if ctx.access is not None and BEARER in request:
         await permit_command(ctx, request, command)
     return (await ctx.backend.apply(command, request_id=request_id(request))).unwrap()
 
