@@ -13,6 +13,9 @@ from raftstate.model.sidecar import SidecarUpdate
 
 log = logging.getLogger("lictor.xds")
 
+GENERATION_DIGITS_MAX = 15
+"""Ours never get so long; Python refuses to read numbers of thousands of digits."""
+
 
 class Session:
     """What one Envoy has and is to have."""
@@ -60,7 +63,8 @@ class Session:
         """
         generation, _, rest = version.partition(".")
         before = rest.partition(".")[0]
-        if generation.isdigit() and before:
+        known = generation.isascii() and generation.isdigit() and len(generation) <= GENERATION_DIGITS_MAX
+        if known and before:
             self._generation, self._known_before = int(generation), before
             self._judge()
 
