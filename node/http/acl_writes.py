@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from node.errors import Refused
 from node.http.acl_commands import Ask, needs_of, txn_needs
 from node.http.acl_needs import BEARER, COVERED, first_lacking, lacks, permit
 from node.http.context import Context
@@ -18,7 +19,10 @@ async def permit_command(ctx: Context, request: web.Request, command: Any) -> No
 
     Raises Refused (403), and the backend's errors.
     """
-    if request[BEARER].authorizer.everything or request.get(COVERED):
+    bearer = request.get(BEARER)
+    if bearer is None:  # an endpoint for everyone writes nothing
+        raise Refused("Permission denied: this endpoint writes for nobody: please report this", http_status=403)
+    if bearer.authorizer.everything or request.get(COVERED):
         return
     permit(request, *await needs_of(command, _asker(ctx)))
 

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from node.http.acl_needs import BEARER
 from node.http.acl_writes import permit_command
 from node.http.context import CONTEXT, Context
 from node.http.errors import BadRequest, HttpError
@@ -30,7 +29,7 @@ def request_id(request: web.Request) -> str | None:
 
 async def write(ctx: Context, request: web.Request, command: Any) -> Any:
     """Apply a command and return its value. Raises the refusal, or the backend's errors; 403 without permission."""
-    if ctx.access is not None and BEARER in request:
+    if ctx.access is not None:
         await permit_command(ctx, request, command)
     return (await ctx.backend.apply(command, request_id=request_id(request))).unwrap()
 
