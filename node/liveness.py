@@ -7,6 +7,7 @@ leader gives every agent a full deadline once, so that an election fails no one.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterable
 
 ALIVE_OUTPUT = "Agent alive and reachable"
@@ -47,6 +48,30 @@ class Excuse:
     def holds(self, now: float) -> bool:
         """Whether an agent that missed its deadline has to be given another."""
         return now < self._until
+
+
+LOSSES_S, LOSSES_MIN, LOSSES_SHARE = 5.0, 16, 0.1
+
+
+class Losses:
+    """Whether so many connections broke of late that it was the network or a server, and not their agents.
+
+    Pure: times are handed in.
+    """
+
+    def __init__(self) -> None:
+        self._at: deque[float] = deque()
+
+    def note(self, now: float) -> None:
+        """One connection broke."""
+        self._at.append(now)
+
+    def many(self, now: float, left: int) -> bool:
+        """Whether within `LOSSES_S` at least `LOSSES_MIN` broke, and a tenth of all; `left` are there still."""
+        while self._at and now - self._at[0] > LOSSES_S:
+            self._at.popleft()
+        lost = len(self._at)
+        return lost >= LOSSES_MIN and lost >= LOSSES_SHARE * (lost + left)
 
 
 class Deadlines:

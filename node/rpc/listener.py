@@ -15,6 +15,7 @@ from typing import Any
 
 from node.config import SERVER, Limits
 from node.errors import PkiError
+from node.liveness import Losses
 from node.node_tls import ALPN_PEER, ALPN_RAFT, ALPN_RPC, Peer, peer_of
 from node.rpc.admission import Admission, Lane, Started
 from node.rpc.client import Gate
@@ -109,6 +110,7 @@ class Listener:
         self._put_off_at = float("-inf")
         self._planned: asyncio.Handle | None = None
         self._connections: set[ServerConnection] = set()
+        self._losses = Losses()
         self._closings = BurstLog(log)
 
     def __len__(self) -> int:
@@ -122,9 +124,16 @@ class Listener:
 
     @property
     def crowded(self) -> bool:
-        """Whether someone waits for a handshake for long, or was put off a moment ago."""
+        """Whether someone waits for a handshake for long, or was put off a moment ago, or many will be back soon."""
         now = asyncio.get_running_loop().time()
-        return self._admission.waited_s(now) > CROWDED_WAIT_S or now - self._put_off_at < CROWDED_FOR_S
+        if self._admission.waited_s(now) > CROWDED_WAIT_S or now - self._put_off_at < CROWDED_FOR_S:
+            return True
+        return self._losses.many(now, len(self._connections))
+
+    def _ended(self, connection: ServerConnection) -> None:
+        self._connections.discard(connection)
+        if connection.peer.role != SERVER:
+            self._losses.note(asyncio.get_running_loop().time())
 
     async def start(self, host: str, port: int) -> int:
         """Listen; return the port (useful with 0). Raises OSError."""
@@ -292,7 +301,7 @@ class Listener:
                 self._calls,
                 inflight_max=self._limits.rpc_inflight_max,
                 blocked=self._blocked,
-                on_end=self._connections.discard,
+                on_end=self._ended,
             )
             self._connections.add(connection)
             gate.hand_over(transport, connection)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from node.backend import ViewEvent
-from node.liveness import EXCUSE_S_MAX, Deadlines, Excuse, beat_every_s
+from node.liveness import EXCUSE_S_MAX, Deadlines, Excuse, Losses, beat_every_s
 from node.views import ROW_KEYS, as_delta, canonical, difference, merge, rows_of
 from raftstate.model.catalog import Check, InstanceHealth, Node, ServiceInstance
 from raftstate.model.connect import Revocation
@@ -80,6 +80,21 @@ def test_silence_is_excused_while_servers_are_crowded_but_not_for_ever() -> None
     excuse.note(100.0)
     excuse.note(105.0 + EXCUSE_S_MAX)
     assert excuse.holds(109.0 + EXCUSE_S_MAX), "it had been quiet"
+
+
+def test_many_connections_that_break_together_are_told_from_a_few_and_from_the_slow_coming_and_going() -> None:
+    losses = Losses()
+    for _ in range(15):
+        losses.note(10.0)
+    assert not losses.many(10.0, 0), "a few agents of few"
+    losses.note(11.0)
+    assert losses.many(11.0, 144)
+    assert not losses.many(11.0, 145), "less than a tenth"
+    assert losses.many(15.0, 0)
+    assert not losses.many(15.1, 0), "the rest is long ago"
+    for tick in range(1000):  # 1,700 agents that move to another server every five minutes
+        losses.note(20.0 + tick * 0.18)
+        assert not losses.many(20.0 + tick * 0.18, 1700)
 
 
 def test_many_beats_take_bounded_room() -> None:

@@ -250,6 +250,22 @@ async def test_a_server_is_crowded_only_while_someone_waits(tmp_path: Path, monk
 
 
 @both_loops
+async def test_a_server_that_lost_many_agents_at_once_expects_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.liveness.LOSSES_MIN", 3)
+    async with rpc_ends(tmp_path, methods()) as ends:
+        connections = [await ends.dial() for _ in range(3)]
+        for connection in connections[:2]:
+            connection.close()
+        await eventually(lambda: len(ends.listener) == 1)
+        assert not ends.listener.crowded
+        connections[2].close()
+        await eventually(lambda: len(ends.listener) == 0)
+        assert ends.listener.crowded
+
+
+@both_loops
 async def test_a_client_that_dawdles_in_its_handshake_holds_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
