@@ -32,7 +32,7 @@ PATIENCE_MAX = 4.0
 agents come back at once need longer than usual for each: if nobody waited longer, all would give up just before they
 were served, and begin anew for ever."""
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.05, 1.0
-OVERLOADED_S_MAX = 4.0
+OVERLOADED_S_MIN, OVERLOADED_S_MAX = 1.0, 4.0
 """Servers that say that they have too much to do are left alone for longer: all the others keep them busy."""
 ANSWER_TIMEOUT_S = 1.0
 """A server that does not answer a heartbeat in this time is replaced."""
@@ -123,8 +123,10 @@ class ServerLink:
                 failures += 1
                 if failures == 1:
                     log.warning("rpc: no server answers (%s); will keep trying", ", ".join(self.servers.values()))
-                longest_s = OVERLOADED_S_MAX if self._overloaded else BACKOFF_S_MAX
-                ceiling = min(longest_s, BACKOFF_S_MIN * 2 ** min(failures, 8))
+                doubled = 2 ** min(failures, 8)
+                ceiling = min(BACKOFF_S_MAX, BACKOFF_S_MIN * doubled)
+                if self._overloaded:
+                    ceiling = min(OVERLOADED_S_MAX, OVERLOADED_S_MIN * doubled)
                 await asyncio.sleep(ceiling * self._rng.uniform(0.5, 1.0))
                 continue
             failures = 0
