@@ -160,18 +160,18 @@ def put_service(step: Step, service: ServiceInstance) -> None:
     if row is None:
         return
     if old is None:
-        if not _lists(step, row):
-            step.touch("services")
+        listed = _lists(step, row)
         store.services.put(key, row)
     else:
         names = (row.service, old.service)
         before = _listed(step, names)
         store.services.put(key, row)
-        if _listed(step, names) != before:
-            step.touch("services")
+        listed = _listed(step, names) == before
         _touch_service(step, old)
     _touch_service(step, row)
     step.touch("node", row.node)
+    if not listed:
+        step.touch("services")
     if old is None or (old.service, old.tags) != (row.service, row.tags):
         step.touch("service-places")
         for check in list(store.checks.by_instance.get(key, {}).values()):
