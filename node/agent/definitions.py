@@ -36,6 +36,15 @@ class BadDefinition(ValueError):
     """A definition that cannot be taken; the text is what the HTTP API answers with 400."""
 
 
+def split_host_port(target: str) -> tuple[str, int]:
+    """Parse ``host:port`` (IPv6 in brackets). Raises ValueError."""
+    host, colon, port = target.rpartition(":")
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else 0
+    if not colon or not 0 < number < 65536:
+        raise ValueError(f"{target[:80]!r} is not HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", number
+
+
 class CheckDefinition(Wire, frozen=True):
     """A health check as the agent is to run it. Exactly one way of checking is set."""
 
@@ -85,6 +94,16 @@ class CheckDefinition(Wire, frozen=True):
                 return kind
         return ""
 
+    def _bad_target(self) -> str:
+        grpc, _, _ = self.grpc.partition("/")
+        for kind, target in (("TCP", self.tcp), ("UDP", self.udp), ("H2PING", self.h2ping), ("GRPC", grpc)):
+            if target or (kind == "GRPC" and self.grpc):
+                try:
+                    split_host_port(target)
+                except ValueError as error:
+                    return f"{kind}: {error}"
+        return ""
+
     def problem(self, *, scripts_enabled: bool) -> str:
         """Return why this check cannot be run, or an empty text."""
         kinds = [
@@ -105,6 +124,8 @@ class CheckDefinition(Wire, frozen=True):
             return "TTL, Interval and Timeout must not be negative"
         if kinds and kinds[0] not in ("TTL", "Alias") and self.interval <= 0:
             return "Interval must be > 0 for Script, HTTP, H2PING, TCP, UDP or GRPC checks"
+        if problem := self._bad_target():
+            return problem
         if self.args and not scripts_enabled:
             return (
                 "Scripts are disabled on this agent; to enable, configure 'enable_script_checks' or "

@@ -27,7 +27,7 @@ def _uint(request: web.Request, name: str) -> int | None:
     given = request.query.get(name)
     if given is None:
         return None
-    if not (given.isascii() and given.isdigit()) or int(given) >= _MAX_UINT:
+    if not (given.isascii() and given.isdigit()) or len(given) > 20 or int(given) >= _MAX_UINT:
         raise BadRequest(f"Invalid value for ?{name}: {given[:30]!r}")
     return int(given)
 

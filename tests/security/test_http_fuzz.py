@@ -74,3 +74,43 @@ async def test_junk_never_ends_in_an_internal_error(tmp_path: Path, seed: int) -
                     assert answer.status < 500 or "unexpected shape" not in said, told
         assert node.agent.sync is not None
         assert (await node.get("/v1/agent/self"))["Config"]["NodeName"] == "n1"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", f"/v1/kv/a?cas={'9' * 5000}", b"v"),
+        ("PUT", f"/v1/kv/a?flags={'9' * 5000}", b"v"),
+        ("DELETE", f"/v1/kv/a?cas={'9' * 5000}", b""),
+        ("GET", f"/v1/kv/a?index={'9' * 5000}", b""),
+        ("PUT", f"/v1/config?cas={'9' * 5000}", b'{"Kind": "service-defaults", "Name": "a"}'),
+        ("PUT", "/v1/agent/check/register", b'{"Name": "c", "TCP": "h:%s", "Interval": "1s"}' % (b"9" * 5000)),
+        ("PUT", "/v1/agent/check/register", b'{"Name": "c", "TTL": "%ss"}' % (b"9" * 5000)),
+    ],
+)
+async def test_numbers_of_thousands_of_digits_are_bad_requests(
+    tmp_path: Path, method: str, path: str, body: bytes
+) -> None:
+    """Python refuses to read them, which is no error of the agent's."""
+    async with serving(tmp_path) as node:
+        async with node.http.request(method, node.url + path, data=body) as answer:
+            assert answer.status == 400, (answer.status, (await answer.text())[:200])
+            assert len(await answer.text()) < 500
+
+
+@pytest.mark.parametrize("kind", ["TCP", "UDP", "GRPC", "H2PING"])
+@pytest.mark.parametrize("target", ["nohost", "h:", "h:0", "h:65536", "h:x", ":", "/x"])
+async def test_a_check_of_no_address_is_refused_and_not_kept(tmp_path: Path, kind: str, target: str) -> None:
+    check = {"Name": "c", kind: target, "Interval": "1s"}
+    async with serving(tmp_path) as node:
+        for path, body in (
+            ("/v1/agent/check/register", check),
+            ("/v1/agent/service/register", {"Name": "s", "Check": check}),
+        ):
+            said = await node.put(path, body, status=400)
+            assert f"{kind}: " in said, said
+            assert "is not HOST:PORT" in said
+        assert await node.get("/v1/agent/checks") == {}
+        assert await node.get("/v1/agent/services") == {}
+    async with serving(tmp_path) as node:  # nothing was saved that a next start would stumble over
+        assert await node.get("/v1/agent/checks") == {}

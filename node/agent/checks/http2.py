@@ -16,9 +16,9 @@ import h2.connection
 import h2.events
 import h2.exceptions
 
-from node.agent.checks.probes import split_host_port, tls_context
+from node.agent.checks.probes import tls_context
 from node.agent.checks.runner import Probe, Verdict
-from node.agent.definitions import CheckDefinition
+from node.agent.definitions import CheckDefinition, split_host_port
 from raftstate.model.catalog import CRITICAL, PASSING
 
 SERVING = 1

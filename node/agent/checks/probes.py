@@ -15,19 +15,11 @@ import ssl
 import aiohttp
 
 from node.agent.checks.runner import OUTPUT_BYTES_MAX, Probe, Verdict
-from node.agent.definitions import CheckDefinition
+from node.agent.definitions import CheckDefinition, split_host_port
 from raftstate.model.catalog import CRITICAL, PASSING, WARNING
 
 _WARNING_STATUS = 429
 USER_AGENT = "Lictor Health Check"
-
-
-def split_host_port(target: str) -> tuple[str, int]:
-    """Parse ``host:port`` (IPv6 in brackets). Raises ValueError."""
-    host, colon, port = target.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-        raise ValueError(f"{target!r} is not HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def tls_context(definition: CheckDefinition) -> ssl.SSLContext:
