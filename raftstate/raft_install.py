@@ -6,7 +6,7 @@ makes local snapshots (`raft_snapshotter.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -38,6 +38,8 @@ class _Receiving:
     snapshot_term: int
     writer: Any
     next_chunk: int = 0
+    ahead: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
+    """Chunks that overtook others, (data, whether it is the last) by number: no more than may be under way."""
 
 
 class Installing(Replication):
@@ -151,10 +153,14 @@ class Installing(Replication):
             writer = self._snapshots.begin(message.index, message.snapshot_term, members_dict(members))
             receiving = _Receiving(peer, message.term, message.index, message.snapshot_term, writer)
             self._receiving = receiving
-        if message.chunk == receiving.next_chunk:
-            receiving.writer.write(message.data)
+        # Sent again only after some heartbeats, a chunk that came too early would cost more than its place here.
+        if 0 <= message.chunk - receiving.next_chunk < self.config.snapshot_chunks_inflight:
+            receiving.ahead[message.chunk] = message.data, message.last
+        while (ready := receiving.ahead.pop(receiving.next_chunk, None)) is not None:
+            data, last = ready
+            receiving.writer.write(data)
             receiving.next_chunk += 1
-            if message.last:
+            if last:
                 self._receiving = None
                 self._installing = True
                 self._install = Install(

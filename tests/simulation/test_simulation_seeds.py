@@ -18,6 +18,7 @@ FOUND: dict[int, str] = {
     334: "a crash armed within a disk write outlived the faults, so the cluster never settled (simulation)",
     3016: "a leader that woke late was held to an entry that was committed after its term (simulation)",
     4247: "iterators of a dead server reached its disk when the collector ran: seeds did not repeat (simulation)",
+    600048: "a snapshot whose chunks overtook one another took a heartbeat's patience for each of them",
     50527: "an acknowledgement that waited for the disk left after a new leader had its entries replaced",
 }
 """seed -> what it found. Seeds shift when the scenario changes; these stay as samples of that neighbourhood."""

@@ -14,10 +14,12 @@ from raftstate.messages import (
     BadMessage,
     Heartbeat,
     HeartbeatReply,
+    InstallSnapshot,
     Message,
     PreVote,
     PreVoteReply,
     RequestVote,
+    SnapshotReply,
     TimeoutNow,
     VoteReply,
     decode_message,
@@ -25,6 +27,7 @@ from raftstate.messages import (
 )
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
 from raftstate.raft_driven import NO_OP, REGULAR
+from raftstate.raft_members import encode_members
 from tests.support.raft_memory import MemoryLog, MemorySnapshots
 
 CONFIG = RaftConfig(heartbeat_s=0.1, election_timeout_min_s=0.5, election_timeout_max_s=1.0)
@@ -393,6 +396,24 @@ def test_proposals_are_bounded() -> None:
     node.core.propose(b"x", lambda _value, _error: None)
     with pytest.raises(TooBusy):
         node.core.propose(b"x", lambda _value, _error: None)
+
+
+def test_snapshot_chunks_that_overtake_one_another_are_kept_within_a_bound() -> None:
+    node = Lone()
+    members = encode_members(THREE)
+
+    def chunk(number: int, *, last: bool = False) -> int:
+        node.core.receive("b", InstallSnapshot(3, 9, 2, members, number, last, 1, bytes([number]) * 3))
+        return int(node.sent(SnapshotReply)[-1][1].next_chunk)
+
+    assert chunk(0) == 1
+    assert chunk(2, last=True) == 1
+    assert chunk(1 + node.core.config.snapshot_chunks_inflight) == 1
+    assert chunk(1) == 3
+    assert node.core.install is not None
+    assert (node.core.install.index, node.core.install.chunks) == (9, 3)
+    node.core.install.writer.commit()
+    assert node.core.install.writer._meta.chunks == [b"\0\0\0", b"\1\1\1", b"\2\2\2"]
 
 
 def test_a_follower_far_behind_is_sent_what_it_can_take_in_one_turn_of_its_loop() -> None:
