@@ -77,9 +77,13 @@ async def test_the_command_writes_reads_lists_and_deletes(tmp_path: Path, capsys
         file.write_text(json.dumps({**RESOLVER, "subsets": {"v1": {"fliter": ""}}}))
         code, _, err = await run("write", str(file))
         assert (code, "subsets['v1'].fliter" in err.lower()) == (1, True), err
-        file.write_text('kind = "service-resolver"')
+        file.write_text('Kind = "service-resolver"\nName = "web"\nDefaultSubset = "v2"\nSubsets { v2 {} }\n')
+        assert (await run("write", str(file)))[0] == 0
+        shown = (await run("read", "-kind", "service-resolver", "-name", "web"))[1]
+        assert json.loads(shown)["DefaultSubset"] == "v2"
+        file.write_text('Kind = "service-resolver')
         code, _, err = await run("write", str(file))
-        assert (code, "HCL is not read" in err) == (2, True)
+        assert (code, "no HCL that can be read" in err) == (2, True), err
         assert (await run("delete", "-kind", "service-resolver", "-name", "web"))[0] == 0
         assert (await run("read", "-kind", "service-resolver", "-name", "web"))[0] == 1
         assert (await run("delete", "-name", "web"))[0] == 2
