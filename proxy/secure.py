@@ -37,6 +37,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         "_peer_ended",
         "_plain",
         "_protocol",
+        "_shaking",
     )  # fmt: skip
 
     def __init__(self, poller: Poller, protocol: asyncio.Protocol, context: ssl.SSLContext, *, server: bool) -> None:
@@ -45,8 +46,10 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._decrypt, self._encrypt = self._object.read, self._object.write
         self._protocol = protocol
         self._plain = PlainTransport(poller, self)
-        self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
-        """None once the handshake is over."""
+        self._shaking = True
+        """The handshake is not over."""
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """How it ended, for :meth:`handshake`, which may be called after that."""
         self._closing = False
         self._peer_ended = False
         self._parting: asyncio.TimerHandle | None = None
@@ -57,11 +60,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         Raises ssl.SSLError when it fails, OSError when the connection cannot be made or is lost. It is ended then,
         and when the caller is cancelled.
         """
-        done = self._done
-        if done is None:
-            return
         try:
-            await done
+            await self._done
         except BaseException:
             self.abort()
             raise
@@ -77,8 +77,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     # Handshake
 
     def _shake(self) -> None:
-        done = self._done
-        if done is None:
+        if not self._shaking:
             return
         try:
             self._object.do_handshake()
@@ -91,18 +90,19 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._plain.close()
             return
         self._send()
-        self._done = None
-        if not done.done():
-            done.set_result(None)
+        self._shaking = False
+        if not self._done.done():
+            self._done.set_result(None)
         self._protocol.connection_made(self)
         if self._incoming.pending:
             self.data_received(b"")
 
     def _handshake_failed(self, error: Exception) -> None:
-        done, self._done = self._done, None
+        self._shaking = False
         self._closing = True
-        if done is not None and not done.done():
-            done.set_exception(error)
+        self._protocol = _NOBODY  # it was told of no connection, and shall not be of its loss
+        if not self._done.done():
+            self._done.set_exception(error)
 
     # asyncio.Protocol of the connection below
 
@@ -112,7 +112,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         incoming = self._incoming
         incoming.write(data)
-        if self._done is not None:
+        if self._shaking:
             self._shake()
             return
         if self._closing:
@@ -158,7 +158,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
 
     def _ended_by_peer(self) -> None:
         """By TLS or TCP."""
-        if self._done is not None:
+        if self._shaking:
             self._handshake_failed(ConnectionAbortedError("peer closed the connection during the handshake"))
             self._plain.close()
         elif not self._peer_ended:
@@ -177,7 +177,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._parting is not None:
             self._parting.cancel()
-        if self._done is not None:
+        if self._shaking:
             self._handshake_failed(exc or ConnectionAbortedError("connection was lost"))
         else:
             self._closing = True
@@ -185,17 +185,17 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        if self._done is None:
+        if not self._shaking:
             self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        if self._done is None:
+        if not self._shaking:
             self._protocol.resume_writing()
 
     # asyncio.Transport
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._closing or self._done is not None or not data:
+        if self._closing or self._shaking or not data:
             return
         try:
             sent = self._encrypt(data)
@@ -216,7 +216,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         if self._closing:
             return
         self._closing = True
-        if self._done is not None:
+        if self._shaking:
             self._plain.close()
             return
         try:

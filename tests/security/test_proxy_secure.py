@@ -1,0 +1,194 @@
+"""Our TLS transport against Python's own TLS on blocking sockets, which stands for any peer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from proxy.plain import numeric
+from proxy.poller import Poller
+from proxy.secure import SecureTransport
+from proxy.tls import make_material, proof_of
+from tests.support.both_loops import both_loops
+from tests.support.certs import TestCA
+from tests.support.sidecars import until
+from tests.support.tls_peers import context
+
+CA = TestCA()
+PEER = context(CA.leaf("backend", "backend-1"), CA.root_pem, server=True)
+OURS = make_material(CA.leaf("web", "web-1"), (CA.root_pem,)).client_plain
+
+
+class Recorder(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.told: list[str] = []
+        self.error: Exception | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.told.append("made")
+
+    def data_received(self, data: bytes) -> None:
+        assert data
+        self.data += data
+
+    def eof_received(self) -> bool:
+        self.told.append("eof")
+        return False
+
+    def pause_writing(self) -> None:
+        self.told.append("pause")
+
+    def resume_writing(self) -> None:
+        self.told.append("resume")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.told.append("lost")
+        self.error = exc
+
+
+async def with_peer(peer: Callable[[socket.socket], Any]) -> tuple[Recorder, SecureTransport, asyncio.Future[Any]]:
+    """Dial ``peer``, which runs in a thread on the connection it is given."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> Any:
+        with server:
+            sock, _ = server.accept()
+        with sock:
+            sock.settimeout(10)
+            return peer(sock)
+
+    running = asyncio.get_running_loop().run_in_executor(None, serve)
+    poller, recorder = Poller(), Recorder()
+    transport = SecureTransport(poller, recorder, OURS, server=False)
+    address = numeric(*server.getsockname())
+    assert address is not None
+    transport.connect([address])
+    return recorder, transport, asyncio.ensure_future(running)
+
+
+@both_loops
+async def test_what_comes_with_the_handshake_and_with_the_end_is_read_whole() -> None:
+    """Data and close_notify may come in one read, in any number of records."""
+    sent = os.urandom(100_000)
+
+    def peer(sock: socket.socket) -> None:
+        with PEER.wrap_socket(sock, server_side=True) as tls:
+            tls.sendall(b"first")
+            tls.sendall(sent)
+            tls.unwrap()
+
+    recorder, transport, running = await with_peer(peer)
+    await transport.handshake()
+    assert proof_of(transport.get_extra_info("ssl_object")).identity.instance == "backend-1"
+    await until(lambda: "lost" in recorder.told)
+    assert recorder.data == b"first" + sent
+    assert recorder.told == ["made", "eof", "lost"]
+    assert recorder.error is None
+    await running
+
+
+@both_loops
+async def test_close_lets_all_arrive_though_the_peer_still_sends() -> None:
+    """Closing a socket at once resets it when the peer sends on, and with it what was on its way."""
+
+    def peer(sock: socket.socket) -> int:
+        with PEER.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls:
+            received = 0
+            tls.sendall(b"go")
+            while data := tls.recv(65536):
+                received += len(data)
+                tls.sendall(b"still here")
+            return received
+
+    recorder, transport, running = await with_peer(peer)
+    await transport.handshake()
+    await until(lambda: recorder.data == b"go")
+    transport.write(bytes(3 << 20))
+    transport.close()
+    transport.write(b"too late")
+    assert await running == 3 << 20
+    await until(lambda: "lost" in recorder.told)
+
+
+@both_loops
+async def test_a_slow_peer_pauses_the_writer() -> None:
+    def peer(sock: socket.socket) -> int:
+        with PEER.wrap_socket(sock, server_side=True) as tls:
+            assert tls.recv(1) == b"x"
+            received = 1
+            while data := tls.recv(65536):
+                received += len(data)
+            return received
+
+    recorder, transport, running = await with_peer(peer)
+    await transport.handshake()
+    written = 0
+    transport.write(b"x")
+    while "pause" not in recorder.told:
+        transport.write(bytes(1 << 20))
+        written += 1 << 20
+        assert written < 1 << 30
+    await until(lambda: "resume" in recorder.told)
+    transport.close()
+    assert await running == written + 1
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 no\r\n\r\n", b""])
+@both_loops
+async def test_a_handshake_that_fails_is_told_once_and_ends(answer: bytes) -> None:
+    recorder, transport, running = await with_peer(lambda sock: sock.sendall(answer))
+    with pytest.raises((ssl.SSLError, OSError)):
+        await asyncio.wait_for(transport.handshake(), 5)
+    with pytest.raises((ssl.SSLError, OSError)):
+        await transport.handshake()  # however late it is asked
+    assert transport.is_closing()
+    await running
+    await asyncio.sleep(0)  # the socket is closed on the loop's next turn
+    assert recorder.told == []
+
+
+@both_loops
+async def test_bytes_that_were_tampered_with_end_the_connection() -> None:
+    def peer(sock: socket.socket) -> bytes:
+        tls = PEER.wrap_socket(sock, server_side=True)
+        with socket.socket(fileno=os.dup(tls.fileno())) as raw:
+            raw.settimeout(10)
+            raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))  # a record that nobody encrypted
+            raw.recv(65536)  # the alert
+        tls.close()
+        return b""
+
+    recorder, transport, running = await with_peer(peer)
+    await transport.handshake()
+    await until(lambda: "lost" in recorder.told)
+    assert isinstance(recorder.error, ssl.SSLError)
+    assert recorder.data == b""
+    await running
+
+
+@both_loops
+async def test_a_handshake_that_is_given_up_leaves_nothing() -> None:
+    done = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def peer(sock: socket.socket) -> bytes:
+        data = sock.recv(65536)
+        while data and (data := sock.recv(65536)):
+            pass
+        loop.call_soon_threadsafe(done.set)
+        return b""
+
+    recorder, transport, running = await with_peer(peer)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await transport.handshake()
+    await asyncio.wait_for(done.wait(), 5)
+    await running
+    assert recorder.told == []
