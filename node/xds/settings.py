@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from node.xds.types import Rule
+from node.xds.types import Rule, is_http
 from proxy.balancer import BalancerOptions
 from proxy.upstream_settings import UpstreamSettings
 from raftstate.model.plan import CONNECT_TIMEOUT_S, ResolverNode
@@ -29,7 +29,9 @@ class ClusterSettings:
 
     def __init__(self, upstream: SidecarUpstream, me: SidecarSelf, node: ResolverNode | None = None) -> None:
         self._config: Mapping[str, Any] = upstream.config
-        self._options: BalancerOptions = UpstreamSettings(upstream.config, me).balancer_of(node)
+        self._options: BalancerOptions = UpstreamSettings(
+            upstream.config, me, http=is_http(upstream.protocol)
+        ).balancer_of(node)
 
     def cluster(self) -> Rule:
         """Return the cluster's fields."""
@@ -72,20 +74,22 @@ class ClusterSettings:
         )
 
     def _ejection(self) -> Rule:
-        """Who cannot be reached is left out for a while; what an app answers is its own matter."""
+        """Who cannot be reached is left out for a while; who answers with 5xx, where ``PassiveHealthCheck`` says so."""
         options = self._options
+        enforced = round(options.enforced_share * 100)
         return {
             "split_external_local_origin_errors": True,
             "consecutive_local_origin_failure": options.failures_to_eject,
-            "enforcing_consecutive_local_origin_failure": 100,
+            "enforcing_consecutive_local_origin_failure": enforced,
             "enforcing_local_origin_success_rate": 0,
-            "enforcing_consecutive_5xx": 0,
+            "consecutive_5xx": options.failures_to_eject,
+            "enforcing_consecutive_5xx": enforced if options.judges_answers else 0,
             "enforcing_consecutive_gateway_failure": 0,
             "enforcing_success_rate": 0,
             "base_ejection_time": seconds(options.base_ejection_s),
             "max_ejection_time": seconds(max(options.max_ejection_s, options.base_ejection_s)),
-            "interval": "1s",
-            "max_ejection_percent": 100,
+            "interval": seconds(options.interval_s or 1.0),
+            "max_ejection_percent": round(options.ejected_share_max * 100),
         }
 
     def nearest_first(self, groups: Sequence[Sequence[Endpoint]]) -> tuple[list[list[Endpoint]], int]:

@@ -65,6 +65,20 @@ def test_what_service_defaults_says_of_an_upstream_reaches_envoy() -> None:
     assert cluster["connect_timeout"] == "0.9s"
 
 
+def test_a_passive_health_check_judges_answers_as_it_says() -> None:
+    passive = {
+        "MaxFailures": 3, "Interval": "7s", "EnforcingConsecutive5xx": 50, "MaxEjectionPercent": 20,
+        "BaseEjectionTime": "9s",
+    }  # fmt: skip
+    config = upstream_config({}, "web", {"UpstreamConfig": {"Defaults": {"PassiveHealthCheck": passive}}})
+    found = made(web(config))[types.CLUSTER][WAY]["outlier_detection"]
+    assert (found["consecutive_5xx"], found["enforcing_consecutive_5xx"], found["interval"]) == (3, 50, "7s")
+    assert (found["max_ejection_percent"], found["base_ejection_time"]) == (20, "9s")
+    tcp = msgspec.structs.replace(web(config), protocol="tcp")
+    assert made(tcp)[types.CLUSTER][WAY]["outlier_detection"]["enforcing_consecutive_5xx"] == 0
+    assert made(web({}))[types.CLUSTER][WAY]["outlier_detection"]["enforcing_consecutive_5xx"] == 0
+
+
 def test_what_is_not_said_is_not_bound() -> None:
     cluster = made(web({"limits": {"max_connections": -1, "max_pending_requests": True}}))[types.CLUSTER][WAY]
     (threshold,) = cluster["circuit_breakers"]["thresholds"]
