@@ -74,7 +74,7 @@ class ClusterSettings:
         )
 
     def _ejection(self) -> Rule:
-        """Who cannot be reached is left out for a while; who answers with 5xx, where ``PassiveHealthCheck`` says so."""
+        """Leave out who cannot be reached, and who answers with 5xx where a passive health check says so."""
         options = self._options
         enforced = round(options.enforced_share * 100)
         return {
