@@ -10,12 +10,12 @@ from tests.simulation.planted import PLANTED, SEEDS
 from tests.simulation.scenario import play
 
 FROM = {
-    "counts a vote twice": 37,
+    "counts a vote twice": 92,
     "counts itself before its sync": 236,
     "commits beyond the match": 540,
     "reads before its no-op": 119,
     "keeps a membership taken back": 24,
-    "two membership changes at once": 204,
+    "two membership changes at once": 1136,
 }
 """Where to begin to look; elsewhere it takes longer."""
 
