@@ -29,7 +29,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     command_bytes_max: int = 576 * 1024
     rpc_connections_max: int = 8192
-    """Open TLS connections on a server's RPC port, handshakes included."""
+    """Open connections of agents on a server's RPC port."""
     rpc_inflight_max: int = 4096
     """Requests and streams in progress on one RPC connection."""
     rpc_handshake_timeout_s: float = 5.0
