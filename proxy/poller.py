@@ -3,7 +3,7 @@
 The event loop sees one descriptor, the epoll instance, however many connections there are. Its sockets are watched
 edge-triggered: one ``epoll_ctl`` for the life of a connection, none for pausing, resuming or closing it. What a batch
 of events has made (frames for a session, connections that ended) is dealt with once, at the batch's end, so that no
-callback of the loop is spent on it. Linux only, as is all of the sidecar. See ``docs/decisions/0040-*``.
+callback of the loop is spent on it. Linux only, as is all of the sidecar. See ``docs/decisions/0022-*``.
 
 Handlers must take an event for a hint: it may come late, or twice.
 """
