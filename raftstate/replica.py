@@ -7,17 +7,15 @@ forwarding decisions: a server that is not the leader raises NotLeader, and `nod
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from raftstate import backup
 from raftstate.clock import boot_clock
 from raftstate.errors import (
-    JournalDamaged,
     NoQuorum,
     NotLeader,
     RaftError,
@@ -29,16 +27,14 @@ from raftstate.errors import (
 from raftstate.journal_sync import GroupSync
 from raftstate.messages import BadMessage, Message, decode_message, encode_message
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
-from raftstate.raft_backup import RestoreInLog, Restoring
+from raftstate.raft_backup import RestoreInLog
 from raftstate.raft_driven import ROLES
 from raftstate.raft_driver import Driver
-from raftstate.raft_install import Install, members_dict
+from raftstate.raft_install import members_dict
 from raftstate.raft_ports import Snapshots
-from raftstate.raft_snapshotter import SnapshotMaker
+from raftstate.replica_snapshots import SnapshotWork, let_go
 from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp
 from raftstate.snapshot_format import SnapshotHeader
-from raftstate.state.retire import retire
-from raftstate.state.store import Store
 from raftstate.submissions import Submission, Submissions, Told
 
 __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica", "boot_clock"]
@@ -52,8 +48,6 @@ EXPIRY_S = 0.05
 """How often writes are looked at that may have waited too long."""
 START_WAIT_S = 5.0
 """How long after a start a stale read waits for a leader to tell what has been committed."""
-SNAPSHOT_SLICE_S, SNAPSHOT_REST_S = 0.002, 0.001
-"""How long a snapshot may hold the loop, and how long it then leaves it to others."""
 
 
 class Replica:
@@ -88,7 +82,6 @@ class Replica:
         self.failure: BaseException | None = None
         self._journal, self._snapshots, self._peers = journal, snapshots, peers
         self._bootstrap, self._config = bootstrap, config or RaftConfig()
-        self._snapshot_entries, self._snapshot_bytes = snapshot_entries, snapshot_bytes
         self._clock, self._rng = clock, rng or random.Random()
         self._silent_since = silent_since
         self._on_failure = on_failure
@@ -103,10 +96,16 @@ class Replica:
         self._encoded: tuple[Message | None, bytes] = (None, b"")
         """The message sent last, and its bytes."""
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._snapshotting = self._restoring = False
         self._caught_up, self._start_until = False, 0.0
-        self._snapshot_index = self._snapshot_size = 0
-        self._bytes_since_snapshot = 0
+        self._snapshot_work = SnapshotWork(
+            machine,
+            snapshots,
+            entries=snapshot_entries,
+            bytes_=snapshot_bytes,
+            clock=clock,
+            on_made=self._poke,
+            on_replaced=self._state_replaced,
+        )
         self._known_members = Members()
         self._known_leader: tuple[str | None, int] = (None, 0)
         self._leader_callbacks: list[Callable[[str | None], None]] = []
@@ -115,16 +114,7 @@ class Replica:
 
     async def start(self) -> None:
         """Restore the newest snapshot and begin to take part. Raises RaftError if the data on disk is damaged."""
-        # Entries before the journal's first are in a snapshot only: an older one would leave a hole in history.
-        base = self._journal[0][1] if len(self._journal) else 0
-        meta = await asyncio.to_thread(self._snapshots.latest, base)
-        if meta is not None:
-            fresh = self.machine.restorer()
-            await asyncio.to_thread(_feed, fresh, self._snapshots.open(meta))
-            fresh.finish()
-            self._snapshot_index = meta.index
-        elif base:
-            raise JournalDamaged("the journal", 0, f"it begins at index {base}, and no snapshot reaches that far")
+        await self._snapshot_work.load(self._journal[0][1] if len(self._journal) else 0)
         self._core = RaftCore(
             self.id,
             self._journal,
@@ -254,7 +244,7 @@ class Replica:
 
     def _apply(self, index: int, data: bytes) -> Any:
         applied = self.machine.apply(index, data)
-        self._bytes_since_snapshot += len(data)
+        self._snapshot_work.logged += len(data)
         if self.watches is not None:
             self.watches.notify(applied.touched)
         return applied
@@ -425,7 +415,7 @@ class Replica:
             first_index=core.first_index,
             last_index=core.last_index,
             durable_index=self._journal.durable_index,
-            snapshot_index=self._snapshot_index,
+            snapshot_index=self._snapshot_work.index,
             last_contact_ms=self._contact_ms(core),
             members=core.members.all,
             lag=core.lag(),
@@ -492,12 +482,9 @@ class Replica:
                     future.set_result(None)
                 else:
                     self._waiters.append((predicate, future))
-        if core.install is not None and not self._restoring:
-            self._restoring = True
-            self._spawn(self._restore(core, core.install))
-        elif not self._snapshotting and not self._restoring and self._snapshot_due(core):
-            self._snapshotting = True
-            self._spawn(self._make_snapshot(core))
+        work = self._snapshot_work.due(core)
+        if work is not None:
+            self._spawn(work)
 
     async def _until(self, predicate: Callable[[], bool], timeout_s: float) -> None:
         if predicate():
@@ -534,53 +521,6 @@ class Replica:
         if error is not None and self._driver is not None:
             self._driver.fail(error)
 
-    # -- snapshots -------------------------------------------------------------------------------------------------
-
-    def _snapshot_due(self, core: RaftCore) -> bool:
-        """Whether the log has grown enough; a large state is written again only for a log of some size beside it."""
-        new = core.applied - self._snapshot_index
-        grown = new >= self._snapshot_entries or self._bytes_since_snapshot >= self._snapshot_bytes
-        if not core.snapshot_wanted and not (grown and self._bytes_since_snapshot >= self._snapshot_size // 4):
-            return False
-        term = core.term_at(core.applied)
-        return new > 0 and term is not None and not core.backup.under_way(term)
-
-    async def _make_snapshot(self, core: RaftCore) -> None:
-        self._bytes_since_snapshot = 0
-        maker = SnapshotMaker(core, self.machine, self._snapshots)
-        try:
-            turn_until = self._clock() + SNAPSHOT_SLICE_S
-            while maker.step():
-                if self._clock() >= turn_until:
-                    await asyncio.sleep(SNAPSHOT_REST_S)
-                    turn_until = self._clock() + SNAPSHOT_SLICE_S
-            await asyncio.to_thread(maker.commit)
-        except BaseException:
-            maker.abort()
-            raise
-        finally:
-            self._snapshotting = False
-        maker.finish()
-        self._snapshot_index, self._snapshot_size = maker.index, maker.bytes
-        self._poke()
-
-    async def _restore(self, core: RaftCore, install: Install) -> None:
-        try:
-            await asyncio.to_thread(install.writer.commit)
-            meta = await asyncio.to_thread(self._snapshots.latest, install.index)
-            fresh = self.machine.restorer()
-            await asyncio.to_thread(_feed, fresh, self._snapshots.open(meta))
-        finally:
-            self._restoring = False
-        # Stale reads have seen the old state until now. From here on nothing may come in between.
-        replaced = fresh.finish()
-        core.installed()
-        if self.watches is not None:
-            self.watches.notify_all()
-        self._spawn(_let_go(replaced))
-        self._snapshot_index = install.index
-        self._poke()
-
     # -- backups ---------------------------------------------------------------------------------------------------
 
     async def save_snapshot(self) -> AsyncIterator[bytes]:
@@ -615,30 +555,11 @@ class Replica:
         await backup.restore(pieces, propose, self.machine.restorer, admit)
 
     def _replaced_by_backup(self, replaced: Any) -> None:
-        # The log is no short way to this state: a snapshot is due.
-        self._bytes_since_snapshot = self._snapshot_bytes + self._snapshot_size
+        self._snapshot_work.due_soon()
+        self._state_replaced(replaced)
+
+    def _state_replaced(self, replaced: Any) -> None:
         if self.watches is not None:
             self.watches.notify_all()
-        self._spawn(_let_go(replaced))
-
-
-def _feed(fresh: Restoring, chunks: Iterable[bytes]) -> None:
-    """Read a snapshot into a new state, in a thread. The collector would walk all of it, again and again."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        for chunk in chunks:
-            fresh.feed(chunk)
-        fresh.check()
-    finally:
-        # Before the collector runs again: the new rows would all be young to it, and the loop would pay for that.
-        gc.freeze()
-        if collected:
-            gc.enable()
-
-
-async def _let_go(replaced: Any) -> None:
-    if isinstance(replaced, Store):
-        held = [replaced]
-        del replaced
-        await asyncio.to_thread(lambda: retire(held.pop()))
+        self._spawn(let_go(replaced))
+        self._poke()

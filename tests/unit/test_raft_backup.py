@@ -82,7 +82,7 @@ async def test_the_state_of_a_restored_cluster_survives_in_its_snapshots(tmp_pat
         await leader.restore_snapshot(pieces(as_backup(machine, machine.store.index)))
         for number in range(20):
             applied = await leader.apply(set_key("mine", str(number).encode()))
-        await leader._until(lambda: leader._snapshot_index > 0, 5)
+        await leader._until(lambda: leader._snapshot_work.index > 0, 5)
         await cluster.crash("server-1")
         again = await cluster.start("server-1")
         await again.wait_leader(5)
