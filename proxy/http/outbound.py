@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.connection import HttpConnection
@@ -111,10 +111,13 @@ class Fleet(Protocol):
         ...
 
 
-class OutboundHttp(HttpSide):
-    """The HTTP side of one upstream's listener."""
+AnyFleet = TypeVar("AnyFleet")
 
-    def __init__(self, options: OutboundOptions, fleet: Fleet, stats: HttpStats) -> None:
+
+class OutboundSide(HttpSide, Generic[AnyFleet]):
+    """What both versions of HTTP share on the caller's side of an upstream: options, instances, what is in flight."""
+
+    def __init__(self, options: OutboundOptions, fleet: AnyFleet, stats: HttpStats) -> None:
         super().__init__(options.http)
         self.outbound = options
         self.fleet = fleet
@@ -126,6 +129,10 @@ class OutboundHttp(HttpSide):
         """Take new options, for requests and connections to come."""
         self.outbound = options
         self.options = options.http
+
+
+class OutboundHttp(OutboundSide[Fleet]):
+    """The HTTP side of one upstream's listener."""
 
     def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundConnection:
         """Serve a connection of the app. ``on_done`` is called once, at the end."""

@@ -16,9 +16,8 @@ from h2.events import InformationalResponseReceived, ResponseReceived
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.head import Field
-from proxy.http.options import HttpStats
-from proxy.http.outbound import REPLAY_BYTES, OutboundOptions
-from proxy.http.side import NEVER, HttpSide
+from proxy.http.outbound import REPLAY_BYTES, OutboundSide
+from proxy.http.side import NEVER
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
 from proxy.http2.exchange import Exchange, Part, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease
@@ -30,21 +29,8 @@ STREAMS_MAX = 512
 """Of one connection of the app: a gRPC channel keeps to one connection, whatever it has under way."""
 
 
-class OutboundHttp2(HttpSide):
+class OutboundHttp2(OutboundSide[Fleet]):
     """The HTTP/2 side of one upstream's listener."""
-
-    def __init__(self, options: OutboundOptions, fleet: Fleet, stats: HttpStats) -> None:
-        super().__init__(options.http)
-        self.outbound = options
-        self.fleet = fleet
-        self.stats = stats
-        self.in_flight = 0
-        self.pending = 0
-
-    def use(self, options: OutboundOptions) -> None:
-        """Take new options, for requests and connections to come."""
-        self.outbound = options
-        self.options = options.http
 
     def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundHttp2Connection:
         """Serve a connection of the app. ``on_done`` is called once, at the end."""
