@@ -170,6 +170,26 @@ class InstanceUse:
         return True
 
 
+class LoopbackUse:
+    """One request to our own app, without the mesh between: there is no other one, and nobody judges it."""
+
+    __slots__ = ("key", "port")
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.key: Hashable = ("loopback", port)
+
+    def failed(self, reason: str) -> None:
+        """As :meth:`InstanceUse.failed`."""
+
+    def answered(self, status: int) -> None:
+        """As :meth:`InstanceUse.answered`."""
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        """As :meth:`InstanceUse.refusal`."""
+        return None
+
+
 def report_failure(service: Service, instance: Instance, reason: str) -> None:
     """The instance could not be reached or did not answer: it may be left out for a while."""
     if instance.owner.failed(instance, asyncio.get_running_loop().time()):

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from proxy.balancer import Instance
-from proxy.choosing import Chooser, InstanceUse, is_retiring
+from proxy.choosing import Chooser, InstanceUse, LoopbackUse, is_retiring
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http import HttpOptions, OutboundConnection, OutboundOptions
 from proxy.http.head import RequestHead
@@ -156,7 +156,7 @@ class InstanceLease(InstanceUse):
 
     def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
         upstream = Upstream(owner, self.service.http_options.http)
-        fate = _StreamFate(self.service, self.instance, upstream)
+        fate = _StreamFate(self.instance, upstream)
         upstream.channel = session.core.open(self.instance.key.service, upstream, fate)
         return upstream
 
@@ -172,10 +172,9 @@ class InstanceLease(InstanceUse):
 class _StreamFate:
     """Turns a mux stream's fate into its Upstream's."""
 
-    __slots__ = ("_instance", "_service", "_upstream")
+    __slots__ = ("_instance", "_upstream")
 
-    def __init__(self, service: Service, instance: Instance, upstream: Upstream) -> None:
-        self._service = service
+    def __init__(self, instance: Instance, upstream: Upstream) -> None:
         self._instance = instance
         self._upstream = upstream
 
@@ -189,15 +188,14 @@ class _StreamFate:
         pass  # the channel's peer, the Upstream, is told
 
 
-class LoopbackLease:
+class LoopbackLease(LoopbackUse):
     """One request to our own app, without the mesh between."""
 
-    __slots__ = ("_fleet", "_port", "key")
+    __slots__ = ("_fleet",)
 
     def __init__(self, fleet: ServiceFleet, port: int) -> None:
+        super().__init__(port)
         self._fleet = fleet
-        self._port = port
-        self.key: Hashable = ("loopback", port)
 
     def open(self, owner: Owner) -> Upstream | None:
         upstream = self._fleet.take_idle(self.key)
@@ -217,20 +215,11 @@ class LoopbackLease:
         host = (service.me.local_address if service.me else "") or "127.0.0.1"
         try:
             async with asyncio.timeout(service.settings.connect_timeout_s):
-                _, upstream.channel = await asyncio.get_running_loop().create_connection(channel, host, self._port)
+                _, upstream.channel = await asyncio.get_running_loop().create_connection(channel, host, self.port)
         except (OSError, TimeoutError) as error:
-            text = f"our own app at {host}:{self._port} cannot be reached: {error or 'timeout'}"
+            text = f"our own app at {host}:{self.port} cannot be reached: {error or 'timeout'}"
             raise ConnectFailed("app-down", text) from error
         return upstream
-
-    def failed(self, reason: str) -> None:
-        pass  # there is no other one
-
-    def answered(self, status: int) -> None:
-        pass
-
-    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
-        return None
 
     def done(self, upstream: Upstream | None) -> None:
         if upstream is not None:

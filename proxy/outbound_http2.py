@@ -11,7 +11,7 @@ from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING
 
 from proxy.balancer import Instance, Key
-from proxy.choosing import Chooser, InstanceUse, RequestAim, View, is_retiring, report_failure
+from proxy.choosing import Chooser, InstanceUse, LoopbackUse, RequestAim, View, is_retiring, report_failure
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http2.fleet import Aim, Lease
 from proxy.http2.half import PREFACE
@@ -230,30 +230,20 @@ class InstanceLease(InstanceUse):
         self.release()
 
 
-class LoopbackLease:
+class LoopbackLease(LoopbackUse):
     """One request to our own app, without the mesh between."""
 
-    __slots__ = ("_fleet", "_port", "key")
+    __slots__ = ("_fleet",)
 
     def __init__(self, fleet: Http2Fleet, port: int) -> None:
+        super().__init__(port)
         self._fleet = fleet
-        self._port = port
-        self.key: Hashable = ("loopback", port)
 
     def link(self) -> Link | None:
         return self._fleet.take(self.key)
 
     async def connect(self) -> Link:
-        return await self._fleet.connect_loopback(self.key, self._port)
-
-    def failed(self, reason: str) -> None:
-        pass  # there is no other one
-
-    def answered(self, status: int) -> None:
-        pass
-
-    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
-        return None
+        return await self._fleet.connect_loopback(self.key, self.port)
 
     def done(self) -> None:
         pass
