@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from proxy.http import Decide, Dial, HttpOptions, HttpStats, InboundConnection, InboundHttp
 from proxy.http2 import InboundHttp2, InboundHttp2Connection
@@ -30,6 +30,11 @@ class HttpEntry:
     def use(self, options: HttpOptions) -> None:
         """Take new options for the connections to come."""
         self.http1.options = self.http2.options = options
+
+    def recheck(self, sources: Container[tuple[str, str]]) -> int:
+        """The permissions of ``sources``, (service, instance), changed: decide again each request and stream that is
+        under way from them, and end those that are not allowed any more; return how many."""
+        return self.http1.recheck(sources) + self.http2.recheck(sources)
 
     def drain(self) -> None:
         """Let requests under way end; idle connections end at once."""

@@ -293,15 +293,26 @@ class Desk:
     # Withdrawal
 
     def recheck(self) -> None:
-        """The policy changed: decide live calls again and cut those that it no longer admits as they are."""
+        """The policy changed: decide live calls again and cut those that it no longer admits.
+
+        Of a call that is served as HTTP each request under way is decided again; those that are still allowed go on.
+        """
+        sources: set[tuple[str, str]] = set()
         for call in list(self.calls):
             decision = self.decide(call.identity)
             before, call.decision = call.decision, decision
             if not decision.allowed:
                 self._cut(call, decision.reason)
-            elif decision.permissions != before.permissions and decision.permissions:
-                # What is under way was admitted under other permissions, and may not be under these.
-                self._cut(call, "the intention's permissions changed")
+            elif decision.permissions and decision.permissions != before.permissions:
+                if call.http:
+                    sources.add((call.identity.service, call.identity.instance))
+                else:
+                    self._cut(call, f"its requests cannot be decided: {decision.reason}")
+        if sources and self._http is not None and (ended := self._http.recheck(sources)):
+            self._metrics.count("lictor_cut_total", ended, direction="inbound", reason="denied")
+            services = ", ".join(sorted({service for service, _ in sources}))
+            text = f"{ended} requests of {services} ended: the permissions that changed do not allow them"
+            self._log.warning("requests ended by permissions", text)
 
     def _cut(self, call: Call, reason: str) -> None:
         self._metrics.count("lictor_cut_total", direction="inbound", reason="denied")

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 
 from proxy.authz import Decision, Request
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, StreamClosed
 from proxy.http.connection import HttpConnection
 from proxy.http.options import HttpStats
 from proxy.http.parser import Message
 from proxy.http.replies import denial
 from proxy.http.side import HttpSide
 from proxy.http.upstream import Upstream
-from proxy.stream import Channel
+from proxy.stream import Channel, Data
 from raftstate.model.identity import Identity
 
 log = logging.getLogger("lictor.proxy.http")
@@ -25,6 +25,19 @@ log = logging.getLogger("lictor.proxy.http")
 Dial = Callable[[Channel], Awaitable[Channel]]
 """Opens a connection whose peer is, from its first byte on, the channel given; raises ProxyError or OSError."""
 Decide = Callable[[Request], Decision]
+
+
+def still_allowed(decide: Decide, request: Request, sent: bytes) -> bool:
+    """Whether a request that is under way is allowed now, too. ``sent`` is the target that the app was given: where
+    permissions hold now, it must be the one that they were asked about."""
+    try:
+        decision = decide(request)
+    except Exception:  # deny, whatever is wrong
+        log.exception("a request could not be decided again and is ended")
+        return False
+    if not decision.allowed:
+        return False
+    return not decision.permissions or request.forward_target.encode("latin-1") == sent
 
 
 class InboundHttp(HttpSide):
@@ -49,11 +62,19 @@ class InboundHttp(HttpSide):
         """
         return InboundConnection(self, downstream, peer, dial, decide, stats, identity, on_done)
 
+    def recheck(self, sources: Container[tuple[str, str]]) -> int:
+        """Decide again what is under way from ``sources``, (service, instance); return how many requests ended."""
+        return sum(
+            each.recheck()
+            for each in list(self.connections)
+            if isinstance(each, InboundConnection) and each.source in sources
+        )
+
 
 class InboundConnection(HttpConnection):
     """A connection from the mesh. It keeps one connection to the app."""
 
-    __slots__ = ("_decide", "_dial_app", "_identity", "_source")
+    __slots__ = ("_decide", "_dial_app", "_identity", "_sent_target", "_source", "_switched_by")
 
     def __init__(
         self,
@@ -71,6 +92,44 @@ class InboundConnection(HttpConnection):
         self._dial_app = dial
         self._decide = decide
         self._identity = identity
+        self._sent_target = b""
+        """Of the active request, or the one that began the tunnel, as the app was given it."""
+        self._switched_by: Request | None = None
+        """The request that began the tunnel."""
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Service and instance of the caller."""
+        return self._source.service, self._source.instance
+
+    def recheck(self) -> int:
+        """Decide again what is under way, and end it if it is not allowed any more; return how many requests ended.
+
+        Where nothing of the answer was sent the caller is told that it is denied; else the connection is cut.
+        """
+        active = self._active
+        head = active.head if active is not None else None
+        request = head.request() if head is not None else self._switched_by
+        if request is None or self._closing:
+            return 0
+        if still_allowed(self._decide, request, self._sent_target):
+            if active is not None:
+                active.keep_trailers = False  # they come after the decision
+            return 0
+        upstream = self._upstream
+        if active is None or (upstream is not None and upstream.head is not None):
+            self.cut(StreamClosed("the intention allows the request no more"))
+        else:
+            self._drop_upstream()
+            self._connecting = False
+            self._reply(403, denial(self._options.service, self._source), "denied")
+            self._advance()
+        return 1
+
+    def response_switched(self, upstream: Upstream, rest: Data) -> None:
+        if upstream is self._upstream and self._active is not None and self._active.head is not None:
+            self._switched_by = self._active.head.request()
+        super().response_switched(upstream, rest)
 
     def adopt(self, channel: Channel) -> None:
         """Use a connection to the app that is there already for the first request. Call before any bytes come."""
@@ -80,7 +139,7 @@ class InboundConnection(HttpConnection):
         self._upstream = upstream
 
     def _party(self) -> tuple[str, str]:
-        return self._source.service, self._source.instance
+        return self.source
 
     def _route(self, message: Message) -> None:
         head = message.head
@@ -102,6 +161,7 @@ class InboundConnection(HttpConnection):
         if decision.permissions:
             target = request.forward_target.encode("latin-1")
             message.keep_trailers = False
+        self._sent_target = target
         self._launch(message, head.wire(target, self._identity))
 
     def _connect(self, message: Message) -> None:

@@ -373,8 +373,6 @@ class Http2Connection:
         self._remove(exchange)
         ended = exchange.request_came
         client, stream_id = self._client, exchange.client_id
-        for part in exchange.to_link:
-            client.acknowledge(stream_id, part.flow)
         headers, body = local_answer(status, error, grpc=exchange.head.grpc)
         if exchange.head.method == b"HEAD" or client.room(stream_id) < len(body):
             body = b""
@@ -408,6 +406,9 @@ class Http2Connection:
 
     def _remove(self, exchange: Exchange) -> None:
         if self._exchanges.pop(exchange.client_id, None) is not None:
+            # What is not sent on any more would else be missing from the connection's window for ever.
+            for part in exchange.to_link:
+                self._client.acknowledge(exchange.client_id, part.flow)
             self._over(exchange)
 
     def _count(self, exchange: Exchange, status: int, origin: str) -> None:

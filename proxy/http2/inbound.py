@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
+
+from h2.errors import ErrorCodes
 
 from proxy.errors import ProxyError
-from proxy.http.inbound import Decide, Dial
+from proxy.http.inbound import Decide, Dial, still_allowed
 from proxy.http.options import HttpStats
 from proxy.http.replies import denial
 from proxy.http.side import HttpSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
-from proxy.http2.exchange import Exchange, Replay
+from proxy.http2.exchange import Exchange, Part, Replay
+from proxy.http2.head import grpc_ending, grpc_status_of
 from proxy.http2.link import Link
 from proxy.mux.core import MuxStream
 from proxy.stream import Channel
@@ -41,6 +44,14 @@ class InboundHttp2(HttpSide):
     ) -> InboundHttp2Connection:
         """As :meth:`proxy.http.InboundHttp.serve`."""
         return InboundHttp2Connection(self, downstream, peer, dial, decide, stats, identity, on_done)
+
+    def recheck(self, sources: Container[tuple[str, str]]) -> int:
+        """As :meth:`proxy.http.InboundHttp.recheck`."""
+        return sum(
+            each.recheck()
+            for each in list(self.connections)
+            if isinstance(each, InboundHttp2Connection) and each.source in sources
+        )
 
 
 class InboundHttp2Connection(Http2Connection):
@@ -77,8 +88,46 @@ class InboundHttp2Connection(Http2Connection):
     def _client_name(self) -> str:
         return self._source.service
 
-    def _party(self, exchange: Exchange) -> tuple[str, str]:
+    @property
+    def source(self) -> tuple[str, str]:
+        """Service and instance of the caller."""
         return self._source.service, self._source.instance
+
+    def _party(self, exchange: Exchange) -> tuple[str, str]:
+        return self.source
+
+    def recheck(self) -> int:
+        """Decide again each stream that is under way, and end those that are not allowed any more; return how many.
+
+        A caller that has had nothing of the answer yet is told that it is denied, and one that speaks gRPC always is.
+        """
+        ended = 0
+        for exchange in list(self._exchanges.values()):
+            sent = next((value for name, value in exchange.headers if name == b":path"), b"")
+            if still_allowed(self._decide, exchange.head.request(), sent):
+                exchange.keep_trailers = False  # they come after the decision
+            else:
+                self._withdraw(exchange)
+                ended += 1
+        self.flush()
+        return ended
+
+    def _withdraw(self, exchange: Exchange) -> None:
+        text = denial(self._options.service, self._source)
+        if not exchange.status:
+            self._answer(exchange, 403, text, "denied")
+            return
+        self._forget_link(exchange, ErrorCodes.CANCEL)
+        exchange.to_client.clear()
+        if exchange.head.grpc:
+            exchange.origin = "denied"
+            exchange.grpc_status = grpc_status_of(403)
+            exchange.to_client.append(Part(b"", 0, end=True, trailers=grpc_ending(403, text)))
+            self._pump_to_client(exchange)
+        else:
+            self._count(exchange, 0, "cut")
+            self._client.reset(exchange.client_id, ErrorCodes.CANCEL)
+            self._remove(exchange)
 
     def _route(self, exchange: Exchange) -> None:
         request = exchange.head.request()
