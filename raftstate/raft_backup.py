@@ -2,8 +2,9 @@
 
 A restore is a run of RESTORE entries of one term: begin, parts, end. A server builds the new state beside the old one
 as it applies the parts, and puts it in place when it applies the end: no step is long, and reads see the old state
-until then. A new leader's term makes an unfinished restore void. No snapshot is made meanwhile, since it would not
-hold the parts.
+until then. No snapshot is made meanwhile, since it would not hold the parts; so what is given up on the way is made
+void by an entry that says so, or by a new leader's term. Parts do not name their restore: a leader lets one at a time
+into its log (`raftstate.backup.OneRestore`).
 
 Indexes only grow (law 2), and the restored rows carry indexes of the backup, whose log may have been further than
 this one. The state machine then counts ahead of the log from there on: `StateMachine.offset`, part of its state.
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-BEGIN, PART, END = b"b", b"p", b"e"
+BEGIN, PART, END, VOID = b"b", b"p", b"e", b"v"
 PART_BYTES = 128 * 1024
 """State in one log entry."""
 
@@ -54,6 +55,8 @@ class RestoreInLog:
             self._term, self._fresh = term, self._begin()
         elif self._fresh is None or term != self._term:
             return False  # its beginning was another leader's, or before a snapshot: void everywhere alike
+        elif kind == VOID:
+            self.forget()
         elif kind == PART:
             self._chunk += payload[2:]
             if payload[1]:

@@ -56,6 +56,13 @@ class Members(msgspec.Struct, frozen=True):
             return "a cluster needs a voter: add another server before removing this one"
         if len(set(self.voters) ^ set(after.voters)) > 1:
             return "only one voter may be added or removed at a time"
+        for new in [one for one in after.all if one not in self.all]:
+            owner = next((one for one in after.all if one.id != new.id and one.address == new.address), None)
+            if owner is not None:
+                return (
+                    f"{new.address} is the address of {owner.id}: give {new.id} its own, or remove {owner.id} first "
+                    f"(`lictor operator raft remove-peer -id {owner.id}`)"
+                )
         return None
 
     def quorum_value(self, value_of: Callable[[str], float]) -> float:

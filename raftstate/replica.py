@@ -16,6 +16,7 @@ from typing import Any
 from raftstate import backup
 from raftstate.clock import boot_clock
 from raftstate.errors import (
+    MembershipRefused,
     NoQuorum,
     NotLeader,
     RaftError,
@@ -36,6 +37,7 @@ from raftstate.replica_snapshots import SnapshotWork, let_go
 from raftstate.replica_types import JournalLike, Machine, Peers, RaftStatus, ReadMode, ReadStamp
 from raftstate.snapshot_format import SnapshotHeader
 from raftstate.submissions import Submission, Submissions, Told
+from raftstate.transport_link import server_address
 
 __all__ = ["Machine", "Peers", "RaftStatus", "ReadMode", "ReadStamp", "Replica", "boot_clock"]
 
@@ -106,6 +108,7 @@ class Replica:
             on_made=self._poke,
             on_replaced=self._state_replaced,
         )
+        self._one_restore = backup.OneRestore(self._abandon_restore)
         self._known_members = Members()
         self._known_leader: tuple[str | None, int] = (None, 0)
         self._leader_callbacks: list[Callable[[str | None], None]] = []
@@ -352,8 +355,15 @@ class Replica:
         return self._running_core().members.all
 
     async def add_server(self, server: str, address: str, timeout_s: float = 60.0) -> None:
-        """Add a server: a learner first, with a vote once it has caught up. Raises MembershipRefused, NotLeader."""
+        """Add a server: a learner first, with a vote once it has caught up.
+
+        Raises MembershipRefused, NotLeader, NoQuorum (it is a learner, and does not catch up).
+        """
         core = self._running_core()
+        try:
+            server_address(address)
+        except RaftError as error:
+            raise MembershipRefused(f"{server!r} cannot be added: {error}") from None
         present = core.members.get(server)
         if present is None or not present.voter or present.address != address:
             member = Member(server, address, bool(present and present.voter))
@@ -363,7 +373,13 @@ class Replica:
             found = core.members.get(server)
             return found is None or (found.voter and core.membership_index <= core.commit) or not core.is_leader
 
-        await self._until(votes, timeout_s)
+        try:
+            await self._until(votes, timeout_s)
+        except NoQuorum:
+            raise NoQuorum(
+                f"{server!r} is in the membership without a vote and has not caught up within {timeout_s:g} s: see "
+                f"that it runs and can be reached at {address}, or `lictor operator raft remove-peer -id {server}`"
+            ) from None
         if not core.is_leader:
             raise UnknownOutcome(f"leadership was lost while {server!r} was catching up: see the members and retry")
 
@@ -544,15 +560,22 @@ class Replica:
     ) -> None:
         """Replace the state on every server by a backup; the membership stays as it is. Only on the leader.
 
-        The backup is checked whole before anything changes; `admit` is shown what was read of it, and may raise.
-        Raises SnapshotDamaged, NotLeader, UnknownOutcome.
+        The backup is checked whole before anything changes; `admit` is shown what was read of it, and may raise. One
+        at a time. Raises SnapshotDamaged, NotLeader, TooBusy, UnknownOutcome.
         """
         self._running_core()._refuse_unless_leading()
 
         async def propose(step: bytes) -> Any:
             return await self._propose(lambda core, done: core.propose_restore(step, done), timeout_s)
 
-        await backup.restore(pieces, propose, self.machine.restorer, admit)
+        await backup.restore(pieces, propose, self.machine.restorer, admit, self._one_restore.turn)
+
+    def _abandon_restore(self, step: bytes) -> None:
+        try:
+            self._running_core().propose_restore(step, lambda _value, _error: None)
+        except RaftError:
+            return  # it ended with this leadership
+        self._poke()
 
     def _replaced_by_backup(self, replaced: Any) -> None:
         self._snapshot_work.due_soon()

@@ -131,10 +131,12 @@ class TlsPeerTransport:
         await asyncio.gather(*pumps, return_exceptions=True)
 
     def set_peers(self, addresses: Mapping[str, str]) -> None:
-        """Raises RaftError for an address that is not host:port."""
-        for address in addresses.values():
-            server_address(address)
-        self._addresses = {peer: address for peer, address in addresses.items() if peer != self.self_id}
+        """See PeerTransport. A peer whose address is none gets no link: the others must go on without it."""
+        self._addresses = {
+            peer: address
+            for peer, address in addresses.items()
+            if peer != self.self_id and _is_address(peer, address)
+        }
         if not self._running:
             return
         for peer, dialer in list(self._dialers.items()):
@@ -307,6 +309,15 @@ class _Dialer:
             self.sender = None
             sender.close()
             self._owner._link_down(self._peer)
+
+
+def _is_address(peer: str, address: str) -> bool:
+    try:
+        server_address(address)
+    except RaftError as error:
+        log.warning("raft: no link to server %s: %s", peer, error)
+        return False
+    return True
 
 
 def _report(task: asyncio.Task[None]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from raftstate.errors import JournalDamaged, SnapshotDamaged
+from raftstate.errors import JournalDamaged, SnapshotDamaged, TooBusy, UnknownOutcome
+from raftstate.raft_backup import BEGIN, END, PART, VOID, RestoreInLog
 from raftstate.snapshot_format import SnapshotEncoder, SnapshotHeader
 from raftstate.state import commands as c
 from raftstate.state.machine import StateMachine
@@ -100,6 +101,95 @@ async def test_a_backup_that_the_servers_could_not_read_changes_nothing(tmp_path
         await leader.apply(set_key("mine", b"2"))
         assert list(kv(leader)) == ["mine"]
         assert cluster.failures.empty()
+
+
+async def test_of_two_restores_at_once_one_is_refused_and_none_is_mixed(tmp_path: Path) -> None:
+    machines = [far_machine(3_000, 5_000_000), far_machine(2_000, 9_000_000)]
+    async with ReplicaCluster(tmp_path, 3, machine=StateMachine) as cluster:
+        leader = await cluster.leader()
+        outcomes = await asyncio.gather(
+            *(leader.restore_snapshot(pieces(as_backup(machine, machine.store.index))) for machine in machines),
+            return_exceptions=True,
+        )
+        assert cluster.failures.empty(), "a mixture of two backups can be read by no server, now or after a restart"
+        assert [type(outcome) for outcome in outcomes if outcome is not None] == [TooBusy]
+        assert kv(leader) == machines[outcomes.index(None)].store.kv.rows
+        await leader.restore_snapshot(pieces(as_backup(machines[0], machines[0].store.index)))
+        assert kv(leader) == machines[0].store.kv.rows
+
+
+async def restore_until_it_is_in_the_log(leader: Any, machine: StateMachine) -> asyncio.Task[None]:
+    task = asyncio.create_task(leader.restore_snapshot(pieces(as_backup(machine, machine.store.index))))
+    await leader._until(lambda: leader._core.backup._fresh is not None, 5)
+    return task
+
+
+async def test_a_restore_that_is_given_up_stops_no_snapshots_and_no_later_restore(tmp_path: Path) -> None:
+    machine = far_machine()
+    async with ReplicaCluster(tmp_path, 1, machine=StateMachine, snapshot_entries=50) as cluster:
+        leader = await cluster.leader()
+        task = await restore_until_it_is_in_the_log(leader, machine)
+        task.cancel()  # whoever asked for it has hung up
+        await asyncio.wait([task])
+        assert task.cancelled()
+        for number in range(120):
+            await leader.apply(set_key(f"k{number}", b"v"))
+        assert len(kv(leader)) == 120
+        await leader._until(lambda: leader._snapshot_work.index > 60, 5)
+        await leader.restore_snapshot(pieces(as_backup(machine, machine.store.index)))
+        assert kv(leader) == machine.store.kv.rows
+
+
+async def test_a_leader_lost_in_the_midst_of_a_restore_leaves_the_old_state_and_no_trace(tmp_path: Path) -> None:
+    machine = far_machine()
+    async with ReplicaCluster(tmp_path, 3, machine=StateMachine, snapshot_entries=50) as cluster:
+        leader = await cluster.leader()
+        await leader.apply(set_key("mine", b"1"))
+        task = await restore_until_it_is_in_the_log(leader, machine)
+        cluster.wire.isolate(leader.id)
+        with pytest.raises(UnknownOutcome):
+            await task
+        cluster.wire.cut.clear()
+        new = await cluster.leader()
+        for number in range(120):
+            applied = await new.apply(set_key(f"k{number}", b"v"))
+        for replica in cluster.replicas.values():
+            await replica.wait_applied(applied.index)
+            assert len(kv(replica)) == 121
+            await replica._until(lambda replica=replica: replica._snapshot_work.index > 60, 5)  # type: ignore[misc]
+        assert len({replica.machine.digest() for replica in cluster.replicas.values()}) == 1  # type: ignore[attr-defined]
+
+
+async def test_what_is_no_backup_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield bytes(1 << 20)
+
+    async with ReplicaCluster(tmp_path, 1, machine=StateMachine) as cluster:
+        leader = await cluster.leader()
+        with pytest.raises(SnapshotDamaged):
+            await leader.restore_snapshot(endless())
+        assert taken == 1
+
+
+def test_what_was_made_void_ends_in_nothing() -> None:
+    machine, replaced = far_machine(10), []
+    target = StateMachine()
+    inside = RestoreInLog(target.restorer, replaced.append)
+    chunks = list(machine.snapshot())
+    inside.apply(1, 1, BEGIN)
+    for number, chunk in enumerate(chunks):
+        inside.apply(2 + number, 1, PART + b"\x01" + chunk)
+    assert inside.under_way(1)
+    inside.apply(50, 1, VOID)
+    assert not inside.under_way(1)
+    assert inside.apply(51, 1, END) is False
+    assert not replaced
+    assert not target.store.kv.rows
 
 
 async def test_a_journal_whose_snapshot_is_lost_is_refused(tmp_path: Path) -> None:

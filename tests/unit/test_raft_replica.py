@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from raftstate.disk_aio import DiskAio, SyncDone
-from raftstate.errors import CommandTooLarge, NoQuorum, NotLeader, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
+from raftstate.errors import (
+    CommandTooLarge,
+    MembershipRefused,
+    NoQuorum,
+    NotLeader,
+    RaftError,
+    SnapshotDamaged,
+    TooBusy,
+    UnknownOutcome,
+)
 from raftstate.raft import Members, RaftConfig
 from raftstate.replica import Replica
 from tests.support.raft_cluster import FAST, ReplicaCluster
@@ -212,6 +221,37 @@ async def test_servers_are_added_and_removed(tmp_path: Path) -> None:
         await successor.apply(command("last", "k", "w"))
         assert [member.id for member in successor.members()] == sorted(rest)
         cluster.wire.replicas = everyone
+
+
+@pytest.mark.parametrize("address", ["", "host", ":1", "host:", "host:x", "host:0", "host:65536"])
+async def test_a_server_without_an_address_is_not_added(tmp_path: Path, address: str) -> None:
+    async with ReplicaCluster(tmp_path, 1) as cluster:
+        leader = await cluster.leader()
+        with pytest.raises(MembershipRefused, match="host:port"):
+            await leader.add_server("server-2", address, timeout_s=1)
+        assert [member.id for member in leader.members()] == ["server-1"]
+
+
+async def test_an_address_belongs_to_one_server(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        with pytest.raises(MembershipRefused, match=r"server-1:8300 is the address of server-1.*remove-peer"):
+            await leader.add_server("server-4", "server-1:8300", timeout_s=1)
+        # A server that has moved keeps its name and its vote.
+        await leader.add_server("server-1", "server-1:8301", timeout_s=5)
+        assert leader.members()[0].address == "server-1:8301"
+        assert leader.members()[0].voter
+
+
+async def test_a_server_that_does_not_come_is_named_with_what_to_do(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 1) as cluster:
+        leader = await cluster.leader()
+        with pytest.raises(
+            NoQuorum, match=r"'server-9' is in the membership without a vote.*remove-peer -id server-9"
+        ):
+            await leader.add_server("server-9", "server-9:8300", timeout_s=0.2)
+        await leader.apply(command("r1", "k", "v"))  # it has no vote, so nobody waits for it
+        await leader.remove_server("server-9")
 
 
 async def test_leadership_moves_without_a_gap(tmp_path: Path) -> None:
