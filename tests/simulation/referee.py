@@ -87,32 +87,31 @@ class Referee:
     # -- servers ---------------------------------------------------------------------------------------------------
 
     def check_server(self, server: str, core: RaftCore) -> None:
-        """After every event at a server."""
+        """After every event at a server, which is why it asks for each figure once."""
+        term, applied, first = core.term, core.applied, core.first_index
         if core.is_leader:
-            known = self.leaders.get(core.term)
+            known = self.leaders.get(term)
             if known is None:
-                self.leaders[core.term] = server
-                self._world.note(server, f"LEADS term {core.term}")
+                self.leaders[term] = server
+                self._world.note(server, f"LEADS term {term}")
                 self._check_complete(server, core)
             elif known != server:
-                raise Violation(f"election safety: {server} and {known} both lead term {core.term}")
-        for index in range(max(self._checked.get(server, 0), core.first_index) + 1, core.applied + 1):
-            term = core.term_at(index)
-            assert term is not None
-            self.term_applied(server, index, term)
-            self._committed_in.setdefault(index, core.term)
-        self._checked[server] = core.applied
-        at = core.membership_index
-        if at > core.commit:
+                raise Violation(f"election safety: {server} and {known} both lead term {term}")
+        checked = self._checked.get(server, 0)
+        if applied != checked:
+            for index in range(max(checked, first) + 1, applied + 1):
+                term_there = core.term_at(index)
+                assert term_there is not None
+                self.term_applied(server, index, term_there)
+                self._committed_in.setdefault(index, term)
+            self._checked[server] = applied
+        commit, at = core.commit, core.membership_index
+        if at > commit:
             found = core.entries(at, 1)
             if (not found or found[0][0] != MEMBERS + encode_members(core.members)) and not core.install:
                 raise Violation(f"{server} goes by a membership at index {at} that its log does not hold")
-        ordered = core.first_index <= core.applied <= core.commit <= core.last_index
-        if not ordered and not core.install:
-            raise Violation(
-                f"{server}: first {core.first_index}, applied {core.applied}, commit {core.commit}, "
-                f"last {core.last_index}"
-            )
+        if not first <= applied <= commit <= core.last_index and not core.install:
+            raise Violation(f"{server}: first {first}, applied {applied}, commit {commit}, last {core.last_index}")
 
     def _check_complete(self, server: str, core: RaftCore) -> None:
         """Paper, figure 3: what was committed in a term is in the log of the leader of every later term.

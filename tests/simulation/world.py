@@ -20,7 +20,7 @@ class World:
         self.verbose = verbose
         self.rng = random.Random(seed)
         self.now = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Timer]] = []
         self._number = 0
         self._hash = hashlib.blake2b(digest_size=16)
         self.tail: deque[str] = deque(maxlen=tail)
@@ -30,16 +30,17 @@ class World:
         """Have `action` happen `delay` seconds from now."""
         timer = Timer(action)
         self._number += 1
-        heapq.heappush(self._queue, (self.now + max(0.0, delay), self._number, timer.fire))
+        heapq.heappush(self._queue, (self.now + delay if delay > 0.0 else self.now, self._number, timer))
         return timer
 
     def run(self, until: float) -> None:
         """Let everything happen that is due before `until`."""
-        queue = self._queue
+        queue, pop = self._queue, heapq.heappop
         while queue and queue[0][0] <= until:
-            self.now, _, action = heapq.heappop(queue)
+            self.now, _, timer = pop(queue)
             self.events += 1
-            action()
+            if timer.action is not None:
+                timer.action()
         self.now = until
 
     def note(self, who: str, what: str, in_words: Callable[[], str] | None = None) -> None:
@@ -57,14 +58,14 @@ class World:
 class Timer:
     """Something that will happen, unless cancelled."""
 
-    __slots__ = ("_action",)
+    __slots__ = ("action",)
 
     def __init__(self, action: Callable[[], None]) -> None:
-        self._action: Callable[[], None] | None = action
+        self.action: Callable[[], None] | None = action
 
     def fire(self) -> None:
-        if self._action is not None:
-            self._action()
+        if self.action is not None:
+            self.action()
 
     def cancel(self) -> None:
-        self._action = None
+        self.action = None
