@@ -100,6 +100,9 @@ class RejoinMarker:
     def resume(self) -> Marker | None:
         """Finish what a crash interrupted; return the marker for this start, if there is one: LEAVE or JOIN."""
         marker = self.read()
+        if marker is not None:
+            # A process that was killed may have left it in the cache only: it must be there before its word is taken.
+            self._disk.sync_dir(self._data_dir)
         if marker is None or marker.stage != SET_ASIDE:
             return marker
         names = self._disk.listdir(self._data_dir)

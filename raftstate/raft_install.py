@@ -137,6 +137,7 @@ class Installing(Replication):
             return
         if message.index <= self.commit:
             # What is committed here is held here; but only what is durable may be promised.
+            self._drop_receiving()
             self._held.append((peer, SnapshotReply(self.term, message.index, 0, True, message.round)))
             return
         receiving = self._receiving

@@ -52,6 +52,9 @@ class SnapshotStore:
         for name in disk.listdir(directory):
             if name.endswith(_TEMPORARY):
                 disk.remove(self._path(name))
+        # A process that was killed may have left a snapshot whose name only the cache knows: the journal will be cut
+        # behind what is found here, so that must outlive a power cut.
+        disk.sync_dir(directory)
 
     def begin(self, index: int, term: int, members: dict[str, Any]) -> SnapshotWriter:
         """Start a snapshot of the state right after log entry (index, term). Raises OSError."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from raftstate.errors import JournalDamaged
 from raftstate.journal import Journal
 from raftstate.journal_format import CERTIFICATE_BYTES
+from raftstate.journal_writer import Writer
 from tests.support.journal_model import DIRECTORY, OPERATIONS, JournalRun, built, state_of
 from tests.support.simdisk import SimDisk, _SimFile
 
@@ -53,7 +54,11 @@ def forget_names(disk: SimDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimDisk, "_flush_names", lambda self, path: None)
 
 
-@pytest.mark.parametrize("plant", [lie, forget_names])
+def believe_the_cache(disk: SimDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "_rewrite", lambda self, name, found: None)
+
+
+@pytest.mark.parametrize("plant", [lie, forget_names, believe_the_cache])
 def test_planted_bug_of_a_skipped_sync_is_caught(
     plant: Callable[[SimDisk, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ class Scenario:
             segment_bytes=rng.choice((1000, 4096)),
             sync_s=rng.choice((0.0005, 0.003)),
             stall=rng.choice((0.0, 0.0, 0.03)),
+            kills=(0.0, 0.0, 0.5, 0.9)[seed % 4],
         )
         bugs = bugs or Bugs()
         self.servers = {

@@ -43,6 +43,8 @@ class Tuning:
     sync_s: float = 0.001
     stall: float = 0.01
     """Chance that a sync takes up to half a second."""
+    kills: float = 0.0
+    """Share of the crashes in which the process dies and the power stays: what was not synced is read back."""
 
 
 class Socket:
@@ -214,7 +216,7 @@ class SimServer:
         self._driver.poke()
 
     def crash(self, how: str = "") -> None:
-        """The power goes, in whatever it is doing."""
+        """The power goes, or the process is killed, in whatever it is doing."""
         if not self.alive:
             return
         self._world.note(self.name, f"CRASH {how}")
@@ -232,7 +234,11 @@ class SimServer:
     def _unplug(self) -> None:
         self._died_at = self.clock()
         self._socket.pull()
-        self.disk.crash()
+        if self._tuning.kills and self._world.rng.random() < self._tuning.kills:
+            self._world.note(self.name, "the power stays")
+            self.disk.kill()
+        else:
+            self.disk.crash()
 
     def _failed(self, error: BaseException) -> None:
         if isinstance(error, (Violation, AssertionError, StateDiverged)):

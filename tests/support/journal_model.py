@@ -80,9 +80,14 @@ class JournalRun:
             return
         if number % 5 == 0:
             self.disk.crash_after(number // 5 % 8)
+        elif number % 13 == 0 and isinstance(self.disk, SimDisk):
+            self.disk.fail_next_sync()
         pending, reached = self.taken[0]
         try:
             self._make_durable(pending, number)
+        except JournalFailed:
+            self._restart(number)  # nothing else is left to do for this process
+            return
         except SimCrash:
             if self.journal.durable_index >= pending.covers_index and pending not in self.journal._outstanding:
                 self.synced = reached  # the power went after the group was said to be durable
@@ -100,8 +105,12 @@ class JournalRun:
         if number % 7 == 0:
             self._add(number)  # the loop goes on meanwhile
             self.history.append(state_of(self.journal))
-        self.disk.fdatasync(file)
-        pending.synced()
+        try:
+            self.disk.fdatasync(file)
+        except OSError as error:
+            pending.synced(error)
+        else:
+            pending.synced()
 
     def _rest(self, number: int) -> None:
         try:
@@ -115,7 +124,15 @@ class JournalRun:
     def _restart(self, number: int) -> None:
         allowed = self.history[self.synced :]
         self.crashes += 1
+        if number % 3 == 0:
+            # Only the process dies. What its successor finds is then kept, also when the power goes.
+            self.disk.kill()
+            self.disk.syncs_to_fail = 0
+            killed = self._open()
+            allowed = [found for found in allowed if found == state_of(killed)]
+            assert allowed, f"a process that was killed left something else: {state_of(killed)!r}"
         self.disk.crash()
+        self.disk.syncs_to_fail = 0
         if number % 4 == 0:
             self.disk.crash_after(number // 4 % 5)  # and again while it recovers
             try:

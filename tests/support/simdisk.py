@@ -2,7 +2,8 @@
 
 `crash()` leaves what a power cut may leave: of each un-synced stretch of a file any set of 512-byte sectors
 (the others hold what was there before, zeros, or rubbish), a length anywhere between the durable and the
-written one, and of the un-synced changes to names any subset. Deterministic for a seed.
+written one, and of the un-synced changes to names any subset. `kill()` leaves all of it, as the kernel does when
+only the process dies: it is read back, and may still be lost at a power cut later. Deterministic for a seed.
 """
 
 from __future__ import annotations
@@ -216,6 +217,12 @@ class SimDisk:
         self._names, self._durable_names = names, dict(names)
         for inode in {id(inode): inode for inode in names.values()}.values():
             self._tear(inode)
+
+    def kill(self) -> None:
+        """The process dies, the kernel does not: open files are dead, nothing is lost yet, nothing more durable."""
+        self.life += 1
+        self._open_files.clear()
+        self._steps_left = None
 
     def snapshot(self) -> dict[str, bytes]:
         """Every file's bytes, as a read sees them."""

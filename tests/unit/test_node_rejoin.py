@@ -21,25 +21,27 @@ def a_disk(seed: int) -> SimDisk:
     return SimDisk.of({"/data/raft": b"votes and entries"}, seed)
 
 
-def run_until_crash(disk: SimDisk, steps: int) -> bool:
-    """Run the command, as often as it takes, with the power going after so many changes; whether it went."""
+def run_until_crash(disk: SimDisk, steps: int, *, power_stays: bool) -> bool:
+    """Run the command, and end its process after so many changes, or the power; whether that came in its midst."""
     disk.crash_after(steps)
+    end = disk.kill if power_stays else disk.crash
     try:
         RejoinMarker(disk, DATA).begin()
     except SimCrash:
-        disk.crash()
+        end()
         return True
-    disk.crash()
+    end()
     return False
 
 
+@pytest.mark.parametrize("power_stays", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_no_crash_leaves_a_directory_that_looks_like_a_founders(seed: int) -> None:
+def test_no_crash_leaves_a_directory_that_looks_like_a_founders(seed: int, *, power_stays: bool) -> None:
     steps = 0
     crashed = True
     while crashed:
         disk = a_disk(seed)
-        crashed = run_until_crash(disk, steps)
+        crashed = run_until_crash(disk, steps, power_stays=power_stays)
         marker = RejoinMarker(disk, DATA)
         for later in range(30):  # the start that follows crashes as well, ever later, until it gets through
             disk.crash_after(later)

@@ -416,6 +416,43 @@ def test_snapshot_chunks_that_overtake_one_another_are_kept_within_a_bound() -> 
     assert node.core.install.writer._meta.chunks == [b"\0\0\0", b"\1\1\1", b"\2\2\2"]
 
 
+def test_a_snapshot_that_the_log_has_overtaken_is_not_put_in_place() -> None:
+    """Entries that were slow on their way came after all: the state would go back, and its readers with it."""
+    node = Lone()
+    members = encode_members(THREE)
+    node.core.receive("b", InstallSnapshot(3, 3, 3, members, 0, False, 1, b"old"))
+    node.core.receive("b", AppendEntries(3, 1, 0, 5, 1, entries(3, 3, 3, 3)))
+    node.sync()
+    node.out()
+    assert node.core.applied == 5
+    node.core.receive("b", InstallSnapshot(3, 3, 3, members, 1, True, 1, b"state"))
+    assert node.core.install is None
+    assert node.core.applied == 5
+    assert node.sent(SnapshotReply)[-1][1].done, "the leader goes on with entries"
+    node.core.receive("b", AppendEntries(3, 5, 3, 6, 1, entries(3)))
+    node.out()
+    assert node.core.applied == 6
+
+
+def test_entries_that_come_while_a_snapshot_is_put_in_place_do_not_go_lost_behind_it() -> None:
+    node = Lone()
+    members = encode_members(THREE)
+    node.core.receive("b", InstallSnapshot(3, 3, 3, members, 0, True, 1, b"state"))
+    install = node.core.install
+    assert install is not None
+    node.core.receive("b", AppendEntries(3, 1, 0, 5, 1, entries(3, 3, 3, 3)))
+    node.out()
+    assert node.core.applied <= 1, "nothing is applied to a state that is being replaced"
+    install.writer.commit()
+    node.core.installed()
+    node.sync()
+    node.out()
+    assert node.core.applied == 3
+    node.core.receive("b", AppendEntries(3, 3, 3, 5, 1, entries(3, 3)))
+    node.out()
+    assert node.core.applied == 5
+
+
 def test_a_follower_far_behind_is_sent_what_it_can_take_in_one_turn_of_its_loop() -> None:
     config = RaftConfig(
         heartbeat_s=0.1,

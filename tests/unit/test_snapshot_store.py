@@ -154,6 +154,29 @@ def test_crash_at_any_step_leaves_the_old_or_the_new_one_whole(seed: int) -> Non
         assert list(snapshots.open(latest)) == [(b"old" if latest.index == 10 else b"new") * 1000]
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_start_finds_is_there_for_good(seed: int) -> None:
+    """A process is killed before the new name is durable, and the power goes after the next start.
+
+    By then the journal may have been cut behind the snapshot that this start found.
+    """
+    for steps in range(12):
+        disk = SimDisk(seed * 100 + steps)
+        save(store(disk), 10)
+        disk.crash_after(steps)
+        try:
+            save(store(disk), 20)
+        except SimCrash:
+            pass
+        disk.kill()
+        found = store(disk).latest()
+        assert found is not None
+        disk.crash()
+        again = store(disk).latest()
+        assert again is not None
+        assert again.index >= found.index
+
+
 def test_full_disk_leaves_the_older_snapshot() -> None:
     disk = SimDisk()
     snapshots = store(disk)
