@@ -77,7 +77,7 @@ async def serve(config: ClusterConfig, name: str) -> None:
     watch = Watch()
     tasks = [asyncio.create_task(watch.run())]
     await server.start()
-    _calm_the_collector()
+    _calm_the_collector(whole=False)  # as a server does
     loop = asyncio.get_running_loop()
     lines: asyncio.Queue[str] = asyncio.Queue()
 
