@@ -361,17 +361,17 @@ def _regex(pattern: str, *, fold: bool = False) -> Callable[[str], bool]:
 def change_lines(
     fields: list[Field], lines: list[bytes], changes: Sequence[HeaderChange]
 ) -> tuple[list[Field], list[bytes]]:
-    """Return a head's fields and its lines (four pieces each, see :mod:`proxy.http.head`) after the changes."""
+    """Return a head's fields and its lines (see :mod:`proxy.http.head`) after the changes."""
     for change in changes:
         dropped = {name.lower().encode() for name in (*change.remove, *change.set)}
         if dropped and any(name in dropped for name, _ in fields):
             kept = [at for at, (name, _) in enumerate(fields) if name not in dropped]
-            lines = [piece for at in kept for piece in lines[at * 4 : at * 4 + 4]]
+            lines = [lines[at] for at in kept if at < len(lines)]
             fields = [fields[at] for at in kept]
         fields, lines = list(fields), list(lines)
         for name, value in (*change.set.items(), *change.add.items()):
             fields.append((name.lower().encode(), value.encode()))
-            lines += (name.encode(), b": ", value.encode(), b"\r\n")
+            lines.append(name.encode() + b": " + value.encode())
     return fields, lines
 
 

@@ -1,6 +1,6 @@
 """Message heads: from parsed fields to what is decided on and what is sent on.
 
-Nothing reaches the other side that was not parsed: heads are written anew from their fields.
+Nothing reaches the other side that was not parsed: heads are written anew from their fields, a line for each.
 
 Sources: RFC 9110 (hop-by-hop fields 7.6.1, trailers 6.5.1), RFC 9112 (targets 3.2, framing 6).
 """
@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 from proxy.authz import Request
 from proxy.http.errors import BadRequest, BadResponse
 
 Field = tuple[bytes, bytes]
-FORWARDED_CERT = b"x-forwarded-client-cert"
+FORWARDED_CERT: Final = b"x-forwarded-client-cert"
 
-_PLAIN, _DROP, _HOST, _CONNECTION, _LENGTH, _CODING, _UPGRADE, _EXPECT = range(8)
-_KINDS = {
-    b"host": _HOST, b"connection": _CONNECTION, b"content-length": _LENGTH, b"transfer-encoding": _CODING,
-    b"upgrade": _UPGRADE, b"expect": _EXPECT, b"keep-alive": _DROP, b"proxy-connection": _DROP, b"te": _DROP,
-    b"http2-settings": _DROP, FORWARDED_CERT: _DROP,
+PLAIN: Final = 0
+DROP: Final = 1
+HOST: Final = 2
+CONNECTION: Final = 3
+LENGTH: Final = 4
+CODING: Final = 5
+UPGRADE: Final = 6
+EXPECT: Final = 7
+_KINDS: Final = {
+    b"host": HOST, b"connection": CONNECTION, b"content-length": LENGTH, b"transfer-encoding": CODING,
+    b"upgrade": UPGRADE, b"expect": EXPECT, b"keep-alive": DROP, b"proxy-connection": DROP, b"te": DROP,
+    b"http2-settings": DROP, FORWARDED_CERT: DROP,
 }  # fmt: skip
-_NOT_BY_CONNECTION = frozenset(
+_METHOD_NAMES: Final = {
+    name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
+}
+_NOT_BY_CONNECTION: Final = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie", b"te", b"close", b"keep-alive")
 )
 """Fields that ``Connection`` cannot take away (end-to-end ones), and its words that are not fields."""
-_NOT_IN_TRAILERS = frozenset(
+_NOT_IN_TRAILERS: Final = frozenset(
     (
         b"host", b"connection", b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"keep-alive", b"te",
         b"proxy-connection", b"trailer", b"authorization", b"cookie", b"set-cookie", b"content-type",
@@ -34,22 +45,23 @@ _NOT_IN_TRAILERS = frozenset(
         b"proxy-authorization", b"proxy-authenticate", FORWARDED_CERT,
     )
 )  # fmt: skip
-_HOST_VALUE = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
-_ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
-_ORDINARY_CONNECTION = (b",keep-alive", b",close")
-_BLANKS = (b" ", b"\t")
-IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+HOST_VALUE: Final = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
+_ORDINARY_CONNECTION: Final = (b",keep-alive", b",close")
+_BLANKS: Final = (b" ", b"\t")
+IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-_names: dict[bytes, tuple[bytes, int]] = {}
-"""Names seen, with their lower-case form and kind. Bounded; a cache only."""
+NAMES: Final[dict[bytes, tuple[bytes, int]]] = {}
+"""Names seen (tokens, all of them), with their lower-case form and kind. Bounded; a cache only."""
 
 
-def _classify(name: bytes) -> tuple[bytes, int]:
+def classify(name: bytes) -> tuple[bytes, int]:
+    """Return a field name, which must be a token, in lower case, and what kind it is."""
     lower = name.lower()
     # CGI-like apps take "_" for "-": the identity must not be forged that way either.
-    kind = _DROP if lower.replace(b"_", b"-") == FORWARDED_CERT else _KINDS.get(lower, _PLAIN)
-    if len(_names) < 4096 and len(name) <= 64:
-        _names[name] = (lower, kind)
+    kind = DROP if lower.replace(b"_", b"-") == FORWARDED_CERT else _KINDS.get(lower, PLAIN)
+    if len(NAMES) < 4096 and len(name) <= 64:
+        NAMES[name] = (lower, kind)
     return lower, kind
 
 
@@ -68,7 +80,7 @@ class RequestHead:
         self.fields: list[Field] = []
         """End-to-end fields, names in lower case."""
         self.lines: list[bytes] = []
-        """The same as pieces of the head to send."""
+        """The same as lines of the head to send, without their ends."""
         self.length: int | None = None
         self.chunked = False
         self.upgrade = ""
@@ -86,21 +98,26 @@ class RequestHead:
         """Whether sending it twice does what sending it once does (RFC 9110, section 9.2.2)."""
         return self.method in IDEMPOTENT
 
+    @property
+    def method_name(self) -> str:
+        """The method as text."""
+        return _METHOD_NAMES.get(self.method) or self.method.decode("latin-1")
+
     def request(self) -> Request:
         """Return what permissions see."""
-        return Request(self.method.decode(), self.target.decode("latin-1"), self.fields)
+        return Request(self.method_name, self.target.decode("latin-1"), self.fields)
 
     def wire(self, target: bytes, identity: bytes = b"") -> bytes:
         """Return the head to send, with ``target`` as its target and ``identity`` as the client's certificate."""
-        pieces = [self.method, b" ", target, b" HTTP/1.1\r\n", *self.lines]
+        lines = [self.method + b" " + target + b" HTTP/1.1", *self.lines]
         if self.chunked:
-            pieces.append(b"transfer-encoding: chunked\r\n")
+            lines.append(b"transfer-encoding: chunked")
         if self.upgrade:
-            pieces.append(b"connection: upgrade\r\nupgrade: " + self.upgrade.encode() + b"\r\n")
+            lines.append(b"connection: upgrade\r\nupgrade: " + self.upgrade.encode("latin-1"))
         if identity:
-            pieces.append(b"x-forwarded-client-cert: " + identity + b"\r\n")
-        pieces.append(b"\r\n")
-        return b"".join(pieces)
+            lines.append(b"x-forwarded-client-cert: " + identity)
+        lines.append(b"\r\n")
+        return b"\r\n".join(lines)
 
 
 def read_request_head(
@@ -118,37 +135,37 @@ def read_request_head(
     for name, value in raw:
         if value[-1:] in _BLANKS:
             value = value.rstrip(b" \t")  # the parser leaves it; it is no part of the value (RFC 9110, section 5.5)
-        lower, kind = _names.get(name) or _classify(name)
+        lower, kind = NAMES.get(name) or classify(name)
         if kind:
-            if kind == _DROP:
+            if kind == DROP:
                 continue
-            if kind == _HOST:
+            if kind == HOST:
                 if host is not None:
                     raise BadRequest(400, "several Host headers")
                 host = value
-            elif kind == _CONNECTION:
+            elif kind == CONNECTION:
                 connection += b"," + value.lower()
                 continue
-            elif kind == _LENGTH:
+            elif kind == LENGTH:
                 if head.length is not None or not value.isdigit():
                     raise BadRequest(400, "Content-Length must be one number")
                 head.length = int(value)
-            elif kind == _CODING:
+            elif kind == CODING:
                 if coding is not None or value.lower() != b"chunked":
                     raise BadRequest(501, "the only transfer coding accepted is chunked")
                 coding = value
                 continue
-            elif kind == _UPGRADE:
+            elif kind == UPGRADE:
                 upgrade = value if upgrade is None else upgrade + b"," + value
                 continue
             else:
                 head.expects = value.lower() == b"100-continue" and not head.http10
         fields.append((lower, value))
-        lines += (name, b": ", value, b"\r\n")
+        lines.append(name + b": " + value)
     if host is None:
         if not head.http10:
             raise BadRequest(400, "Host header is missing")
-    elif not _HOST_VALUE.fullmatch(host):
+    elif not HOST_VALUE.fullmatch(host):
         raise BadRequest(400, "Host header is malformed")
     if coding is not None:
         if head.length is not None or head.http10:
@@ -181,12 +198,10 @@ def _read_target(head: RequestHead, host: bytes | None) -> None:
 def _drop_listed(head: RequestHead | ResponseHead, connection: bytes) -> None:
     listed = {word.strip() for word in connection.split(b",")} - _NOT_BY_CONNECTION
     if listed:
-        kept = [
-            (field, head.lines[at * 4 : at * 4 + 4]) for at, field in enumerate(head.fields) if field[0] not in listed
-        ]
+        kept = [at for at, (name, _) in enumerate(head.fields) if name not in listed]
         if len(kept) != len(head.fields):
-            head.fields[:] = [field for field, _ in kept]
-            head.lines[:] = [piece for _, pieces in kept for piece in pieces]
+            head.fields = [head.fields[at] for at in kept]
+            head.lines = [head.lines[at] for at in kept]
 
 
 def without_upgrade(method: bytes, target: bytes, version: str, raw: Sequence[Field]) -> bytes:
@@ -220,9 +235,9 @@ class ResponseHead:
         self.chunked = False
         self.upgrade = b""
 
-    def wire(self, *, extra: bytes = b"") -> bytes:
-        """Return the head to send, with ``extra`` as further lines."""
-        return b"".join((b"HTTP/1.1 %d %b\r\n" % (self.status, self.reason), *self.lines, extra, b"\r\n"))
+    def wire(self, *, extra: bytes = b"", body: bytes = b"") -> bytes:
+        """Return the head to send, with ``extra`` as further lines (each with its end), and ``body`` behind it."""
+        return b"\r\n".join((b"HTTP/1.1 %d %b" % (self.status, self.reason), *self.lines, extra + b"\r\n" + body))
 
 
 def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> ResponseHead:
@@ -233,17 +248,17 @@ def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> Resp
     for name, value in raw:
         if value[-1:] in _BLANKS:
             value = value.rstrip(b" \t")  # the parser leaves it; it is no part of the value (RFC 9110, section 5.5)
-        lower, kind = _names.get(name) or _classify(name)
-        if kind and kind not in (_HOST, _EXPECT):
-            if kind == _DROP:
+        lower, kind = NAMES.get(name) or classify(name)
+        if kind and kind not in (HOST, EXPECT):
+            if kind == DROP:
                 continue
-            if kind == _CONNECTION:
+            if kind == CONNECTION:
                 connection += b"," + value.lower()
                 continue
-            if kind == _UPGRADE:
+            if kind == UPGRADE:
                 head.upgrade = value
                 continue
-            if kind == _CODING:
+            if kind == CODING:
                 if head.chunked or value.lower() != b"chunked":
                     raise BadResponse("the app's Transfer-Encoding is not chunked")
                 head.chunked = True
@@ -254,7 +269,7 @@ def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> Resp
             if status < 200 or status == 204:  # RFC 9110, section 8.6: there is none in these
                 continue
         fields.append((lower, value))
-        lines += (name, b": ", value, b"\r\n")
+        lines.append(name + b": " + value)
     if head.chunked and head.length is not None:
         raise BadResponse("the app's response has Transfer-Encoding and Content-Length")
     if connection and connection not in _ORDINARY_CONNECTION:

@@ -1,4 +1,4 @@
-"""Requests out of bytes, with httptools (llhttp, strict).
+"""Requests out of bytes: with httptools (llhttp, strict), but for those that :mod:`proxy.http.plain_head` can read.
 
 Parsing only collects: what was parsed stands in :attr:`RequestParser.messages`, and acting on it is the caller's,
 after :meth:`RequestParser.feed` has returned. So a request that turns out malformed in the bytes at hand is refused
@@ -14,6 +14,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from proxy.http.errors import BadRequest
 from proxy.http.head import Field, RequestHead, read_request_head, without_upgrade
 from proxy.http.options import HttpOptions
+from proxy.http.plain_head import read_plain_request
 from proxy.stream import Data
 
 SLICE_BYTES = 16 * 1024
@@ -73,10 +74,12 @@ class RequestParser:
         """Parse ``data``, at most :data:`SLICE_BYTES` of it at best."""
         if self.stopped:
             return
-        self._fed = len(data)
         if self.held is not None:
             self.held = bytes(self.held) + bytes(data)
             return
+        if self._message is None and not self.begun and isinstance(data, bytes) and self._feed_whole(data):
+            return
+        self._fed = len(data)
         try:
             self._parser.feed_data(data)
         except HttpParserUpgrade as upgrade:
@@ -91,6 +94,23 @@ class RequestParser:
             self._barren_bytes += self._fed
             if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
                 self._refuse(BadRequest(431, "request headers, trailers or chunk extensions are too large"))
+
+    def _feed_whole(self, data: bytes) -> bool:
+        """Take one whole request in its plainest form; return whether ``data`` is one."""
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or end > self._options.head_bytes_max:
+            return False
+        body_bytes = len(data) - end - 4
+        head = read_plain_request(data[:end], body_bytes, self._options.header_count_max)
+        if head is None:
+            return False
+        message = Message(head)
+        if body_bytes:
+            message.body.append(data[end + 4 :])
+        message.complete = True
+        self.messages.append(message)
+        self._barren_bytes = 0
+        return True
 
     def resume(self) -> None:
         """The upgrade did not come about: parse on."""

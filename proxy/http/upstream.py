@@ -14,6 +14,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from proxy.http.errors import BadResponse, UnwantedStatus
 from proxy.http.head import Field, RequestHead, ResponseHead, read_response_head, trailer_lines
 from proxy.http.options import HttpOptions
+from proxy.http.plain_head import read_plain_response
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
 
@@ -118,7 +119,10 @@ class Upstream:
         if not self.busy:
             self._give_up(BadResponse("the app sent bytes that nobody asked for"))
             return
-        self.heard = True
+        if not self.heard:
+            self.heard = True
+            if isinstance(data, bytes) and self._take_whole(data):
+                return
         if len(data) <= SLICE_BYTES:
             self._feed(data)
             return
@@ -126,6 +130,31 @@ class Upstream:
         for at in range(0, len(data), SLICE_BYTES):
             if not self._feed(view[at : at + SLICE_BYTES], view[at + SLICE_BYTES :]):
                 return
+
+    def _take_whole(self, data: bytes) -> bool:
+        """Take a whole response in its plainest form; return whether ``data`` is one, to the request under way."""
+        request = self.request
+        if self.screen is not None or request.method == b"HEAD":
+            return False
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or len(data) > SLICE_BYTES or end > self._options.head_bytes_max:
+            return False
+        head = read_plain_response(data[:end], len(data) - end - 4, self._options.header_count_max)
+        if head is None:
+            return False
+        self.head = head
+        if self.edit is not None:
+            self.edit(head)
+        extra = b""
+        if not self.keep_client:
+            extra = b"connection: close\r\n"
+        elif request.http10:
+            extra = b"connection: keep-alive\r\n"
+        self.busy = False
+        self._owner.response_output(self, [head.wire(extra=extra, body=data[end + 4 :])])
+        if not self.lost:
+            self._owner.response_complete(self)
+        return True
 
     def _feed(self, data: Data, later: Data = b"") -> bool:
         """Parse ``data``; ``later`` is what follows it at once. Return whether that is still to be parsed."""
