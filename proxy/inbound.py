@@ -19,6 +19,7 @@ from proxy.logs import LimitedLog
 from proxy.metrics import Labels, Metrics, PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
+from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
 from proxy.plain import PlainTransport, numeric, resolve
 from proxy.poller import Poller
@@ -50,6 +51,8 @@ class Desk:
         self.draining = False
         self.tasks = tasks
         self.poller = poller or Poller()
+        self.memory = MemoryBudget()
+        """In which HTTP counts what it holds; set before any call is taken."""
         self.observer: Observer | None = None
         """Who is told of calls that have ended; set before any is taken."""
         self._http: HttpEntry | None = None
@@ -81,6 +84,7 @@ class Desk:
             )
         if self._http is None:
             self._http = HttpEntry(options)
+            self._http.http1.memory = self._http.http2.memory = self.memory
             if self.observer is not None:
                 self._http.http1.told = self._http.http2.told = self._told
         self._http.use(options)

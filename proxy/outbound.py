@@ -141,6 +141,7 @@ class Upstream:
         """The HTTP/2 side, made when it is first needed."""
         if self._http2 is None:
             self._http2 = OutboundHttp2(self.http_options, self._http2_fleet, self.http_counters)
+            self._http2.memory = self.pool.memory
             if self.observer is not None:
                 self._http2.told = self._told
         return self._http2

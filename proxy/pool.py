@@ -124,7 +124,7 @@ class SessionPool:
         self._metrics = metrics
         self._tasks = tasks
         self._max_streams = max_streams
-        self._memory = memory or MemoryBudget()
+        self.memory = memory or MemoryBudget()
         self._material: TlsMaterial | None = None
         self._trust_domain = ""
         self._revoked = Revoked()
@@ -272,7 +272,7 @@ class SessionPool:
             acceptor=None,
             on_lost=self._lost,
             max_streams=self._max_streams,
-            memory=self._memory,
+            memory=self.memory,
             poller=self.poller,
         )
         self._live[session] = (key, proof)

@@ -96,6 +96,7 @@ class Sidecar:
         self._spans: SpanExporter | None = None
         self._observer = self._make_observer()
         self._desk.observer = self._observer
+        self._desk.memory = self._memory
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
         self._sockets: dict[str, socket.socket] = {}

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from proxy.http.options import HttpOptions
 from proxy.logs import BurstLog
+from proxy.mux.flow import MemoryBudget
 from proxy.tasks import Tasks
 
 log = logging.getLogger("lictor.proxy.http")
@@ -56,6 +57,8 @@ class HttpSide:
         self.connections: set[Kept] = set()
         self.draining = False
         self.burst_log = BurstLog(log)
+        self.memory = MemoryBudget()
+        """In which is counted what is held for peers that do not take it; one for the whole process, once set."""
         self.told: Told | None = None
         """Who is told of each request that has ended, beside the counters; None when nobody wants to know."""
         self.loop = asyncio.get_running_loop()

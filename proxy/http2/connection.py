@@ -31,7 +31,7 @@ from proxy.http.errors import BadRequest
 from proxy.http.head import Field
 from proxy.http.options import HttpStats
 from proxy.http.side import NEVER, HttpSide
-from proxy.http2.exchange import Exchange, Part, pump
+from proxy.http2.exchange import Exchange, Part, add_data, fields_size, pump
 from proxy.http2.half import STREAMS_MAX, Half
 from proxy.http2.head import RequestHead, grpc_status_of, local_answer, passed_on, read_request
 from proxy.stream import Channel
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lictor.proxy.http")
 
-_CONTROL_WHILE_FULL_MAX = 1000
-"""Pings and settings from a client that reads nothing; then it is cut off."""
 TURNED_AWAY_MAX = 8
 """How often a request may meet somebody who is leaving. A server that ends its connections after a few requests turns
 away whatever is under way just then, so that with much under way some requests meet several such ends."""
@@ -72,7 +70,7 @@ class Http2Connection:
         """By the client's stream id."""
         self._touched: set[Link] = set()
         """Links on which something may be there to be sent."""
-        self._opened = self._resets = self._controls_while_full = 0
+        self._opened = self._resets = 0
         self._leaving = False
         """No more streams are taken; the end comes with the last one."""
         self._done = False
@@ -189,7 +187,7 @@ class Http2Connection:
                 self._client.acknowledge(event.stream_id, event.flow_controlled_length)
             else:
                 end = event.stream_ended is not None
-                exchange.to_link.append(Part(event.data, event.flow_controlled_length, end=end))
+                add_data(exchange.to_link, event.data, event.flow_controlled_length, end=end)
                 self._more_came(exchange)
         elif isinstance(event, TrailersReceived):
             exchange = self._exchanges.get(event.stream_id)
@@ -203,9 +201,12 @@ class Http2Connection:
         elif isinstance(event, StreamReset):
             self._client_reset(event)
         elif isinstance(event, RemoteSettingsChanged | PingReceived):
-            self._control()
-            for exchange in list(self._exchanges.values()):
-                self._pump_to_client(exchange)
+            if not self._client.controlled():
+                self.cut(ProxyError("client makes us answer but reads nothing"))
+                return
+            if isinstance(event, RemoteSettingsChanged):
+                for exchange in list(self._exchanges.values()):
+                    self._pump_to_client(exchange)
         elif isinstance(event, ConnectionTerminated):
             self._leaving = True
 
@@ -218,12 +219,6 @@ class Http2Connection:
             return list(self._exchanges.values())
         exchange = self._exchanges.get(stream_id)
         return [] if exchange is None else [exchange]
-
-    def _control(self) -> None:
-        if self._client.full:
-            self._controls_while_full += 1
-            if self._controls_while_full > _CONTROL_WHILE_FULL_MAX:
-                self.cut(ProxyError("client makes us answer but reads nothing"))
 
     def _client_reset(self, event: StreamReset) -> None:
         exchange = self._exchanges.get(event.stream_id)
@@ -250,16 +245,18 @@ class Http2Connection:
         except BadRequest as error:
             self._answer(exchange, error.status, str(error), "malformed")
             return
-        if self._leaving:
+        if self._leaving or self._side.memory.scarce:
             self._refuse(exchange)
             return
-        self._route(exchange)
+        exchange.head_bytes = fields_size(event.headers)
+        self._account(exchange)
+        if exchange.client_id in self._exchanges:
+            self._route(exchange)
 
     def _client_ended(self, half: Half, error: Exception | None) -> None:
         self._finish()
 
     def _client_room(self, half: Half) -> None:
-        self._controls_while_full = 0
         for exchange in list(self._exchanges.values()):
             self._pump_to_client(exchange)
         self.flush()
@@ -284,12 +281,12 @@ class Http2Connection:
 
     def _pump_to_link(self, exchange: Exchange) -> None:
         link = exchange.link
-        if link is None or link.closed or not exchange.to_link:
-            return
-        self._touched.add(link)
-        source = (self._client, exchange.client_id)
-        if pump(exchange.to_link, source, (link.half, exchange.link_id), exchange.replay):
-            exchange.request_ended = True
+        if link is not None and not link.closed and exchange.to_link:
+            self._touched.add(link)
+            source = (self._client, exchange.client_id)
+            if pump(exchange.to_link, source, (link.half, exchange.link_id), exchange.replay):
+                exchange.request_ended = True
+        self._account(exchange)
 
     def _pump_to_client(self, exchange: Exchange) -> None:
         if not exchange.to_client:
@@ -300,6 +297,26 @@ class Http2Connection:
         source = (link.half if link is not None else None, exchange.link_id)
         if pump(exchange.to_client, source, (self._client, exchange.client_id)):
             self._answered_whole(exchange)
+        else:
+            self._account(exchange)
+
+    def _account(self, exchange: Exchange) -> None:
+        """Count what the exchange holds now; drop it if this process then holds too much."""
+        if self._exchanges.get(exchange.client_id) is not exchange:
+            return
+        held = exchange.holds()
+        if held == exchange.held:
+            return
+        memory = self._side.memory
+        grown, exchange.held = held - exchange.held, held
+        memory.held += grown
+        if grown > 0 and memory.over:
+            memory.overruns += 1
+            self._side.burst_log.warning(f"a request of {self._client_name()} is dropped: the sidecar holds too much")
+            self._count(exchange, 0, "cut")
+            self._forget_link(exchange, ErrorCodes.CANCEL)
+            self._client.reset(exchange.client_id, ErrorCodes.ENHANCE_YOUR_CALM)
+            self._remove(exchange)
 
     def _answered_whole(self, exchange: Exchange) -> None:
         """All of the response was sent."""
@@ -370,8 +387,8 @@ class Http2Connection:
         exchange.grpc_status = grpc_status_of(status) if exchange.head.grpc else b""
         self._count(exchange, status, origin)
         self._forget_link(exchange, ErrorCodes.CANCEL)
-        self._remove(exchange)
         ended = exchange.request_came
+        self._remove(exchange)
         client, stream_id = self._client, exchange.client_id
         headers, body = local_answer(status, error, grpc=exchange.head.grpc)
         if exchange.head.method == b"HEAD" or client.room(stream_id) < len(body):
@@ -409,6 +426,10 @@ class Http2Connection:
             # What is not sent on any more would else be missing from the connection's window for ever.
             for part in exchange.to_link:
                 self._client.acknowledge(exchange.client_id, part.flow)
+            exchange.to_link.clear()
+            exchange.to_client.clear()
+            self._side.memory.held -= exchange.held
+            exchange.held = 0
             self._over(exchange)
 
     def _count(self, exchange: Exchange, status: int, origin: str) -> None:

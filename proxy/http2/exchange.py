@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from h2.errors import ErrorCodes
@@ -15,6 +16,12 @@ from proxy.http2.head import RequestHead
 
 if TYPE_CHECKING:
     from proxy.http2.link import Link
+
+
+JOINED_BYTES = 16 * 1024
+"""Up to this size, pieces that wait are put together: thousands of single bytes would else be as many objects."""
+FIELD_BYTES = 32
+"""What a field costs beside its bytes (RFC 9113, section 6.5.2)."""
 
 
 class Owner(Protocol):
@@ -47,9 +54,9 @@ class Exchange:
     """One request and its response. ``to_link`` and ``to_client`` hold what could not be sent on yet."""
 
     __slots__ = (
-        "active_at", "client_id", "deadline", "grpc_status", "head", "headers", "keep_trailers", "link", "link_id",
-        "origin", "owner", "replay", "request_ended", "sent", "started", "status", "to_client", "to_link",
-        "turned_away",
+        "active_at", "client_id", "deadline", "grpc_status", "head", "head_bytes", "headers", "held", "keep_trailers",
+        "link", "link_id", "origin", "owner", "replay", "request_ended", "sent", "started", "status", "to_client",
+        "to_link", "turned_away",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
@@ -58,6 +65,8 @@ class Exchange:
         self.head = head
         self.headers: list[Field] = []
         """As they are sent on."""
+        self.head_bytes = self.held = 0
+        """What the head takes of memory; what of the whole exchange is counted in the memory budget."""
         self.started = self.active_at = started
         self.sent = 0
         """Bytes of the response's body that have come."""
@@ -90,18 +99,26 @@ class Exchange:
         """Whether the client has sent all of its request."""
         return self.request_ended or bool(self.to_link and self.to_link[-1].end)
 
+    def holds(self) -> int:
+        """Return how many bytes are held for it now."""
+        size = self.head_bytes + sum(map(len, self.to_link)) + sum(map(len, self.to_client))
+        return size if self.replay is None else size + self.replay.size
+
 
 class Part:
     """A piece of a message on its way: data, or trailers, the last one with ``end``."""
 
     __slots__ = ("data", "end", "flow", "trailers")
 
-    def __init__(self, data: bytes, flow: int, *, end: bool, trailers: list[Field] | None = None) -> None:
+    def __init__(self, data: bytes | bytearray, flow: int, *, end: bool, trailers: list[Field] | None = None) -> None:
         self.data = data
         self.flow = flow
         """What it costs of the sender's window."""
         self.end = end
         self.trailers = trailers
+
+    def __len__(self) -> int:
+        return len(self.data) + (fields_size(self.trailers) if self.trailers else 0)
 
     @property
     def only_ends(self) -> bool:
@@ -109,38 +126,61 @@ class Part:
         return self.end and not self.data and self.trailers is None and not self.flow
 
 
+def fields_size(fields: Iterable[Field]) -> int:
+    """Return what a header list takes of memory, in bytes, as RFC 9113 reckons it."""
+    return sum(len(name) + len(value) + FIELD_BYTES for name, value in fields)
+
+
+def add_data(parts: deque[Part], data: bytes | bytearray, flow: int, *, end: bool) -> None:
+    """Put data behind what waits already."""
+    last = parts[-1] if parts else None
+    if last is None or last.end or (data and len(last.data) + len(data) > JOINED_BYTES):
+        parts.append(Part(data, flow, end=end))
+        return
+    if data:
+        if not isinstance(last.data, bytearray):
+            last.data = bytearray(last.data)
+        last.data += data
+    last.flow += flow
+    last.end = end
+
+
 class Replay:
     """What was sent of a request, to be sent again, up to a limit."""
 
-    __slots__ = ("_limit", "_size", "parts", "spent")
+    __slots__ = ("_limit", "parts", "size", "spent")
 
     def __init__(self, limit: int) -> None:
         self.parts: deque[Part] = deque()
         self.spent = False
         """More was sent than is kept, or the answer has begun: the request can't be sent again."""
-        self._size = 0
+        self.size = 0
+        """Bytes that are kept."""
         self._limit = limit
 
-    def add(self, data: bytes, *, end: bool, trailers: list[Field] | None = None) -> None:
+    def add(self, data: bytes | bytearray, *, end: bool, trailers: list[Field] | None = None) -> None:
         """Note what was sent."""
         if self.spent:
             return
-        self._size += len(data)
-        if self._size > self._limit:
+        self.size += len(data)
+        if self.size > self._limit:
             self.drop()
+        elif trailers is not None:
+            self.parts.append(Part(data, 0, end=end, trailers=trailers))
         else:
-            self.parts.append(Part(data, 0, end=end, trailers=trailers))  # its window was given back already
+            add_data(self.parts, data, 0, end=end)  # its window was given back already
 
     def drop(self) -> None:
         """The request is not to be sent again."""
         self.spent = True
         self.parts.clear()
+        self.size = 0
 
     def rewind(self, waiting: deque[Part]) -> None:
         """Put what was sent before what waits to be sent."""
         waiting.extendleft(reversed(self.parts))
         self.parts.clear()
-        self._size = 0
+        self.size = 0
 
 
 def pump(

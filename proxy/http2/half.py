@@ -23,6 +23,8 @@ STREAM_WINDOW_BYTES = 128 * 1024
 """A connection's window is as much as all its streams together, so that one that is not taken off never holds up the
 others."""
 HEADER_LIST_BYTES_MAX = 64 * 1024
+_CONTROL_WHILE_FULL_MAX = 1000
+"""Pings and settings from an end that reads nothing; then it is cut off."""
 LAST_STREAM_ID = (1 << 31) - 1
 
 
@@ -42,6 +44,7 @@ class Half:
 
     __slots__ = (
         "_closer",
+        "_controls_while_full",
         "_linger_s",
         "_on_end",
         "_on_events",
@@ -69,6 +72,7 @@ class Half:
         """Nothing more is sent or taken."""
         self.full = False
         """The channel takes no more for now: no data frames are made for it."""
+        self._controls_while_full = 0
         self._linger_s = linger_s
         self._closer: asyncio.TimerHandle | None = None
         """Runs once we have ended our direction, until the other end ends too."""
@@ -114,10 +118,10 @@ class Half:
             return False
         return True
 
-    def send_data(self, stream_id: int, data: bytes, *, end: bool) -> bool:
+    def send_data(self, stream_id: int, data: bytes | bytearray, *, end: bool) -> bool:
         """Send data, for which there must be room: :meth:`room`."""
         try:
-            self.conn.send_data(stream_id, data, end_stream=end)
+            self.conn.send_data(stream_id, bytes(data), end_stream=end)
         except ProtocolError:
             return False
         return True
@@ -147,6 +151,12 @@ class Half:
         if not self.closed:
             frame = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=error)
             self.channel.write(frame.serialize())
+
+    def controlled(self) -> bool:
+        """The peer sent something that we have to answer at once; return whether it may go on so."""
+        if self.full:
+            self._controls_while_full += 1
+        return self._controls_while_full <= _CONTROL_WHILE_FULL_MAX
 
     def take_leave(self) -> None:
         """End the connection: all streams have ended, and those that still come were not looked at."""
@@ -209,5 +219,6 @@ class Half:
 
     def resume_reading(self) -> None:
         self.full = False
+        self._controls_while_full = 0
         if not self.closed:
             self._on_room(self)

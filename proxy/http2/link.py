@@ -10,6 +10,7 @@ from h2.events import (
     DataReceived,
     Event,
     InformationalResponseReceived,
+    PingReceived,
     RemoteSettingsChanged,
     ResponseReceived,
     StreamReset,
@@ -19,7 +20,8 @@ from h2.events import (
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
-from proxy.http2.exchange import Exchange, Owner, Part
+from proxy.errors import ProxyError
+from proxy.http2.exchange import Exchange, Owner, Part, add_data
 from proxy.http2.half import Half
 from proxy.http2.head import passed_on
 from proxy.stream import NOBODY, Channel
@@ -139,7 +141,9 @@ class Link:
     def _event(self, event: Event, owners: set[Owner]) -> None:
         stream_id: int = getattr(event, "stream_id", 0) or 0
         exchange = self.exchanges.get(stream_id)
-        if isinstance(event, RemoteSettingsChanged):
+        if isinstance(event, RemoteSettingsChanged | PingReceived) and not self.half.controlled():
+            self.cut(ProxyError("makes us answer but reads nothing"))
+        elif isinstance(event, RemoteSettingsChanged):
             self._settings_came = True
             if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
                 self._more_room(owners)
@@ -170,9 +174,7 @@ class Link:
             owner.room(exchange)
         elif isinstance(event, DataReceived):
             exchange.sent += len(event.data)
-            exchange.to_client.append(
-                Part(event.data, event.flow_controlled_length, end=event.stream_ended is not None)
-            )
+            add_data(exchange.to_client, event.data, event.flow_controlled_length, end=event.stream_ended is not None)
             owner.came(exchange)
         elif isinstance(event, ResponseReceived | InformationalResponseReceived):
             owner.answered(exchange, event)

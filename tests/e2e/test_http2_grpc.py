@@ -192,6 +192,24 @@ async def test_many_calls_at_once_and_large_ones_do_not_block_each_other() -> No
             await flooding
 
 
+async def test_what_a_stalled_stream_makes_the_sidecar_hold_is_counted() -> None:
+    async with setting() as (_, server, _, channel), asyncio.timeout(60):
+        stalled = channel.stream_stream("/test.Echo/Both")()
+        memory = server.sidecar._memory
+
+        async def flood() -> None:
+            while True:
+                await stalled.write(b"x" * 50_000)  # nobody reads the answers
+
+        flooding = asyncio.create_task(flood())
+        await until(lambda: memory.held > 100_000)
+        flooding.cancel()
+        stalled.cancel()
+        await until(lambda: memory.held == 0)
+        with contextlib.suppress(asyncio.CancelledError):
+            await flooding
+
+
 async def test_a_connection_that_the_app_cut_is_made_again() -> None:
     async with setting() as (_, server, _, channel), asyncio.timeout(30):
         assert await channel.unary_unary("/test.Echo/Unary")(b"x") == b"x"

@@ -191,11 +191,14 @@ async def test_large_messages_pass_both_ways_beside_small_ones_and_a_stalled_str
         assert sum((await counted(channel, 100)).values()) == 100
         assert (await channel.unary_unary(UNARY)(big))[2:] == big
         assert not flooding.done()
+        budgets = [member.sidecar._memory for member in s.mesh.members]
+        await until(lambda: sum(each.held > 100_000 for each in budgets) == 2)  # the caller's, and its instance's
         flooding.cancel()
         stalled.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await flooding
         await until(lambda: s.leases() == 0)
+        await until(lambda: not any(each.held for each in budgets))
 
 
 async def test_many_streams_at_once_need_more_links_than_one() -> None:

@@ -457,6 +457,7 @@ async def fuzz(pieces: list[bytes]) -> Sink:
         await asyncio.sleep(0)
     client.peer.write_eof()
     assert done == [True]
+    assert side.memory.held == 0
     await side.close()
     return client
 
