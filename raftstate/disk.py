@@ -72,6 +72,12 @@ class Disk(Protocol):
 SYNC_BESIDE = True
 """Whether files may be synced by the kernel's asynchronous I/O; a test whose disk is not the kernel's says no."""
 
+
+def sync_data(fd: int) -> None:
+    """fdatasync of the file that `DiskFile.descriptor` named; blocks. Raises OSError."""
+    os.fdatasync(fd)
+
+
 _NO_ROOM_AHEAD = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -101,7 +107,7 @@ class _RealFile:
             self._allocated = self._end + room
 
     def sync(self) -> None:
-        os.fdatasync(self._fd)
+        sync_data(self._fd)
 
     def descriptor(self, size: int) -> int:
         return self._fd if SYNC_BESIDE and self._end + size <= self._allocated else -1

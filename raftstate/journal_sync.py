@@ -2,18 +2,21 @@
 
 Either way the loop never waits for the disk. By the kernel's way the loop writes a group to the page cache itself,
 which takes microseconds as long as the disk keeps up; so a disk that was slow a moment ago gets the thread.
+
+A follower has nothing to do but wait for its disk, and to be told of the end costs as much as the sync of a quick
+one. So where the last syncs have all been quick, and only if the caller says that this may be, the loop waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from raftstate import disk
 from raftstate.disk_aio import DiskAio
 from raftstate.errors import RaftError
 
@@ -23,6 +26,15 @@ SLOW_WRITE_S, SLOW_SYNC_S = 0.01, 0.1
 """A write to the page cache, or a sync, that takes longer makes the disk a slow one …"""
 SLOW_FOR_S = 2.0
 """… for so long: a thread writes then."""
+
+WAIT_S_MAX = 0.001
+"""What a sync takes at most, on the average of the last ones, where the loop itself may wait for it …"""
+STALL_S, CALM_S = 0.05, 10.0
+"""… and after one that took longer than this the loop waits for none for so long. A follower may be silent for 0.35 s
+before anyone does without it."""
+_SHARE = 1 / 16
+_UNKNOWN_S = 0.01
+"""Of a disk that is not known yet: some forty quick syncs make it a quick one."""
 
 SyncDone = Callable[[BaseException | None], None]
 
@@ -46,7 +58,8 @@ class GroupSync:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
         self._aio: DiskAio | None = None
-        self._quick_from = self._began = 0.0
+        self._quick_from = self._calm_from = self._began = 0.0
+        self._usual_s = _UNKNOWN_S
         self._ended: asyncio.Event = asyncio.Event()
         self._ended.set()
 
@@ -58,31 +71,55 @@ class GroupSync:
         except OSError as error:
             log.info("raft: the journal is synced by a thread: %s", error)
 
-    def run(self, group: Group, done: SyncDone) -> None:
-        """Make the group durable; then the loop calls `done(error or None)`."""
-        self._ended.clear()
+    def run(self, group: Group, done: SyncDone, *, here: bool = False) -> bool:
+        """Make the group durable; then the loop calls `done(error or None)`.
+
+        `here`: the caller would do nothing but wait. Then the loop may wait itself; if it did, True is returned, the
+        group is durable, and `done` is not called. Raises JournalFailed in that case.
+        """
         self._began = began = time.monotonic()
-        if self._aio is None or began < self._quick_from:
+        waits = here and self._usual_s <= WAIT_S_MAX and began >= self._calm_from
+        if began < self._quick_from or (self._aio is None and not waits):
             self._in_thread(group.sync, done)
-            return
+            return False
         try:
             fd = group.write()
         except RaftError as error:
+            self._ended.clear()
             self._loop.call_soon(self._finish, done, error)
-            return
+            return False
         if time.monotonic() > began + SLOW_WRITE_S:
             self._quick_from = time.monotonic() + SLOW_FOR_S
         if fd < 0:
             self._in_thread(group.sync, done)
-            return
+        elif waits:
+            self._wait(group, fd)
+            return True
+        else:
+            self._beside(group, fd, done)
+        return False
+
+    def _wait(self, group: Group, fd: int) -> None:
+        failed: OSError | None = None
         try:
-            self._aio.sync(fd, lambda error: self._synced(group, error, done))
+            disk.sync_data(fd)
+        except OSError as error:
+            failed = error
+        self._took()
+        group.synced(failed)
+
+    def _beside(self, group: Group, fd: int, done: SyncDone) -> None:
+        aio = self._aio
+        assert aio is not None, "without it a thread syncs"
+        self._ended.clear()
+        try:
+            aio.sync(fd, lambda error: self._synced(group, error, done))
         except OSError as error:
             # Nothing was begun: this file's system has no such call.
             log.info("raft: the journal is synced by a thread: %s", error)
-            aio, self._aio = self._aio, None
+            self._aio = None
             aio.close()
-            self._in_thread(lambda: os.fdatasync(fd), lambda failed: self._synced(group, failed, done))
+            self._in_thread(lambda: disk.sync_data(fd), lambda failed: self._synced(group, failed, done))
 
     async def idle(self) -> None:
         """Return once no sync is under way."""
@@ -100,6 +137,8 @@ class GroupSync:
                 self._aio = None
 
     def _in_thread(self, work: Callable[[], None], done: SyncDone) -> None:
+        self._ended.clear()
+
         def told(work: Future[None]) -> None:
             self._loop.call_soon_threadsafe(self._finish, done, work.exception())
 
@@ -114,8 +153,16 @@ class GroupSync:
         self._finish(done, error)
 
     def _finish(self, done: SyncDone, error: BaseException | None) -> None:
-        now = time.monotonic()
-        if now > self._began + SLOW_SYNC_S:
-            self._quick_from = now + SLOW_FOR_S
+        self._took()
         self._ended.set()
         done(error)
+
+    def _took(self) -> None:
+        """Note how long the disk took for the group that is durable now."""
+        now = time.monotonic()
+        took = now - self._began
+        self._usual_s += (min(took, _UNKNOWN_S) - self._usual_s) * _SHARE
+        if took > STALL_S:
+            self._calm_from = now + CALM_S
+        if took > SLOW_SYNC_S:
+            self._quick_from = now + SLOW_FOR_S

@@ -4,9 +4,10 @@ Every input pokes the driver; one pump per turn of the loop then handles all of 
 travel in one append and share one disk sync. Here is where a message waits for the disk: `held` messages leave when
 the sync that covers them has returned (law 3).
 
-What nobody waits for comes last. A follower that has begun a sync lets go of the processor before it applies: the
-kernel's worker that syncs runs on the very processor that asked it to, once that is free. What was synced is
-certified on disk when there is nothing better to do (`Syncing.rest`).
+What nobody waits for comes last. A follower waits for a quick disk itself, and acknowledges before it applies. If it
+has begun a sync instead it lets go of the processor: the kernel's worker that syncs runs on the very processor that
+asked it to, once that is free. What was synced is certified on disk when there is nothing better to do
+(`Syncing.rest`).
 
 It knows no asyncio: the loop is whatever can call back (`Loop`), so that the simulation drives the same code.
 """
@@ -25,6 +26,16 @@ TIMER_STEP_S = 0.001
 """Timers of the loop count whole milliseconds: one asked for a part of it fires at once, again and again."""
 APPLY_LATER_S = 0.002
 """A follower whose sync takes longer applies meanwhile."""
+
+
+class RunSync(Protocol):
+    """Makes a group durable off the loop and then has the loop call `done(error or None)`.
+
+    With `here` it may also wait for the disk, on the loop: then it returns True, and `done` is not called. Raises
+    JournalFailed in that case.
+    """
+
+    def __call__(self, group: Group, done: SyncDone, /, *, here: bool) -> bool: ...
 
 
 class Syncing(Protocol):
@@ -47,10 +58,7 @@ class Loop(Protocol):
 
 
 class Driver:
-    """`send` must not block; `after` runs in each pump; `on_failure` is told once why the driver stopped.
-
-    `run_sync(group, done)` runs `group.sync()` off the loop and then has the loop call `done(error or None)`.
-    """
+    """`send` must not block; `after` runs in each pump; `on_failure` is told once why the driver stopped."""
 
     def __init__(
         self,
@@ -59,7 +67,7 @@ class Driver:
         loop: Loop,
         *,
         clock: Callable[[], float],
-        run_sync: Callable[[Group, SyncDone], None],
+        run_sync: RunSync,
         send: Callable[[str, Message], None],
         after: Callable[[], None],
         on_failure: Callable[[BaseException], None],
@@ -179,10 +187,19 @@ class Driver:
         if group is None:
             self._release(held)
             return False
-        term = self._core.term
-        self.syncing, self._quiet = True, False
-        self._run_sync(group, lambda error: self._synced(error, held, term))
-        return True
+        core = self._core
+        term = core.term
+        self._quiet = False
+        # A leader's heartbeats and its clients' reads must not wait for its disk, of which a quorum has no need.
+        if not self._run_sync(group, lambda error: self._synced(error, held, term), here=not core.is_leader):
+            self.syncing = True
+            return True
+        if held:
+            self._release(held)
+        core.synced(term)
+        if not core.silent:
+            self.poke()  # our own vote has made us the leader
+        return False
 
     def _synced(self, error: BaseException | None, held: list[tuple[str, Message]], term: int) -> None:
         self.syncing = False

@@ -72,6 +72,7 @@ class Scenario:
             sync_s=rng.choice((0.0005, 0.003)),
             stall=rng.choice((0.0, 0.0, 0.03)),
             kills=(0.0, 0.0, 0.5, 0.9)[seed % 4],
+            waits=seed // 4 % 2 == 1,
         )
         bugs = bugs or Bugs()
         self.servers = {

@@ -10,9 +10,10 @@ from zlib import crc32
 
 from raftstate.errors import JournalFailed, MembershipRefused, NotLeader, RaftError, StateDiverged, TooBusy
 from raftstate.journal import Journal
+from raftstate.journal_sync import Group, SyncDone
 from raftstate.messages import AppendReply, Message, decode_message, encode_message
 from raftstate.raft import Members, RaftConfig, RaftCore
-from raftstate.raft_driver import Driver, Group, SyncDone
+from raftstate.raft_driver import Driver
 from raftstate.raft_snapshotter import SnapshotMaker
 from raftstate.snapshots import SnapshotStore
 from tests.simulation.network import Network
@@ -45,6 +46,8 @@ class Tuning:
     """Chance that a sync takes up to half a second."""
     kills: float = 0.0
     """Share of the crashes in which the process dies and the power stays: what was not synced is read back."""
+    waits: bool = False
+    """Whether a server may wait for its disk in the turn in which it asked."""
 
 
 class Socket:
@@ -266,15 +269,16 @@ class SimServer:
 
     # -- what the driver asks for ----------------------------------------------------------------------------------
 
-    def _run_sync(self, group: Group, done: SyncDone) -> None:
+    def _run_sync(self, group: Group, done: SyncDone, *, here: bool) -> bool:
         """As `raftstate.journal_sync`: some groups are written at once, the rest with their sync."""
         rng = self._world.rng
+        waits = here and self._tuning.waits and rng.random() < 0.7
         try:
             number = group.write()
         except (OSError, RaftError) as problem:
             error = problem
             self._later(0.0001, lambda: done(error))
-            return
+            return False
 
         def finish() -> None:
             if number < 0:
@@ -287,6 +291,9 @@ class SimServer:
                 failed = error
             group.synced(failed)
 
+        if waits and number >= 0:
+            finish()
+            return True
         self._syncs.append(finish)
         delay = self._tuning.sync_s * (0.3 + rng.random())
         if rng.random() < self._tuning.stall:
@@ -304,6 +311,7 @@ class SimServer:
             self._later(0.0001, lambda: done(error))
 
         self._later(delay, ends)
+        return False
 
     def _send(self, peer: str, message: Message) -> None:
         self._referee.message_sent(self.name, peer, message, self._journal)

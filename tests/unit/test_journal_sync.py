@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raftstate import journal_sync
+from raftstate import disk, journal_sync
 from raftstate.disk import RealDisk
 from raftstate.disk_aio import DiskAio
 from raftstate.errors import JournalFailed
@@ -135,6 +135,108 @@ async def test_a_failed_group_is_reported_and_the_journal_takes_no_more(tmp_path
     with pytest.raises(JournalFailed):
         journal.take_pending()
     await syncs.close(journal.close)
+
+
+def known(syncs: GroupSync) -> None:
+    """Whatever this machine's disk is like: it is known to be quick, and has not stalled."""
+    syncs._usual_s, syncs._calm_from, syncs._quick_from = 0.0, 0.0, 0.0
+
+
+async def test_a_quick_disk_is_waited_for_by_who_has_nothing_else_to_do(tmp_path: Path) -> None:
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    syncs.open()
+    assert await run(syncs, take(journal, b"makes the segment")) is None
+    for number in range(20):
+        known(syncs)
+        group = Spy(take(journal, b"a%d" % number, b"b"))
+        assert syncs.run(group, _never, here=True)
+        assert group.steps == ["write", "synced"]
+        assert journal.durable_index == journal.last_index
+    known(syncs)
+    other = Spy(take(journal, b"of one who has"))
+    assert await run(syncs, other) is None
+    known(syncs)
+    large = Spy(take(journal, b"x" * 200_000))
+    done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+    assert not syncs.run(large, done.set_result, here=True)
+    assert await asyncio.wait_for(done, 10) is None
+    assert large.steps == ["write", "sync"]
+    again = Journal(RealDisk(), str(tmp_path / "raft"))
+    assert again[:] == journal[:]
+    assert again.torn_bytes == 0
+    again.close()
+    await syncs.close()
+
+
+async def test_only_a_disk_that_has_been_quick_for_a_while_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes_s = [0.0002]
+    now = [1000.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+    def slow(fd: int) -> None:
+        now[0] += takes_s[0]
+
+    monkeypatch.setattr(journal_sync, "time", Clock)
+    monkeypatch.setattr(disk, "sync_data", slow)
+    syncs = GroupSync()
+    syncs._loop = asyncio.get_running_loop()
+
+    async def waits() -> bool:
+        done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        group = Spy(file=7)
+        if syncs.run(group, done.set_result, here=True):
+            return True
+        now[0] += takes_s[0]
+        assert await asyncio.wait_for(done, 10) is None
+        return False
+
+    tried = 0
+    while not await waits():
+        tried += 1
+        assert tried < 100, "a disk that is quick is waited for in the end"
+    assert tried > 20, "two or three quick syncs say little"
+    takes_s[0] = 0.3
+    assert await waits(), "nobody could know"
+    takes_s[0] = 0.0002
+    began = now[0]
+    while not await waits():
+        now[0] += 0.001
+    assert now[0] - began >= journal_sync.CALM_S
+    takes_s[0] = 0.004  # never a stall, but each of them would stop the loop
+    late = 0
+    while await waits():
+        late += 1
+        assert late < 20
+    await syncs.close()
+
+
+async def test_a_disk_that_fails_while_it_is_waited_for_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    syncs.open()
+    assert await run(syncs, take(journal, b"makes the segment")) is None
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(disk, "sync_data", fail)
+    known(syncs)
+    group = take(journal, b"lost")
+    with pytest.raises(JournalFailed):
+        syncs.run(group, _never, here=True)
+    assert journal.durable_index == 1
+    await syncs.close(journal.close)
+
+
+def _never(error: BaseException | None) -> None:
+    raise AssertionError("who has waited is not called back")
 
 
 async def test_a_slow_disk_gets_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

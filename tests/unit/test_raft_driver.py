@@ -124,16 +124,29 @@ class Rig:
         self.syncs: list[tuple[Group, SyncDone]] = []
         self.failures: list[BaseException] = []
         self.pumps = 0
+        self.quick = False
+        """Whether the loop may wait for the disk."""
+        self.broken = False
         self.driver = Driver(
             cast(RaftCore, self.core),
             self.journal,
             self.loop,
             clock=self.loop.clock,
-            run_sync=lambda group, done: self.syncs.append((group, done)),
+            run_sync=self._run_sync,
             send=self._send,
             after=self._after,
             on_failure=self.failures.append,
         )
+
+    def _run_sync(self, group: Group, done: SyncDone, *, here: bool) -> bool:
+        if here and self.quick:
+            if self.broken:
+                raise JournalFailed("input/output error")
+            group.sync()
+            self.core.did.append("waited")
+            return True
+        self.syncs.append((group, done))
+        return False
 
     def _send(self, peer: str, message: Message) -> None:
         self.core.did.append(f"send {peer}")
@@ -176,6 +189,55 @@ def test_a_follower_lets_the_sync_begin_before_it_applies() -> None:
     assert rig.core.did == []
     rig.end_sync()
     assert rig.core.did == ["send leader", "synced", "apply"]
+
+
+def test_a_follower_waits_for_a_quick_disk_and_acknowledges_before_it_applies() -> None:
+    rig = Rig()
+    rig.quick = True
+    rig.append(1, commit=1)
+    rig.loop.turn()
+    assert rig.core.did == ["waited", "send leader", "synced", "apply"]
+    assert rig.journal.durable_index == 1
+    assert not rig.driver.syncing
+    rig.append(2, commit=2)
+    rig.loop.turn()
+    assert rig.core.did[4:] == ["waited", "send leader", "synced", "apply"]
+
+
+def test_a_leader_waits_for_no_disk() -> None:
+    rig = Rig()
+    rig.quick = rig.core.is_leader = True
+    rig.append(1, commit=0)
+    rig.loop.turn()
+    assert len(rig.syncs) == 1
+    assert rig.core.did == []
+
+
+def test_what_a_vote_of_its_own_brought_about_leaves_in_the_next_turn() -> None:
+    """The only voter leads as soon as its vote is durable, and then has entries and messages to see to."""
+    rig = Rig()
+    rig.quick = True
+    synced = rig.core.synced
+
+    def becomes_leader(term: int) -> None:
+        synced(term)
+        rig.core.is_leader = True
+        rig.core.out.free.append(("learner", cast(Any, None)))
+
+    rig.core.synced = becomes_leader  # type: ignore[method-assign]
+    rig.append(1, commit=0)
+    rig.loop.turn()
+    rig.loop.turn()
+    assert rig.core.did == ["waited", "send leader", "synced", "send learner"]
+
+
+def test_a_disk_that_fails_while_it_is_waited_for_stops_the_driver_and_nothing_is_acknowledged() -> None:
+    rig = Rig()
+    rig.quick = rig.broken = True
+    rig.append(1, commit=0)
+    rig.loop.turn()
+    assert [type(failure) for failure in rig.failures] == [JournalFailed]
+    assert rig.core.did == []
 
 
 def test_a_promise_made_during_a_sync_waits_for_the_next_one() -> None:
