@@ -5,6 +5,7 @@ GET /ready, /stats, /metrics, /config_dump, /clusters; POST /drain[?timeout_s=N]
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -89,7 +90,7 @@ class AdminServer:
         return web.Response(status=503, text=why + "\n")
 
     async def _stats(self, request: web.Request) -> web.Response:
-        return _json(await self._sidecar.stats())
+        return _json({**await self._sidecar.stats(), "tasks": len(asyncio.all_tasks())})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text = await self._sidecar.metrics_text()

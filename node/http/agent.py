@@ -241,6 +241,7 @@ async def metrics(ctx: Context, request: web.Request) -> web.StreamResponse:
         "lictor.agent.unsynced": ctx.agent.sync.pending,
         "lictor.agent.views": len(ctx.agent.views),
         "lictor.agent.sidecar_streams": len(ctx.agent.streams),
+        "lictor.process.tasks": len(asyncio.all_tasks()),
         "lictor.process.cpu_seconds": usage.ru_utime + usage.ru_stime,
         "lictor.process.rss_bytes_max": usage.ru_maxrss * 1024,
         "lictor.process.uptime_seconds": time.time() - ctx.agent.started_at,

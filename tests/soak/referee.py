@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -57,8 +58,6 @@ class Referee:
     """Identity of a request that has not ended to the instance at which it arrived last."""
     delay_max_s: float = 0.0
     """The latest arrival of a withdrawn source after the acknowledgement."""
-    done: Counter[str] = field(default_factory=Counter)
-    """What was done to the mesh."""
 
     def note(self, attempt: Attempt) -> None:
         """Take an attempt that has ended."""
@@ -90,13 +89,28 @@ class Referee:
                         )
                 return
 
+    def _killed_under(self, attempt: Attempt) -> tuple[str, float] | None:
+        """Return the instance that was killed while an attempt may have been under way there, and when."""
+        where = attempt.detail.rpartition("[at ")[2].rstrip("]")
+        for service, instance, at in self.kills:
+            meanwhile = attempt.began <= at + KILL_GRACE_S and attempt.ended >= at - 0.1
+            if service == attempt.service and meanwhile and where in ("no instance", instance):
+                return instance, at
+        return None
+
+    def around_kills(self) -> str:
+        """Say in words how the failures that a kill excuses lie around it."""
+        began = [a.began - killed[1] for a in self.failed if (killed := self._killed_under(a)) is not None]
+        late = [after for after in began if after > 0]
+        return (
+            f"{len(began)} failed around the kill of an instance; {len(late)} of them began after it, "
+            f"the latest {max(late, default=0.0) * 1000:.0f} ms"
+        )
+
     def excuse(self, attempt: Attempt) -> str:
         """Return what excuses a failed attempt, or ``""``."""
-        for service, instance, at in self.kills:
-            if service == attempt.service and attempt.began <= at + KILL_GRACE_S and attempt.ended >= at - 0.1:
-                where = attempt.detail.rpartition("[at ")[2].rstrip("]")
-                if where in ("no instance", instance):
-                    return f"{instance} was killed"
+        if (killed := self._killed_under(attempt)) is not None:
+            return f"{killed[0]} was killed"
         for each in self.withdrawals:
             if (each.source, each.service) == (attempt.source, attempt.service) and (
                 attempt.began <= each.lifted + self.within_s and attempt.ended >= each.asked
@@ -110,6 +124,11 @@ class Referee:
         wrong += [f"failed without excuse: {attempt}" for attempt in self.failed if not self.excuse(attempt)]
         return wrong
 
+    def unproven(self) -> list[str]:
+        """Return the kinds of calls of which not one went well: they prove nothing."""
+        kinds = sorted({(kind, source) for kind, source, _ in self.counts})
+        return [f"no {kind} of {source} went well" for kind, source in kinds if not self.counts[kind, source, OK]]
+
     def table(self) -> list[str]:
         """Return the counts as lines."""
         kinds = sorted({(kind, source) for kind, source, _ in self.counts})
@@ -121,11 +140,13 @@ class Referee:
 
 
 def growth(samples: list[tuple[float, float]]) -> float:
-    """Return by how much a figure grew over the last half of its time: the last quarter's mean over the third's."""
+    """Return by how much a figure grew over the last half of its time, by the straight line nearest to it there."""
     if len(samples) < 8:
         return 0.0
     first, last = samples[0][0], samples[-1][0]
-    span = last - first
-    third = [value for at, value in samples if first + span / 2 <= at < first + span * 3 / 4]
-    fourth = [value for at, value in samples if at >= first + span * 3 / 4]
-    return (sum(fourth) / len(fourth)) / (sum(third) / len(third)) - 1 if third and fourth else 0.0
+    half = [(at, value) for at, value in samples if at >= (first + last) / 2]
+    if len(half) < 2 or half[0][0] == last:
+        return 0.0
+    slope, at_zero = statistics.linear_regression([at - first for at, _ in half], [value for _, value in half])
+    middle = at_zero + slope * (half[0][0] - first)
+    return slope * (last - half[0][0]) / middle

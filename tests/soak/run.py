@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +32,16 @@ INSTANCES = 2
 STEADY, FLAPPED = "web", "flap"
 READY_TIMEOUT_S = 60.0
 QUIET_TIMEOUT_S = 30.0
-FEW_DESCRIPTORS = 4
+FEW_DESCRIPTORS = FEW_TASKS = 4
 """How many more than before a process may hold at the end: sessions come and go by themselves."""
 GROWTH_MAX = 0.05
 MEMORY_MINUTES = 3.0
-"""A shorter run says nothing of memory: it is still filling its caches."""
+"""A shorter run says nothing of memory: it is still filling its caches. A longer one has to harm everything."""
+EXTRA_S = 120.0
+"""How much longer a run may take on a slow machine, until each kind of harm was done once."""
+FLAPS, KILLS, RESTARTS, ROTATIONS = HARMS = (
+    "intentions flapped", "instances killed", "servers restarted", "CA rotated",
+)  # fmt: skip
 
 
 @dataclass
@@ -58,6 +64,23 @@ class Report:
     lines: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a process holds: calls of the load, descriptors, tasks of its event loop."""
+
+    live_calls: int
+    descriptors: int
+    tasks: int
+
+    def exceeds(self, before: Held) -> bool:
+        """Tell whether something of the load was left behind."""
+        return (
+            self.live_calls > 0
+            or self.descriptors > before.descriptors + FEW_DESCRIPTORS
+            or self.tasks > before.tasks + FEW_TASKS
+        )
+
+
 class Soak:
     """The stage, the harm and the measuring of one run."""
 
@@ -69,6 +92,8 @@ class Soak:
         self.apps: dict[str, L4App | HttpApp | GrpcApp] = {}
         self.sidecars: dict[str, subprocess.Popen[bytes]] = {}
         self.memory: dict[str, list[tuple[float, float]]] = {}
+        self.harmed: dict[str, Counter[str]] = {harm: Counter() for harm in HARMS}
+        """Kind of harm -> to whom it was done, and how often."""
         self._calm = asyncio.Lock()
         """Held while something is done to the mesh that the next thing must not meet half done."""
 
@@ -111,16 +136,20 @@ class Soak:
                     raise RuntimeError(f"the sidecar of {instance} ended:\n{log.read_text()}")
                 await asyncio.sleep(0.05)
 
-    def said(self, source: str, what: str) -> str:
-        """Return what a client's sidecar said of itself when it was ready."""
-        text = (self.stage.directory / f"soak-{source}-1" / "sidecar.log").read_text()
-        found = re.search(what, text)
-        assert found is not None, text
+    async def said(self, source: str, what: str, timeout_s: float = READY_TIMEOUT_S) -> str:
+        """Return what a client's sidecar says of itself: it goes on line by line after it has said that it is ready.
+
+        `what` has to reach beyond what it catches: the last line there is may be half of one.
+        """
+        log = self.stage.directory / f"soak-{source}-1" / "sidecar.log"
+        async with asyncio.timeout(timeout_s):
+            while (found := re.search(what, log.read_text())) is None:  # noqa: ASYNC110 - another process writes it
+                await asyncio.sleep(0.02)
         return found[1]
 
-    def ports(self, source: str) -> dict[str, int]:
+    async def ports(self, source: str) -> dict[str, int]:
         """Return the upstreams' ports of a source."""
-        return {name: int(self.said(source, rf"upstream  {name} -> localhost:(\d+)")) for name in SERVICES}
+        return {name: int(await self.said(source, rf"upstream  {name} -> localhost:(\d+) ")) for name in SERVICES}
 
     # Intentions
 
@@ -163,7 +192,7 @@ class Soak:
             withdrawal.lifting = time.monotonic()
             await self.allow(FLAPPED, service)
             withdrawal.lifted = time.monotonic()
-            referee.done["intentions flapped"] += 1
+            self.harmed[FLAPS][service] += 1
 
     async def kill(self) -> None:
         """Kill an instance's sidecar, and stand it again."""
@@ -173,7 +202,7 @@ class Soak:
             self.referee.kills.append((service, instance, time.monotonic()))
             os.killpg(self.sidecars[instance].pid, signal.SIGKILL)
             await asyncio.to_thread(self.sidecars[instance].wait)
-            self.referee.done["instances killed"] += 1
+            self.harmed[KILLS][instance] += 1
             await asyncio.sleep(self.rng.uniform(0.5, 2.0))
             async with self._calm:
                 await self.stand(instance)
@@ -189,7 +218,7 @@ class Soak:
                 await asyncio.to_thread(supervisor.start, [server])
                 await asyncio.to_thread(supervisor.wait_ready, [server], lambda _: None)
                 await asyncio.to_thread(self.stage.wait_caught_up)
-            self.referee.done["servers restarted"] += 1
+            self.harmed[RESTARTS][server] += 1
 
     async def rotate(self) -> None:
         """Rotate the certificate authority."""
@@ -198,7 +227,7 @@ class Soak:
             await asyncio.sleep(pause_s)
             async with self._calm:
                 await asyncio.to_thread(self.stage.api(wait_s=30.0).put, "/v1/connect/ca/rotate")
-            self.referee.done["CA rotated"] += 1
+            self.harmed[ROTATIONS]["CA"] += 1
 
     def _cycle(self, names: Any) -> Any:
         while True:
@@ -226,23 +255,30 @@ class Soak:
                 self.memory.setdefault(name, []).append((now, float(process.memory_info().rss)))
             await asyncio.sleep(1.0)
 
-    async def live_calls(self, source: str) -> int:
-        """Return how many calls a source's sidecar has live."""
-        url = self.said(source, r"admin     (\S+)/stats")
-        async with aiohttp.ClientSession() as session, session.get(f"{url}/stats") as answer:
-            return int((await answer.json())["live_calls"])
+    async def held(self) -> dict[str, Held]:
+        """Return what each process that lives through it all holds at present."""
+        found = {}
+        async with aiohttp.ClientSession() as session:
+            for name, process in self.watched().items():
+                if name.startswith("client-"):
+                    host = self.stage.hosts[int(name.removeprefix("client-")) - 1]
+                    async with session.get(f"http://{host}/v1/agent/metrics") as answer:
+                        gauges = {row["Name"]: row["Value"] for row in (await answer.json())["Gauges"]}
+                    found[name] = Held(0, process.num_fds(), int(gauges["lictor.process.tasks"]))
+                else:
+                    url = await self.said(name.split("-")[1], r"admin     (\S+)/stats")
+                    async with session.get(f"{url}/stats") as answer:
+                        stats = await answer.json()
+                    found[name] = Held(stats["live_calls"], process.num_fds(), stats["tasks"])
+        return found
 
-    async def check_quiet(self, before: dict[str, int]) -> None:
+    async def check_quiet(self, before: dict[str, Held]) -> None:
         """Once the load is gone nothing may be left of it."""
         left: dict[str, str] = {}
         deadline = time.monotonic() + QUIET_TIMEOUT_S
         while time.monotonic() < deadline:
-            left = {}
-            for source in (STEADY, FLAPPED):
-                name = f"soak-{source}-1"
-                calls, held = await self.live_calls(source), self.watched()[name].num_fds()
-                if calls or held > before[name] + FEW_DESCRIPTORS:
-                    left[name] = f"{calls} live calls, {held} descriptors ({before[name]} before)"
+            held = await self.held()
+            left = {name: f"{now}, before {before[name]}" for name, now in held.items() if now.exceeds(before[name])}
             if not left:
                 return
             await asyncio.sleep(0.2)
@@ -256,15 +292,20 @@ class Soak:
         plan, referee = self.plan, self.referee
         await self.set_up()
         plan.say(f"{len(self.sidecars)} sidecars are up; {plan.minutes:g} minutes of load begin")
-        loads = [Load(referee, source, self.ports(source), plan.pause_s) for source in (STEADY, FLAPPED)]
+        loads = [Load(referee, source, await self.ports(source), plan.pause_s) for source in (STEADY, FLAPPED)]
         for load in loads:
             load.start()
         await asyncio.sleep(3.0)  # one connection of each kind is there
-        before = {name: process.num_fds() for name, process in self.watched().items()}
+        before = await self.held()
         began = time.monotonic()
         works = [self.flap(), self.kill(), self.restart_servers(), self.rotate(), self.measure(), self._tell(began)]
         tasks = [asyncio.ensure_future(work) for work in works]
-        done, _ = await asyncio.wait(tasks, timeout=plan.minutes * 60, return_when=asyncio.FIRST_EXCEPTION)
+        until = began + plan.minutes * 60
+        while True:
+            left_s = until - time.monotonic()
+            done, _ = await asyncio.wait(tasks, timeout=max(0.5, left_s), return_when=asyncio.FIRST_EXCEPTION)
+            if done or (time.monotonic() >= until and (all(self.harmed.values()) or left_s < -EXTRA_S)):
+                break
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -282,16 +323,28 @@ class Soak:
         while True:
             await asyncio.sleep(30.0)
             total = sum(self.referee.counts.values())
-            self.plan.say(f"{time.monotonic() - began:5.0f} s: {total} calls, {dict(self.referee.done)}")
+            self.plan.say(f"{time.monotonic() - began:5.0f} s: {total} calls, {self._harm_done()}")
+
+    def _harm_done(self) -> str:
+        return ", ".join(f"{to_whom.total()} {harm}" for harm, to_whom in self.harmed.items())
+
+    def _spared(self) -> list[str]:
+        """Return whom no harm was done to, by each kind: what was never tried proves nothing."""
+        servers = [name for name, node in self.stage.supervisor.config.nodes.items() if node.is_server]
+        whom = {FLAPS: [*SERVICES], KILLS: [*self.apps], RESTARTS: servers, ROTATIONS: ["CA"]}
+        if self.plan.minutes < MEMORY_MINUTES:
+            return [f"none of: {harm}" for harm, to_whom in self.harmed.items() if not to_whom]
+        return [f"{name} never: {harm}" for harm in HARMS for name in whom[harm] if not self.harmed[harm][name]]
 
     def _report(self) -> Report:
         referee = self.referee
         report = Report(referee.verdict(), referee.table())
-        report.lines.append(", ".join(f"{count} {what}" for what, count in sorted(referee.done.items())))
-        excused = len(referee.failed)
+        report.faults += [*referee.unproven(), *self._spared()]
+        report.lines.append(self._harm_done())
         report.lines.append(
-            f"{excused} failed attempts, latest forbidden arrival {referee.delay_max_s * 1000:.0f} ms"
+            f"{len(referee.failed)} failed attempts, latest forbidden arrival {referee.delay_max_s * 1000:.0f} ms"
         )
+        report.lines.append(referee.around_kills())
         for name, samples in self.memory.items():
             grown = growth(samples)
             report.lines.append(f"memory of {name}: {samples[-1][1] / 1e6:.1f} MB, {grown:+.1%} over the last half")

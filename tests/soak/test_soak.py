@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from tests.e2e.support_e2e import Mesh
 from tests.soak.apps import pattern
 from tests.soak.referee import DENIED, ERROR, OK, WRONG, Attempt, Referee, Withdrawal, growth
-from tests.soak.run import Plan, soak
+from tests.soak.run import Held, Plan, Soak, soak
 
 
 def attempt(outcome: str, began: float, ended: float, *, source: str = "web", ident: str = "web-1") -> Attempt:
@@ -67,10 +71,55 @@ def test_a_wrong_answer_is_never_excused() -> None:
     assert len(referee.verdict()) == 1
 
 
-@pytest.mark.parametrize(("per_second", "found"), [(0.0, 0.0), (1.0, 0.125)])
-def test_growth_compares_the_last_two_quarters(per_second: float, found: float) -> None:
-    samples = [(float(t), 100 + per_second * t) for t in range(400)]
-    assert growth(samples) == pytest.approx(found * 800 / (100 + 250) if per_second else 0.0, rel=0.2)
+@pytest.mark.parametrize(("per_second", "found"), [(0.0, 0.0), (1.0, 2 / 3), (-0.1, -0.25), (0.025, 1 / 21)])
+def test_growth_is_from_the_middle_to_the_end(per_second: float, found: float) -> None:
+    samples = [(1000.0 + t, 100 + per_second * t) for t in range(401)]
+    assert growth(samples) == pytest.approx(found, rel=0.01)
+
+
+def test_growth_sees_through_noise_and_not_what_was_before() -> None:
+    samples = [(float(t), (50 + t / 4 if t < 200 else 100) + (t % 7)) for t in range(400)]
+    assert abs(growth(samples)) < 0.01
+
+
+def test_a_kind_of_call_that_never_went_well_proves_nothing() -> None:
+    referee = Referee()
+    referee.withdrawals = [Withdrawal("flap", "l4", asked=0.0)]
+    referee.note(attempt(DENIED, 1.0, 1.1, source="flap"))
+    assert referee.unproven() == ["no l4 of flap went well"]
+    referee.note(attempt(OK, 0.0, 0.1, source="flap"))
+    assert referee.unproven() == []
+
+
+def test_errors_that_began_after_a_kill_are_told_apart() -> None:
+    referee = Referee()
+    referee.kills = [("l4", "soak-l4-1", 100.0)]
+    referee.note(attempt(ERROR, 99.0, 100.01))
+    referee.note(attempt(ERROR, 100.25, 100.6))
+    assert "2 failed" in referee.around_kills()
+    assert "1 of them began after it, the latest 250 ms" in referee.around_kills()
+
+
+def test_what_is_held_beyond_a_few_more_than_before_is_left_behind() -> None:
+    before = Held(live_calls=15, descriptors=40, tasks=30)
+    assert not Held(0, 44, 34).exceeds(before)
+    for held in (Held(1, 40, 30), Held(0, 45, 30), Held(0, 40, 35)):
+        assert held.exceeds(before)
+
+
+async def test_what_a_sidecar_says_after_it_is_ready_is_waited_for(tmp_path: Path) -> None:
+    log = tmp_path / "soak-web-1" / "sidecar.log"
+    log.parent.mkdir()
+    log.write_text("Sidecar of soak-web (soak-web-1) is ready, pid 7\n  upstream  l4 -> localhost:21")
+    run = Soak(cast(Mesh, SimpleNamespace(directory=tmp_path)), Plan())
+    asked = asyncio.ensure_future(run.said("web", r"upstream  l4 -> localhost:(\d+) "))
+    await asyncio.sleep(0)
+    assert not asked.done()
+    with log.open("a") as more:
+        more.write("001  (L4_ADDR)\n")
+    assert await asked == "21001"
+    with pytest.raises(TimeoutError):
+        await run.said("web", "never said", timeout_s=0.05)
 
 
 def test_each_requests_bytes_are_its_own() -> None:
