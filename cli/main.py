@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cli.compiled import warning
 from cli.errors import CliError, UsageError
 from cli.flags import HELP, Command, Family, HelpWanted, family_usage, parse, suggest, usage
 
@@ -121,6 +122,8 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: run the command line, report an error in one line, return the exit code."""
+    if (stale := warning()) is not None:
+        print(f"Warning: {stale}", file=sys.stderr)
     try:
         code = run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cli.compiled import is_compiled
 from cli.flags import Args, Command, Family
 
 
@@ -17,8 +18,9 @@ def version() -> str:
 
 
 def run(args: Args) -> int:
-    """Print it."""
+    """Print it, and how the data plane runs."""
     print(f"Lictor v{version()}")
+    print("Data plane: compiled" if is_compiled() else "Data plane: plain Python, not compiled")
     return 0
 
 
