@@ -6,6 +6,7 @@ Everything the demo starts is remembered by its pid and ended in any case, Ctrl-
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import shlex
 import signal
@@ -47,18 +48,19 @@ def free_offset(servers: int, clients: int) -> int:
     for offset in _OFFSETS:
         plan = Plan(servers, clients, offset)
         ports = [(key, port) for node in plan.ports().values() for key, port in node.items()]
-        if all(is_free(HOST, port, udp=key == "dns_port") for key, port in ports) and _reserve(offset):
+        if all(is_free(HOST, port, udp=key == "dns_port") for key, port in ports) and _reserve(f"ports-{offset}"):
             return offset
     raise CliError("found no range of free ports for a cluster; end other clusters: lictor cluster down")
 
 
-def _reserve(offset: int) -> bool:
-    """Hold a name for the offset: a socket's in Linux' abstract namespace, which ends with the process."""
-    if any(held.getsockname() == f"\0lictor-ports-{offset}".encode() for held in _reserved):
-        return True  # this process had it before, and its ports are free again
+def _reserve(what: str) -> bool:
+    """Hold a name for ports: a socket's in Linux' abstract namespace, which ends with the process."""
+    name = f"\0lictor-{what}"
+    if any(held.getsockname() == name.encode() for held in _reserved):
+        return True  # this process had them before, and they are free again
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        sock.bind(f"\0lictor-ports-{offset}")
+        sock.bind(name)
     except OSError:
         sock.close()
         return False
@@ -68,8 +70,9 @@ def _reserve(offset: int) -> bool:
 
 
 def free_ports(first: int, count: int) -> list[int]:
-    """Return free TCP ports from ``first`` up."""
-    found = [port for port in range(first, min(first + 500, 65536)) if is_free(HOST, port)][:count]
+    """Return free TCP ports from ``first`` up, which nobody else who asks here begins to use."""
+    upwards = (p for p in range(first, min(first + 500, 65536)) if is_free(HOST, p) and _reserve(f"port-{p}"))
+    found = list(itertools.islice(upwards, count))
     if len(found) < count:
         raise CliError(f"found no {count} free ports from {first} on")
     return found

@@ -20,6 +20,7 @@ from cli.cluster.supervisor import Supervisor, log_end, remove
 from cli.errors import CliError, UsageError
 from cli.main import main
 from node.config import load_config
+from tests.e2e.support_e2e import ROOT
 
 
 @pytest.fixture
@@ -201,17 +202,30 @@ def test_remove_leaves_what_is_not_ours(tmp_path: Path) -> None:
     assert not layout.directory.exists()
 
 
-def test_two_processes_never_take_the_same_ports() -> None:
-    program = "from cli.demo_stage import free_offset; print(free_offset(3, 2), flush=True); input()"
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "from cli.demo_stage import free_offset as f; f = f(3, 2)",
+        "from cli.demo_stage import free_ports as f; f = f(8080, 2)",
+        "from tests.support.cluster import free_ports as f; f = f(2)",
+    ],
+)
+def test_two_processes_never_take_the_same_ports(ask: str) -> None:
+    program = f"{ask}; print(f, flush=True); input()"
     holders = []
     try:
         for _ in range(2):
             holders.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                    [sys.executable, "-c", program],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    cwd=ROOT,
                 )
             )
         found = [holder.stdout.readline().strip() for holder in holders if holder.stdout]
+        assert all(found), "both got some"
         assert len(set(found)) == 2, found
     finally:
         for holder in holders:
