@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from raftstate.errors import JournalDamaged, SnapshotDamaged, TooBusy, UnknownOutcome
+from raftstate.raft import RaftConfig
 from raftstate.raft_backup import BEGIN, END, PART, VOID, RestoreInLog
 from raftstate.snapshot_format import SnapshotEncoder, SnapshotHeader
 from raftstate.state import commands as c
@@ -17,6 +18,8 @@ from raftstate.state.machine import StateMachine
 from tests.support.raft_cluster import ReplicaCluster
 
 AT = "2026-01-01T00:00:00Z"
+PATIENT = RaftConfig(heartbeat_s=0.1, election_timeout_min_s=1.5, election_timeout_max_s=2.5)
+"""Where the test keeps the loop so busy that a short timeout would cost leadership."""
 
 
 def set_key(key: str, value: bytes) -> bytes:
@@ -105,8 +108,8 @@ async def test_a_backup_that_the_servers_could_not_read_changes_nothing(tmp_path
 
 async def test_of_two_restores_at_once_one_is_refused_and_none_is_mixed(tmp_path: Path) -> None:
     machines = [far_machine(3_000, 5_000_000), far_machine(2_000, 9_000_000)]
-    async with ReplicaCluster(tmp_path, 3, machine=StateMachine) as cluster:
-        leader = await cluster.leader()
+    async with ReplicaCluster(tmp_path, 3, config=PATIENT, machine=StateMachine) as cluster:
+        leader = await cluster.leader(timeout_s=10)
         outcomes = await asyncio.gather(
             *(leader.restore_snapshot(pieces(as_backup(machine, machine.store.index))) for machine in machines),
             return_exceptions=True,
@@ -160,6 +163,54 @@ async def test_a_leader_lost_in_the_midst_of_a_restore_leaves_the_old_state_and_
         assert len({replica.machine.digest() for replica in cluster.replicas.values()}) == 1  # type: ignore[attr-defined]
 
 
+async def test_under_load_every_server_changes_states_in_one_step_and_one_that_crashed_midway_too(
+    tmp_path: Path,
+) -> None:
+    machine = far_machine(4_000)
+    async with ReplicaCluster(tmp_path, 3, config=PATIENT, machine=StateMachine, snapshot_entries=30) as cluster:
+        leader = await cluster.leader(timeout_s=10)
+        for number in range(60):
+            await leader.apply(set_key(f"old/{number}", b"v"))
+        stopping = False
+        written: list[Any] = []
+
+        async def write(name: str) -> None:
+            while not stopping:
+                written.append(await leader.apply(set_key(f"new/{name}", str(len(written)).encode())))
+
+        def part_of_both(replica: Any) -> bool:
+            rows = kv(replica)
+            return ("old/7" in rows) == ("app/00007" in rows) or len(rows) < 60
+
+        mixed: list[str] = []
+
+        async def watch() -> None:
+            while not stopping:
+                # One that starts anew reads its log first, and is empty until then.
+                mixed.extend(name for name in (leader.id, followers[1]) if part_of_both(cluster.replicas[name]))
+                await asyncio.sleep(0)
+
+        followers = [name for name in cluster.names if name != leader.id]
+        tasks = [asyncio.create_task(write(name)) for name in "abcd"]
+        task = await restore_until_it_is_in_the_log(leader, machine)
+        await cluster.crash(followers[0])
+        watching = asyncio.create_task(watch())
+        await task
+        restored_at = leader.machine.store.index  # type: ignore[attr-defined]
+        await leader._until(lambda: written[-1].index > restored_at + 50, 10)
+        await cluster.start(followers[0])
+        await cluster.replicas[followers[0]].wait_applied(restored_at, 10)
+        stopping = True
+        await asyncio.gather(*tasks, watching)
+        last = await leader.apply(set_key("last", b"1"))
+        for replica in cluster.replicas.values():
+            await replica.wait_applied(last.index)
+            assert kv(replica)["app/03999"].modify_index == 5_003_999
+        assert len({replica.machine.digest() for replica in cluster.replicas.values()}) == 1  # type: ignore[attr-defined]
+        assert mixed == []
+        assert cluster.failures.empty()
+
+
 async def test_what_is_no_backup_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
     taken = 0
 
@@ -177,8 +228,8 @@ async def test_what_is_no_backup_is_refused_with_its_first_bytes(tmp_path: Path)
 
 
 def test_what_was_made_void_ends_in_nothing() -> None:
-    machine, replaced = far_machine(10), []
-    target = StateMachine()
+    machine, target = far_machine(10), StateMachine()
+    replaced: list[Any] = []
     inside = RestoreInLog(target.restorer, replaced.append)
     chunks = list(machine.snapshot())
     inside.apply(1, 1, BEGIN)
