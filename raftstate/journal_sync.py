@@ -26,15 +26,14 @@ SLOW_WRITE_S, SLOW_SYNC_S = 0.01, 0.1
 """A write to the page cache, or a sync, that takes longer makes the disk a slow one …"""
 SLOW_FOR_S = 2.0
 """… for so long: a thread writes then."""
-
+CALM_S = 10.0
+"""After such a sync the loop waits for none for so long …"""
 WAIT_S_MAX = 0.001
-"""What a sync takes at most, on the average of the last ones, where the loop itself may wait for it …"""
-STALL_S, CALM_S = 0.05, 10.0
-"""… and after one that took longer than this the loop waits for none for so long. A follower may be silent for 0.35 s
-before anyone does without it."""
-_SHARE = 1 / 16
-_UNKNOWN_S = 0.01
-"""Of a disk that is not known yet: some forty quick syncs make it a quick one."""
+"""… nor where more than half of the waits take longer than this, but for one in …"""
+TRY_EVERY = 16
+"""… so many, from which it learns what the disk is like. What a worker or a thread takes tells more of processors."""
+_USUAL_S_MIN, _USUAL_S_MAX = WAIT_S_MAX / 8, WAIT_S_MAX * 2
+_STEP = 1 / 16
 
 SyncDone = Callable[[BaseException | None], None]
 
@@ -59,7 +58,9 @@ class GroupSync:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
         self._aio: DiskAio | None = None
         self._quick_from = self._calm_from = self._began = 0.0
-        self._usual_s = _UNKNOWN_S
+        self._usual_s = _USUAL_S_MAX
+        """About the median of the waits."""
+        self._untried = 0
         self._ended: asyncio.Event = asyncio.Event()
         self._ended.set()
 
@@ -78,7 +79,7 @@ class GroupSync:
         group is durable, and `done` is not called. Raises JournalFailed in that case.
         """
         self._began = began = time.monotonic()
-        waits = here and self._usual_s <= WAIT_S_MAX and began >= self._calm_from
+        waits = here and began >= self._calm_from and self._may_wait()
         if began < self._quick_from or (self._aio is None and not waits):
             self._in_thread(group.sync, done)
             return False
@@ -105,7 +106,11 @@ class GroupSync:
             disk.sync_data(fd)
         except OSError as error:
             failed = error
-        self._took()
+        took = self._took()
+        if took > self._usual_s:
+            self._usual_s = min(_USUAL_S_MAX, self._usual_s * (1 + _STEP))
+        else:
+            self._usual_s = max(_USUAL_S_MIN, self._usual_s * (1 - _STEP))
         group.synced(failed)
 
     def _beside(self, group: Group, fd: int, done: SyncDone) -> None:
@@ -157,12 +162,16 @@ class GroupSync:
         self._ended.set()
         done(error)
 
-    def _took(self) -> None:
-        """Note how long the disk took for the group that is durable now."""
+    def _may_wait(self) -> bool:
+        if self._usual_s <= WAIT_S_MAX:
+            return True
+        self._untried = (self._untried + 1) % TRY_EVERY
+        return not self._untried
+
+    def _took(self) -> float:
+        """Return how long the disk took for the group that is durable now."""
         now = time.monotonic()
         took = now - self._began
-        self._usual_s += (min(took, _UNKNOWN_S) - self._usual_s) * _SHARE
-        if took > STALL_S:
-            self._calm_from = now + CALM_S
         if took > SLOW_SYNC_S:
-            self._quick_from = now + SLOW_FOR_S
+            self._quick_from, self._calm_from = now + SLOW_FOR_S, now + CALM_S
+        return took
