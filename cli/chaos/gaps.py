@@ -38,9 +38,9 @@ class WriteGap:
 
 def write_gaps(history: History) -> list[WriteGap]:
     """Return the times between two acknowledged writes, longest first; the first begins with the run, and the last
-    ends when a client last tried something."""
+    ends when the clients did: what they tried last may have got no answer."""
     moments = sorted(op.returned_s for op in history.operations if op.kind != READ and op.known)
-    tried_s = max((op.invoked_s for op in history.operations), default=history.duration_s)
+    tried_s = history.tried_s or max((op.invoked_s for op in history.operations), default=history.duration_s)
     pairs = itertools.pairwise([0.0, *moments, max([tried_s, *moments])])
     gaps = [WriteGap(begin_s, end_s, _during(history.faults, begin_s, end_s)) for begin_s, end_s in pairs]
     return sorted(gaps, key=lambda gap: -gap.length_s)

@@ -68,3 +68,5 @@ class History(msgspec.Struct):
     operations: list[Operation]
     faults: list[Fault]
     leaders: list[LeaderSpan]
+    tried_s: float = 0.0
+    """When the last client ended. Reads that got no answer are not among the operations, so these do not tell it."""

@@ -167,6 +167,7 @@ async def run(cluster: ClusterControl, options: Options, say: Callable[[str], No
             for client in clients:
                 group.create_task(client.run(options.duration_s))
     finally:
+        tried_s = recorder.now_s()
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
     lost: list[str] = []
@@ -174,7 +175,7 @@ async def run(cluster: ClusterControl, options: Options, say: Callable[[str], No
         lost += [
             f"{item}, asked at {node}" for item in await missing(cluster.addresses[node], recorder, timeout_s=20)
         ]
-    history = History(options.seed, recorder.now_s(), recorder.operations, faults.done, spans)
+    history = History(options.seed, recorder.now_s(), recorder.operations, faults.done, spans, tried_s)
     say(f"checking {len(history.operations)} operations")
     return Report(
         history=history,

@@ -18,6 +18,7 @@ from cli.client import REQUEST_ID_HEADER
 
 MODES = ("default", "consistent", "stale")
 PAUSE_AFTER_ERROR_S = 0.05
+ERROR_SHOWN_MAX = 160
 KEYS_AT_ONCE = 5
 OPERATIONS_PER_GENERATION = 400
 """After so many operations the clients move to fresh keys, which bounds the checker's search per key."""
@@ -51,7 +52,9 @@ class Recorder:
 
     def count_error(self, text: str) -> None:
         """Count an answer that was not a success, by its first words."""
-        text = text.strip().split("\n")[0][:80]
+        text = text.strip().split("\n")[0]
+        if len(text) > ERROR_SHOWN_MAX:
+            text = text[: ERROR_SHOWN_MAX - 1] + "…"
         self.errors[text] = self.errors.get(text, 0) + 1
 
 

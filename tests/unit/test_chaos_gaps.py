@@ -20,6 +20,13 @@ def test_what_came_after_the_last_try_is_no_gap() -> None:
     assert write_gaps(one)[0].length_s == 3.0
 
 
+def test_a_last_try_that_got_no_answer_is_part_of_the_gap() -> None:
+    """Clients that wait for one answer to the end try nothing more, and reads without an answer are not recorded."""
+    one = history(1.0, 2.0, tried_s=5.0, duration_s=60.0)
+    one.tried_s = 13.0
+    assert write_gaps(one)[0].length_s == 11.0
+
+
 def test_longest_gap_comes_first_and_the_runs_ends_count() -> None:
     gaps = write_gaps(history(1.0, 2.0, 6.0, 19.0))
     assert [(gap.begin_s, gap.end_s) for gap in gaps[:2]] == [(6.0, 19.0), (2.0, 6.0)]
