@@ -10,6 +10,7 @@ one. So where the last syncs have all been quick, and only if the caller says th
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -151,8 +152,10 @@ class GroupSync:
 
     def _synced(self, group: Group, failed: BaseException | None, done: SyncDone) -> None:
         error: BaseException | None = None
+        if failed is not None and not isinstance(failed, OSError):
+            failed = OSError(errno.EIO, f"the sync ended in {failed!r}")  # whatever it was, nothing was promised
         try:
-            group.synced(failed if isinstance(failed, OSError) else None)
+            group.synced(failed)
         except RaftError as refused:
             error = refused
         self._finish(done, error)

@@ -220,6 +220,8 @@ class Installing(Replication):
         """A snapshot up to `index` is durable: forget the log behind it, but for `trailing_entries`."""
         self.enter()
         self.snapshot_wanted = False
+        if index <= self.first_index:
+            return  # the leader's, which is newer, was put in place while this one was written
         keep = self._trailing_from(min(index, self.applied))
         if keep > self.first_index:
             self.log.compact_to(keep)

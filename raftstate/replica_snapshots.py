@@ -104,7 +104,7 @@ class SnapshotWork:
         finally:
             self._making = False
         maker.finish()
-        self.index, self._size = maker.index, maker.bytes
+        self.index, self._size = max(self.index, maker.index), maker.bytes
         self._on_made()
 
     async def _install(self, core: RaftCore, install: Install) -> None:

@@ -116,6 +116,23 @@ async def test_a_file_that_the_kernel_cannot_sync_so_is_synced_by_a_thread() -> 
     os.close(theirs)
 
 
+async def test_a_sync_that_ends_in_whatever_way_but_its_own_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_file: int) -> None:
+        raise RuntimeError("not the disk's word")
+
+    monkeypatch.setattr(disk, "sync_data", broken)
+    syncs = GroupSync()
+    syncs.open()
+    ours, theirs = os.pipe()  # which the kernel's way refuses, so a thread calls `sync_data`
+    group = Spy(file=theirs)
+    await run(syncs, group)
+    assert group.error is not None
+    assert group.error.errno == errno.EIO
+    await syncs.close()
+    os.close(ours)
+    os.close(theirs)
+
+
 @pytest.mark.parametrize("way", ["sync", "write"])
 async def test_a_failed_group_is_reported_and_the_journal_takes_no_more(tmp_path: Path, way: str) -> None:
     journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()

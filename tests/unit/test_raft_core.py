@@ -511,6 +511,29 @@ def test_what_stays_behind_a_snapshot_is_bounded_in_entries_and_in_bytes(size: i
     assert node.core.last_index == 61
 
 
+def test_an_own_snapshot_that_ends_after_a_newer_one_came_takes_nothing_from_the_log() -> None:
+    """The leader's snapshot was put in place while this server still wrote one of its own, of an older state."""
+    config = RaftConfig(
+        heartbeat_s=0.1,
+        election_timeout_min_s=0.5,
+        election_timeout_max_s=1.0,
+        trailing_entries=0,
+        trailing_bytes=450,
+    )
+    node = Lone(config=config)
+    node.core.receive("b", InstallSnapshot(1, 40, 1, encode_members(THREE), 0, True, 1, b"state"))
+    install = node.core.install
+    assert install is not None
+    install.writer.commit()
+    node.core.installed()
+    commands = tuple((1, REGULAR + b"x" * 99) for _ in range(60))
+    node.core.receive("b", AppendEntries(1, 40, 1, 42, 0, commands))
+    node.out()
+    node.core.compact(20)
+    assert node.core.first_index == 40
+    assert node.core.applied == 42
+
+
 @pytest.mark.parametrize(
     "message",
     [
