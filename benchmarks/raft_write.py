@@ -136,7 +136,7 @@ class _Server:
 
     def take(self, peer: str, data: bytes) -> None:
         self.core.receive(peer, decode_message(data))
-        self.driver.poke()
+        self.driver.heard()
         self.driver.pump_if_poked()
 
     @staticmethod

@@ -166,6 +166,11 @@ class RaftCore(Installing):
             return False
         return not (self.is_leader and (self._fresh or (self._reads is not None and self._reads.wants_round)))
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether this server leads and has nothing to send or to apply."""
+        return self.is_leader and self.silent and self.applied >= self.commit
+
     def take_outbox(self) -> Outbox:
         """Hand over what is to be sent; see `Outbox` for when."""
         if self.is_leader:

@@ -41,6 +41,10 @@ class RunSync(Protocol):
 class Syncing(Protocol):
     """The part of the journal that the driver needs."""
 
+    @property
+    def dirty(self) -> bool:
+        """Whether a change is not yet durable."""
+
     def take_pending(self) -> Group | None: ...
     def rest(self) -> None:
         """Do what the next group would do otherwise. Called now and then while no sync is under way."""
@@ -92,6 +96,13 @@ class Driver:
             if not self._scheduled:
                 self._scheduled = True
                 self._loop.call_soon(self._turn)
+
+    def heard(self) -> None:
+        """The core has taken in a message. Of all those that acknowledge a write, one makes a leader's commit."""
+        if self._core.at_rest:
+            self._set_timer()
+        else:
+            self.poke()
 
     def pump_if_poked(self) -> None:
         """See to it at once: no more will come in this turn of the loop."""
@@ -171,12 +182,16 @@ class Driver:
             if self._quiet and not self.syncing:
                 self._journal.rest()
             self._quiet = True
-            if self._core.next_deadline() <= self._clock():
+            due = self._core.next_deadline() <= self._clock()
+            if due:
                 self._core.tick()
         except BaseException as error:  # noqa: BLE001 - as in `_pump`
             self.fail(error)
             return
-        self._pump()
+        if due:
+            self._pump()
+        else:
+            self._set_timer()
 
     def _sync(self) -> bool:
         group = self._journal.take_pending()
@@ -212,10 +227,14 @@ class Driver:
             self._release(held)
         try:
             self._core.synced(term)
+            rests = self._core.at_rest and not (self._poked or self._held or self._journal.dirty)
         except BaseException as failure:  # noqa: BLE001 - as above
             self.fail(failure)
             return
-        self._pump()
+        if rests:
+            self._set_timer()
+        else:
+            self._pump()
 
     def _release(self, held: list[tuple[str, Message]]) -> None:
         term = self._core.term

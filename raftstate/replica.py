@@ -452,7 +452,7 @@ class Replica:
         except Exception as error:  # noqa: BLE001 - a core in an unknown state must not go on
             self._driver.fail(error)
             return
-        self._driver.poke()
+        self._driver.heard()
 
     def delivered(self) -> None:
         """What a connection had to deliver for now is delivered: answer it in this very turn of the loop."""

@@ -328,7 +328,7 @@ class SimServer:
 
         def take() -> None:
             self.core.receive(peer, decode_message(data))
-            self._driver.poke()
+            self._driver.heard()
 
         if self._world.now < self.paused_until:
             self._later(self.paused_until - self._world.now, take)

@@ -101,6 +101,10 @@ class Core:
     def silent(self) -> bool:
         return not (self.out.free or self.out.held)
 
+    @property
+    def at_rest(self) -> bool:
+        return self.is_leader and self.silent and self.applied >= self.commit
+
     def take_outbox(self) -> Outbox:
         out, self.out = self.out, Outbox(term=self.term)
         return out
@@ -294,6 +298,59 @@ def test_what_the_end_of_a_sync_has_seen_to_is_not_seen_to_twice() -> None:
     rig.driver.poke()
     rig.loop.turn()
     assert rig.pumps == seen + 1
+
+
+def test_a_leader_does_nothing_about_a_message_that_made_nothing_due() -> None:
+    rig = Rig()
+    rig.core.is_leader = True
+    rig.core.commit = 1
+    rig.driver.heard()
+    rig.loop.turn()
+    assert rig.core.did == ["apply"]
+    seen = rig.pumps
+    rig.core.deadline = 0.004  # what it heard is to be told to others later
+    rig.driver.heard()
+    rig.loop.turn()
+    assert rig.pumps == seen
+    rig.loop.run_until(0.01)
+    assert rig.core.did == ["apply", "tick"]
+
+
+def test_the_end_of_a_sync_that_commits_nothing_is_not_acted_upon_but_for_what_waited() -> None:
+    rig = Rig()
+    rig.core.is_leader = True
+    rig.journal.add(b"entry", 1, 1)
+    rig.driver.poke()
+    rig.loop.turn()
+    seen = rig.pumps
+    rig.end_sync()
+    assert rig.pumps == seen
+    rig.journal.add(b"entry", 2, 1)
+    rig.driver.poke()
+    rig.loop.turn()
+    rig.journal.add(b"entry", 3, 1)  # during the sync
+    rig.driver.poke()
+    rig.loop.turn()
+    assert len(rig.syncs) == 1
+    rig.end_sync()
+    assert len(rig.syncs) == 1
+    rig.core.commit = 3
+    rig.end_sync()
+    assert rig.core.did[-1] == "apply"
+    assert not rig.journal.dirty
+
+
+def test_a_timer_that_came_too_early_is_only_set_anew() -> None:
+    rig = Rig()
+    rig.core.deadline = 0.004
+    rig.driver.poke()
+    rig.loop.turn()
+    seen = rig.pumps
+    rig.core.deadline = 0.008
+    rig.loop.run_until(0.006)
+    assert (rig.pumps, rig.core.did) == (seen, [])
+    rig.loop.run_until(0.02)
+    assert rig.core.did == ["tick"]
 
 
 def test_a_quiet_driver_lets_the_journal_rest_but_not_during_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
