@@ -67,6 +67,11 @@ def _write_whole(path: Path, chunks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         _verified(temporary)
         temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)  # the name as well: a backup that is said to be saved outlives a power cut
+        finally:
+            os.close(directory)
     except OSError as error:
         raise CliError(f"can't write {path}: {error.strerror}") from None
     finally:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
+from cli import snapshot
 from cli.main import main
 from raftstate.snapshot_format import SnapshotEncoder, SnapshotHeader
 from raftstate.state import commands as c
@@ -68,3 +71,22 @@ def test_any_flipped_or_missing_byte_is_refused(
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     assert main(["snapshot", "inspect", str(tmp_path / "none")]) == 2
     assert main(["snapshot", "restore", str(tmp_path / "none")]) == 2
+
+
+def test_a_saved_file_is_durable_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        steps.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    snapshot._write_whole(tmp_path / "backup.snap", [_snapshot()])
+    assert steps == ["file", "name", "directory"]
+    assert [path.name for path in tmp_path.iterdir()] == ["backup.snap"]
