@@ -4,7 +4,8 @@
     python -m benchmarks.data_plane --loads requests --only haproxy-http,envoy-http,lictor-http
 
 The ``-http`` pairs speak HTTP on both sides and decide each request by method and path. In ``lictor-to-envoy`` the
-calling side is a Lictor sidecar and the called one an Envoy: one TLS connection for each of the app's.
+calling side is a Lictor sidecar and the called one an Envoy: one TLS connection for each of the app's. The pairs
+``lictor-uvloop`` and ``lictor-http-uvloop`` run on uvloop in place of a sidecar's own event loop.
 
 Needs nginx, haproxy, wrk and curl on the PATH, and the extra ``lictor[envoy]``. Client, both proxies and server share
 the machine's cores, so rates say little by themselves; compare within a run, and look at CPU seconds. Rounds are
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -79,6 +80,16 @@ class Target:
 # Lictor
 
 
+def new_loop(name: str) -> asyncio.AbstractEventLoop:
+    if name == "uvloop":
+        import uvloop
+
+        return uvloop.new_event_loop()
+    from proxy.event_loop import SidecarLoop
+
+    return SidecarLoop()
+
+
 async def run_sidecar(path: str) -> None:
     """Run one sidecar on a fixed configuration."""
     import msgspec
@@ -103,9 +114,16 @@ async def run_sidecar(path: str) -> None:
 
 
 def lictor(
-    directory: Path, ca: TestCA, app_port: int, *, name: str = "lictor", http: bool = False, envoy_peer: bool = False
+    directory: Path,
+    ca: TestCA,
+    app_port: int,
+    *,
+    name: str = "lictor",
+    http: bool = False,
+    envoy_peer: bool = False,
+    loop: str = "sidecar",
 ) -> Target:
-    """A pair; with ``envoy_peer`` an Envoy takes the place of the called one."""
+    """A pair on that event loop; with ``envoy_peer`` an Envoy takes the place of the called one."""
     import msgspec
 
     from raftstate.model.intention import HTTPMatch, Intention, Permission
@@ -145,7 +163,7 @@ def lictor(
         path.write_text(
             json.dumps({"public_port": port, "upstreams": upstreams, "update": msgspec.to_builtins(first)})
         )
-        command = [sys.executable, __file__, "--sidecar", str(path)]
+        command = [sys.executable, __file__, "--sidecar", str(path), "--loop", loop]
         processes.append(subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1]))
     wait_for(upstream)
     wait_for(public)
@@ -333,12 +351,14 @@ def running(directory: Path, names: list[str]) -> Iterator[list[Target]]:
                 process.kill()
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[..., Target]] = {
     "lictor": lictor,
     "haproxy": haproxy,
     "envoy": envoy,
     "lictor-to-envoy": partial(lictor, name="lictor-to-envoy", envoy_peer=True),
+    "lictor-uvloop": partial(lictor, name="lictor-uvloop", loop="uvloop"),
     "lictor-http": partial(lictor, name="lictor-http", http=True),
+    "lictor-http-uvloop": partial(lictor, name="lictor-http-uvloop", http=True, loop="uvloop"),
     "haproxy-http": partial(haproxy, name="haproxy-http", http=True),
     "envoy-http": partial(envoy, name="envoy-http", http=True),
 }
@@ -352,10 +372,9 @@ def main() -> None:
     parser.add_argument("--loads", default="requests,connections,bulk", help="also: latency")
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
+    parser.add_argument("--loop", default="sidecar", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.sidecar:
-        import uvloop
-
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         if profile := os.environ.get("LICTOR_PROFILE"):
             import cProfile
@@ -369,7 +388,8 @@ def main() -> None:
 
             signal.signal(signal.SIGTERM, stop)
             profiler.enable()
-        uvloop.run(run_sidecar(options.sidecar))
+        with asyncio.Runner(loop_factory=partial(new_loop, options.loop)) as runner:
+            runner.run(run_sidecar(options.sidecar))
         return
     rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as name, running(Path(name), options.only.split(",")) as targets:

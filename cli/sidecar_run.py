@@ -18,6 +18,7 @@ from cli.errors import CliError, Refused
 from cli.sidecar_stream import UpdateStream
 from cli.upstreams import UpstreamSpec
 from proxy.errors import ProxyError
+from proxy.event_loop import SidecarLoop
 from proxy.sidecar import OFF, BoundPorts, Sidecar, SidecarOptions
 from proxy.workers import WorkerGroup
 
@@ -261,8 +262,6 @@ class Runner:
 
 def run_sidecar(plan: SidecarPlan, api: Api, *, verbose: bool = False) -> int:
     """Run one sidecar to its end. Returns the exit code; raises :class:`CliError`."""
-    import uvloop
-
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -270,7 +269,7 @@ def run_sidecar(plan: SidecarPlan, api: Api, *, verbose: bool = False) -> int:
     async def main() -> int:
         return await Runner(plan, api).run()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=SidecarLoop) as runner:
         return runner.run(main())
 
 

@@ -1,9 +1,14 @@
-"""Readiness of the data plane's own sockets, in batches: one epoll instance, nested in the event loop.
+"""Readiness of the data plane's own sockets, in batches.
 
-The event loop sees one descriptor, the epoll instance, however many connections there are. Its sockets are watched
-edge-triggered: one ``epoll_ctl`` for the life of a connection, none for pausing, resuming or closing it. What a batch
-of events has made (frames for a session, connections that ended) is dealt with once, at the batch's end, so that no
-callback of the loop is spent on it. Linux only, as is all of the sidecar. See ``docs/decisions/0022-*``.
+Sockets are watched edge-triggered: one ``epoll_ctl`` for the life of a connection, none for pausing, resuming or
+closing it. What a batch of events has made (frames for a session, connections that ended) is dealt with once, at the
+batch's end, so that no callback of the loop is spent on it. Linux only, as is all of the sidecar. See
+``docs/decisions/0022-*``.
+
+On a sidecar's own event loop (:mod:`proxy.event_loop`) a poller *leads*: it waits in the loop's place, on the one
+epoll instance that both use, and comes back to the loop only when that has something to do (see
+``docs/decisions/0024-*``). On any other loop, and beside a poller that leads already, it has an epoll instance of its
+own, nested in the loop's.
 
 Handlers must take an event for a hint: it may come late, or twice.
 """
@@ -13,15 +18,24 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import suppress
+from time import monotonic
+from typing import Final, Protocol
 
-READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+READ: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What every connection is watched for; errors and hang-ups are reported unasked."""
-READ_WRITE = READ | select.EPOLLOUT
-ACCEPT = select.EPOLLIN
+READ_WRITE: Final = READ | select.EPOLLOUT
+ACCEPT: Final = select.EPOLLIN
 """For listening sockets, level-triggered: what is not accepted now is reported again."""
-BATCH = 256
+BATCH: Final = 256
 """Events taken at a time."""
+BATCHES: Final = 256
+"""So many in a row, and the loop gets a turn although it has nothing to do: it forgets cancelled timers in it."""
+WAIT_MAX_S: Final = 3600.0
+_IN: Final = select.EPOLLIN
+
+Ready = tuple[int, int]
+"""A descriptor, and a mask of EPOLL bits."""
 
 
 class Handler(Protocol):
@@ -34,13 +48,43 @@ class Handler(Protocol):
         """:meth:`on_ready` raised: a bug. The connection must end, others go on."""
 
 
-class Poller:
-    """The epoll instance of one sidecar; comes to life on the loop that first adds a descriptor."""
+class Host:
+    """What a sidecar's event loop and the poller that waits in its place tell one another."""
 
-    __slots__ = ("_again", "_due", "_ends", "_epoll", "_handlers", "_loop", "flushes", "inside")
+    __slots__ = ("called", "due", "epoll", "leader")
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.called = False
+        """Something was scheduled since the loop began to wait: it wants its turn."""
+        self.due = 0.0
+        """When its next timer is due, on the clock of ``time.monotonic``. Who sets a timer may only lower it."""
+        self.leader: Poller | None = None
+
+    def wait(self, timeout_s: float | None) -> list[Ready]:
+        """Wait until the loop has something to do, at most so long. Returns events on its own descriptors."""
+        self.called = False
+        self.due = monotonic() + (WAIT_MAX_S if timeout_s is None else min(timeout_s, WAIT_MAX_S))
+        leader = self.leader
+        if leader is not None:
+            return leader.lead(self)
+        return self.epoll.poll(max(0.0, self.due - monotonic()), BATCH)
+
+    def close(self) -> None:
+        """The loop is closed."""
+        self.epoll.close()
+        self.leader = None
+
+
+class Poller:
+    """Watches the sockets of one sidecar; comes to life on the loop that first adds a descriptor."""
+
+    __slots__ = ("_again", "_due", "_ends", "_epoll", "_handlers", "_host", "_loop", "flushes", "inside")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._host: Host | None = None
+        """Set while this poller leads."""
         self._epoll: select.epoll | None = None
         self._handlers: dict[int, Handler] = {}
         self._again: dict[Handler, None] = {}
@@ -77,6 +121,8 @@ class Poller:
 
     def now(self) -> float:
         """Return the loop's time, without asking which loop it is: that is a system call in CPython 3.11."""
+        if self._host is not None:
+            return monotonic()
         loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
@@ -100,49 +146,95 @@ class Poller:
     def close(self) -> None:
         """Deal with what is left, and watch nothing any more. Idempotent."""
         self._settle()
-        if self._epoll is not None and self._loop is not None:
+        epoll, self._epoll = self._epoll, None
+        if self._host is not None:
+            self._host.leader, self._host = None, None
+            if epoll is not None and not epoll.closed:
+                for fd in self._handlers:
+                    with suppress(OSError):  # closed, most likely
+                        epoll.unregister(fd)
+        elif epoll is not None and self._loop is not None:
             if not self._loop.is_closed():
-                self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
+                self._loop.remove_reader(epoll.fileno())
+            epoll.close()
         self._handlers.clear()
         self._again.clear()
-        self._epoll = None
 
     def _start(self) -> select.epoll:
-        self._loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
+        host = getattr(loop, "host", None)
+        if isinstance(host, Host) and host.leader is None:
+            host.leader, self._host = self, host
+            self._epoll = host.epoll
+            return host.epoll
         epoll = self._epoll = select.epoll()
-        self._loop.add_reader(epoll.fileno(), self._turn)
+        loop.add_reader(epoll.fileno(), self._turn)
         if self._again or self.flushes or self._ends:
             self._due = False
             self._call_later()
         return epoll
 
     def _call_later(self) -> None:
-        if not self.inside and not self._due:
+        # One that leads looks at what is left before each wait.
+        if not self.inside and not self._due and self._host is None:
             self._due = True
             loop = self._loop
             if loop is None:
                 loop = self._loop = asyncio.get_running_loop()
             loop.call_soon(self._turn)
 
+    # Leading
+
+    def lead(self, host: Host) -> list[Ready]:
+        """Wait and handle events in the loop's place, until it has something to do. Returns events of its own."""
+        epoll, handlers = host.epoll, self._handlers
+        others: list[Ready] = []
+        if self.flushes or self._ends:
+            self._settle()
+        for _ in range(BATCHES):
+            wait_s = 0.0
+            if not self._again and not host.called:
+                wait_s = max(0.0, host.due - monotonic())
+            ready = epoll.poll(wait_s, BATCH)
+            self.inside = True
+            try:
+                if self._again:
+                    self._handle_again()
+                for fd, events in ready:
+                    handler = handlers.get(fd)
+                    if handler is None:
+                        others.append((fd, events))
+                        continue
+                    try:
+                        handler.on_ready(events)
+                    except Exception as error:  # noqa: BLE001 - a bug in one must not end the others
+                        self._failed(handler, error)
+                if self.flushes or self._ends:
+                    self._settle()
+            finally:
+                self.inside = False
+            if others or host.called or self._host is None or monotonic() >= host.due:
+                break
+        return others
+
+    # Nested
+
     def _turn(self) -> None:
-        self.inside, self._due = True, False
+        self._due = False
+        if self._host is not None:
+            return  # asked for before it led
+        self.inside = True
         handlers = self._handlers
         try:
             if self._again:
-                again, self._again = self._again, {}
-                for handler in again:
-                    try:
-                        handler.on_ready(select.EPOLLIN)
-                    except Exception as error:  # noqa: BLE001 - as below
-                        self._failed(handler, error)
+                self._handle_again()
             if self._epoll is not None:
                 for fd, events in self._epoll.poll(0, BATCH):
                     found = handlers.get(fd)
                     if found is not None:
                         try:
                             found.on_ready(events)
-                        except Exception as error:  # noqa: BLE001 - a bug in one must not end the others
+                        except Exception as error:  # noqa: BLE001 - as above
                             self._failed(found, error)
             if self.flushes or self._ends:
                 self._settle()
@@ -150,6 +242,14 @@ class Poller:
             self.inside = False
         if self._again:
             self._call_later()
+
+    def _handle_again(self) -> None:
+        again, self._again = self._again, {}
+        for handler in again:
+            try:
+                handler.on_ready(_IN)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._failed(handler, error)
 
     def _failed(self, handler: Handler, error: Exception) -> None:
         self._report("handling of a connection failed", error)

@@ -207,8 +207,13 @@ class SessionPool:
             result = task.result()
             if isinstance(result, ConnectFailed):
                 raise result
-            if isinstance(result, MuxSession) and result.core.can_open and not result.closed:
-                return result
+            if isinstance(result, MuxSession):
+                if result.closed:
+                    # In TLS 1.3 a server says last what it thinks of our certificate. Dialing on would never end.
+                    text = f"{key.address}:{key.port} ended the session as soon as it was made"
+                    raise ConnectFailed("lost", text)
+                if result.core.can_open:
+                    return result
             if isinstance(result, ForeignChannel) and mine:
                 return result
 

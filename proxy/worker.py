@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 
 from proxy.errors import ProxyError
+from proxy.event_loop import SidecarLoop
 from proxy.sidecar import Sidecar, SidecarOptions
 from proxy.worker_wire import Applied, Ask, Begin, Configure, Drain, Link, Reopen, Report, ToWorker
 from raftstate.model.sidecar import SidecarUpdate
@@ -104,10 +105,8 @@ async def _main(descriptor: int) -> None:
 
 def main() -> int:
     """Run one worker to its end."""
-    import uvloop
-
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=SidecarLoop) as runner:
             runner.run(_main(int(sys.argv[1])))
     except ProxyError as error:
         log.error("%s", error)  # noqa: TRY400 - the text says it all

@@ -15,7 +15,7 @@ from proxy.plain import numeric
 from proxy.poller import Poller
 from proxy.secure import SecureTransport
 from proxy.tls import make_material, proof_of
-from tests.support.both_loops import both_loops
+from tests.support.both_loops import all_loops
 from tests.support.certs import TestCA
 from tests.support.sidecars import until
 from tests.support.tls_peers import context
@@ -73,7 +73,7 @@ async def with_peer(peer: Callable[[socket.socket], Any]) -> tuple[Recorder, Sec
     return recorder, transport, asyncio.ensure_future(running)
 
 
-@both_loops
+@all_loops
 async def test_what_comes_with_the_handshake_and_with_the_end_is_read_whole() -> None:
     """Data and close_notify may come in one read, in any number of records."""
     sent = os.urandom(100_000)
@@ -94,7 +94,7 @@ async def test_what_comes_with_the_handshake_and_with_the_end_is_read_whole() ->
     await running
 
 
-@both_loops
+@all_loops
 async def test_close_lets_all_arrive_though_the_peer_still_sends() -> None:
     """Closing a socket at once resets it when the peer sends on, and with it what was on its way."""
 
@@ -117,7 +117,7 @@ async def test_close_lets_all_arrive_though_the_peer_still_sends() -> None:
     await until(lambda: "lost" in recorder.told)
 
 
-@both_loops
+@all_loops
 async def test_a_slow_peer_pauses_the_writer() -> None:
     def peer(sock: socket.socket) -> int:
         with PEER.wrap_socket(sock, server_side=True) as tls:
@@ -141,7 +141,7 @@ async def test_a_slow_peer_pauses_the_writer() -> None:
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 no\r\n\r\n", b""])
-@both_loops
+@all_loops
 async def test_a_handshake_that_fails_is_told_once_and_ends(answer: bytes) -> None:
     recorder, transport, running = await with_peer(lambda sock: sock.sendall(answer))
     with pytest.raises((ssl.SSLError, OSError)):
@@ -154,7 +154,7 @@ async def test_a_handshake_that_fails_is_told_once_and_ends(answer: bytes) -> No
     assert recorder.told == []
 
 
-@both_loops
+@all_loops
 async def test_bytes_that_were_tampered_with_end_the_connection() -> None:
     def peer(sock: socket.socket) -> bytes:
         tls = PEER.wrap_socket(sock, server_side=True)
@@ -173,7 +173,7 @@ async def test_bytes_that_were_tampered_with_end_the_connection() -> None:
     await running
 
 
-@both_loops
+@all_loops
 async def test_a_handshake_that_is_given_up_leaves_nothing() -> None:
     done = asyncio.Event()
     loop = asyncio.get_running_loop()

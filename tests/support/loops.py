@@ -8,18 +8,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import uvloop
 
+from tests.support.both_loops import LOOPS
 from tests.support.sidecars import Mesh
-
-_LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
-    "asyncio": asyncio.new_event_loop,
-    "uvloop": uvloop.new_event_loop,
-}
 
 
 def with_mesh(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Give an async test a :class:`Mesh` as ``mesh``, and run it on plain asyncio and on uvloop."""
+    """Give an async test a :class:`Mesh` as ``mesh``, and run it on asyncio's loop, uvloop and a sidecar's own."""
     signature = inspect.signature(test)
     others = [parameter for name, parameter in signature.parameters.items() if name != "mesh"]
 
@@ -28,7 +23,7 @@ def with_mesh(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             async with Mesh() as mesh:
                 await test(mesh=mesh, **arguments)
 
-        with asyncio.Runner(loop_factory=_LOOPS[loop_name]) as runner:
+        with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
             runner.run(body())
 
     run.__name__ = test.__name__
@@ -37,5 +32,5 @@ def with_mesh(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     run.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
     loop_parameter = inspect.Parameter("loop_name", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__signature__ = inspect.Signature([loop_parameter, *others])  # type: ignore[attr-defined]
-    parametrized: Callable[..., None] = pytest.mark.parametrize("loop_name", list(_LOOPS))(run)
+    parametrized: Callable[..., None] = pytest.mark.parametrize("loop_name", list(LOOPS))(run)
     return parametrized

@@ -15,7 +15,7 @@ import pytest
 from proxy.acceptor import Acceptor
 from proxy.plain import PlainTransport, numeric, resolve
 from proxy.poller import Poller
-from tests.support.both_loops import both_loops
+from tests.support.both_loops import all_loops
 from tests.support.sidecars import until
 
 
@@ -100,7 +100,7 @@ def dialer(poller: Poller) -> tuple[Recorder, PlainTransport]:
     return recorder, transport
 
 
-@both_loops
+@all_loops
 async def test_what_is_sent_with_the_end_is_read_whole_whatever_the_pauses() -> None:
     """An event says only once that the other side has ended: not even a pause may lose it."""
     for seed in range(30):
@@ -114,7 +114,7 @@ async def test_what_is_sent_with_the_end_is_read_whole_whatever_the_pauses() -> 
             assert recorder.data == sent, seed
 
 
-@both_loops
+@all_loops
 async def test_urgent_bytes_hold_nothing_up() -> None:
     """The kernel ends a read before an urgent byte, though more is there that no event will tell of."""
     async with accepted() as (recorder, far):
@@ -128,7 +128,7 @@ async def test_urgent_bytes_hold_nothing_up() -> None:
         assert recorder.data == b"before !after " * 4 + b"before after "
 
 
-@both_loops
+@all_loops
 async def test_a_slow_reader_pauses_the_writer_and_gets_all() -> None:
     async with accepted() as (recorder, far):
         assert recorder.transport is not None
@@ -145,7 +145,7 @@ async def test_a_slow_reader_pauses_the_writer_and_gets_all() -> None:
         assert "lost" not in recorder.told  # half open
 
 
-@both_loops
+@all_loops
 async def test_close_sends_what_was_written_and_abort_does_not() -> None:
     async with accepted() as (recorder, far):
         assert recorder.transport is not None
@@ -165,7 +165,7 @@ async def test_close_sends_what_was_written_and_abort_does_not() -> None:
         await until(lambda: recorder.told[-1] == "lost")
 
 
-@both_loops
+@all_loops
 async def test_a_reset_is_told_even_after_the_end() -> None:
     async with accepted() as (recorder, far):
         far.shutdown(socket.SHUT_WR)
@@ -176,7 +176,7 @@ async def test_a_reset_is_told_even_after_the_end() -> None:
         assert isinstance(recorder.lost, ConnectionError)
 
 
-@both_loops
+@all_loops
 async def test_what_is_written_before_the_connection_is_made_arrives_after_it() -> None:
     poller = Poller()
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -198,7 +198,7 @@ async def test_what_is_written_before_the_connection_is_made_arrives_after_it() 
     poller.close()
 
 
-@both_loops
+@all_loops
 async def test_addresses_are_tried_in_turn_and_the_last_failure_is_told() -> None:
     poller = Poller()
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
@@ -227,7 +227,7 @@ async def test_addresses_are_tried_in_turn_and_the_last_failure_is_told() -> Non
     poller.close()
 
 
-@both_loops
+@all_loops
 async def test_a_name_is_looked_up_and_an_address_is_not() -> None:
     assert numeric("127.0.0.1", 80) == (socket.AF_INET, ("127.0.0.1", 80))
     assert numeric("::1", 80) == (socket.AF_INET6, ("::1", 80))
@@ -235,7 +235,7 @@ async def test_a_name_is_looked_up_and_an_address_is_not() -> None:
     assert (socket.AF_INET, ("127.0.0.1", 80)) in await resolve("localhost", 80)
 
 
-@both_loops
+@all_loops
 async def test_a_bug_in_one_connection_ends_that_one_alone() -> None:
     reports: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
