@@ -10,7 +10,7 @@ import os
 import random
 import ssl
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,9 @@ import msgspec
 
 from cli.client import Api, quote
 from cli.errors import CliError, NoAgent, NoLeader, Refused
-from raftstate.model.sidecar import SidecarUpdate
+from cli.sidecar_left import Left
+from raftstate.model.sidecar import SidecarAnswer, SidecarUpdate
+from raftstate.model.wire import to_json
 
 PID_HEADER = "X-Lictor-Pid"
 ANSWERS_HEADER = "X-Lictor-Answers"
@@ -55,6 +57,11 @@ class UpdateStream:
         self._say = say
         self._applied = applied
         """Called after the sidecar has taken an update."""
+        self._left = Left()
+        self._reminded = True
+        """Whether the agent that has opened the stream knows what calls were led to before it did."""
+        self._upstreams_came = False
+        """Whether it has said where they are led to."""
         self._decoder = msgspec.json.Decoder(SidecarUpdate)
         self._session: aiohttp.ClientSession | None = None
         self._response: aiohttp.ClientResponse | None = None
@@ -87,13 +94,18 @@ class UpdateStream:
             try:
                 response = self._response or await self._dial()
                 self._response = None
+                self._reminded = self._upstreams_came = False
                 async with aclosing(self._lines(response)) as lines:
                     async for line in lines:
                         if lost:
                             self._say("the agent is back; following it again")
                         lost, pause_s = "", FIRST_PAUSE_S
-                        yield self._decoder.decode(line)
+                        update = self._decoder.decode(line)
+                        yield update
                         self._applied()
+                        if update.upstreams is not None:
+                            self._left.follow(update.upstreams)
+                            self._upstreams_came = True
                         self._answer()
                 news = "lost the agent: it closed the stream"
             except Refused as error:
@@ -144,13 +156,23 @@ class UpdateStream:
             self._answering = asyncio.get_running_loop().create_task(self._send_answer())
 
     async def _send_answer(self) -> None:
-        if self._session is None:
-            return
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        with suppress(aiohttp.ClientError, TimeoutError, OSError):
-            # Whether the agent is there shows on the stream; the next line is answered anew.
-            async with self._session.put(self._answer_url, headers=self._headers(), timeout=timeout) as response:
-                await response.read()
+        while self._session is not None:
+            left = self._left.told() if self._upstreams_came and not self._reminded else {}
+            timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+            body = to_json(SidecarAnswer(left=left)) if left else None
+            try:
+                async with self._session.put(
+                    self._answer_url, data=body, headers=self._headers(), timeout=timeout
+                ) as response:
+                    await response.read()
+                    taken = response.status == 200
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                return  # whether the agent is there shows on the stream; the next line is answered anew
+            if self._reminded or not self._upstreams_came:
+                return
+            if left == self._left.told():
+                self._reminded = taken
+                return
 
     def _headers(self) -> dict[str, str]:
         headers = {PID_HEADER: str(os.getpid()), ANSWERS_HEADER: "1"}

@@ -10,6 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 from raftstate.model.sidecar import Endpoint
 
+LEFT_MAX = 1000
+"""How many instances a sidecar may bring to mind again for one upstream."""
+LEFT_SERVICES_MAX = 50
+"""Of how many services they may be: each is followed."""
 DEREGISTERED_MAX = 256
 """How many of the last instances that went are told again with each change of the upstream; once would do."""
 Key = tuple[str, int, str, str]
@@ -38,6 +42,20 @@ class Departures:
     def deregistered(self) -> tuple[Endpoint, ...]:
         """Instances that were left and are no more, in the order they went."""
         return tuple(self._gone.values())
+
+    def remember(self, endpoints: Iterable[Endpoint]) -> None:
+        """Take instances that were left before this agent was there to see it; what is beyond the bounds is not."""
+        services = self.services
+        for endpoint in endpoints:
+            key = key_of(endpoint)
+            if key in self._led_to or key in self._left or key in self._gone:
+                continue
+            if endpoint.service not in services and len(services) >= LEFT_SERVICES_MAX:
+                continue
+            if len(self._left) >= LEFT_MAX:
+                return
+            services.add(endpoint.service)
+            self._left[key] = endpoint
 
     def follow(self, led_to: Iterable[Endpoint], registered: Mapping[str, Collection[Endpoint]]) -> None:
         """Take where calls are led to now, and the instances of each service, as far as they are followed."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,11 @@ class _UpstreamState:
     departures: Departures = field(default_factory=Departures)
     resolution: Resolution = field(default_factory=Resolution)
 
+    @property
+    def name(self) -> str:
+        """As the sidecar knows it."""
+        return self.upstream.upstream_name or self.upstream.destination_name
+
 
 class SidecarFeed:
     """One sidecar's stream of updates. ``close`` ends it from outside; leaving :meth:`updates` releases all views."""
@@ -80,6 +85,7 @@ class SidecarFeed:
         self._closed = False
         self._version = 0
         self._sent: dict[str, Any] = {}
+        self._upstreams: list[_UpstreamState] = []
         self._held: list[tuple[View, Callable[[], None]]] = []
         self._defaults: View | None = None
         self._everyone: View | None = None
@@ -93,6 +99,13 @@ class SidecarFeed:
         """End the stream."""
         self._closed = True
         self._wake.set()
+
+    def remember(self, left: Mapping[str, Iterable[Endpoint]]) -> None:
+        """Take from the sidecar, by upstream, the instances that its calls were led to before this stream began."""
+        for state in self._upstreams:
+            if endpoints := left.get(state.name):
+                state.departures.remember(endpoints)
+                self._wake.set()
 
     async def updates(self) -> AsyncIterator[SidecarUpdate]:
         """Yield what is to be sent: first everything, then what changed, and a heartbeat when nothing did."""
@@ -110,11 +123,11 @@ class SidecarFeed:
             sources: View | None = None
             if any(one.destination_port for one in self._proxy.upstreams):
                 sources = self._hold("intentions.match", {"by": "source", **match})
-            upstreams = [self._open_upstream(one) for one in self._proxy.upstreams]
+            self._upstreams = [self._open_upstream(one) for one in self._proxy.upstreams]
             deadline = asyncio.get_running_loop().time() + FIRST_LINE_WAIT_S
             while not self._closed:
                 self._wake.clear()
-                sections = self._sections(roots, intentions, revocations, leaf, sources, upstreams)
+                sections = self._sections(roots, intentions, revocations, leaf, sources)
                 now = asyncio.get_running_loop().time()
                 complete = all(value is not None for value in sections.values())
                 if not self._sent and not complete and now < deadline:
@@ -180,10 +193,9 @@ class SidecarFeed:
         revocations: View,
         leaf: LeafEntry,
         sources: View | None,
-        upstreams: list[_UpstreamState],
     ) -> dict[str, Any]:
         bundle = next(iter(roots.typed(CARoots)), None) if roots.known else None
-        found: list[SidecarUpstream | None] = [self._upstream(state, sources) for state in upstreams]
+        found: list[SidecarUpstream | None] = [self._upstream(state, sources) for state in self._upstreams]
         return {
             "self": self._self(bundle) if bundle is not None and self._entries_known else None,
             "leaf": leaf.leaf,
@@ -237,7 +249,7 @@ class SidecarFeed:
         if not self._entries_known:
             return None
         made = SidecarUpstream(
-            name=upstream.upstream_name or upstream.destination_name,
+            name=state.name,
             service=resolution.service,
             bind_address=upstream.local_bind_address,
             bind_port=upstream.local_bind_port,
@@ -283,6 +295,8 @@ class SidecarFeed:
     ) -> SidecarUpstream:
         """Return the upstream with the instances that it led to once and that are no more. ``wanted``: the services
         whose instances it leads to; those of others are followed while there is one that it has left."""
+        for service in state.departures.services - state.instances.keys():  # the sidecar brought them to mind
+            state.instances[service] = self._hold_instances(service)
         led_to = itertools.chain(made.endpoints, *made.targets.values())
         known = {service: view for service, view in state.instances.items() if view.known}
         state.departures.follow(led_to, {service: _all_of(view) for service, view in known.items()})

@@ -24,6 +24,7 @@ from node.agent.views import Views
 from node.errors import NodeError
 from node.tasks import Tasks
 from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING
+from raftstate.model.sidecar import SidecarAnswer
 
 log = logging.getLogger("lictor.agent")
 
@@ -124,12 +125,13 @@ class SidecarStreams:
                     f" before {sidecar_id} takes its place"
                 )
 
-    def answered(self, sidecar_id: str, pid: str) -> bool:
+    def answered(self, sidecar_id: str, pid: str, answer: SidecarAnswer = SidecarAnswer()) -> bool:  # noqa: B008 - frozen
         """Note a sidecar's answer to a line; return whether it is the one that holds the stream."""
         live = self._live.get(sidecar_id)
         if live is None or live.holder.pid != pid:
             return False
         live.answered_at = asyncio.get_running_loop().time()
+        live.feed.remember(answer.left)
         if live.silent:
             live.silent = False
             log.info("sidecar %s answers again", sidecar_id)

@@ -22,6 +22,7 @@ from proxy.authz import compile_policy
 from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.identity import Identity, InvalidSpiffeId, SpiffeId
 from raftstate.model.intention import Intention
+from raftstate.model.sidecar import SidecarAnswer
 from raftstate.model.wire import Wire, to_json
 
 routes = Routes("agent connect")
@@ -109,11 +110,13 @@ async def stream(ctx: Context, request: web.Request) -> web.StreamResponse:
     return response
 
 
-@routes.add("PUT", "/v1/agent/connect/answer/{id:.*}")
+@routes.add("PUT", "/v1/agent/connect/answer/{id:.*}", body=SidecarAnswer)
 async def answer(ctx: Context, request: web.Request) -> web.StreamResponse:
-    """A sidecar's answer to a line of its stream: it has taken it, so it is not stopped (Lictor's own)."""
+    """A sidecar's answer to a line of its stream: it has taken it, so it is not stopped (Lictor's own). What it says
+    besides may be left out."""
     sidecar_id = request.match_info["id"]
-    if not ctx.agent.streams.answered(sidecar_id, _pid(request)):
+    said = await body_as(ctx, request, SidecarAnswer)
+    if not ctx.agent.streams.answered(sidecar_id, _pid(request), said):
         raise NotFound(f"no stream of sidecar {sidecar_id!r} is held by this process")
     return empty()
 

@@ -74,6 +74,14 @@ class SidecarUpstream(Wire, frozen=True):
     """Instances to which calls were led before and that are no more: what is still under way there ends."""
 
 
+class SidecarAnswer(Wire, frozen=True):
+    """What a sidecar may say when it answers a line of its stream."""
+
+    left: dict[str, tuple[Endpoint, ...]] = {}
+    """By upstream: instances that calls were led to once and are led to no more, and of which the agent has not said
+    that they are no more. Said after the stream was opened anew: an agent that has restarted does not know them."""
+
+
 class SidecarUpdate(Wire, frozen=True, omit_defaults=True):
     """One line of the stream."""
 

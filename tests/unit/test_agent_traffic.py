@@ -6,15 +6,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from node.agent.departures import DEREGISTERED_MAX, Departures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import to_builtins
+
+from cli.sidecar_left import Left
+from node.agent.departures import DEREGISTERED_MAX, LEFT_MAX, LEFT_SERVICES_MAX, Departures
 from node.agent.traffic import endpoints_of, own_config, upstream_config, upstream_protocol
 from raftstate.chain import compile_plan
 from raftstate.model.catalog import CRITICAL, WARNING, Check, InstanceHealth, Node, ServiceInstance, ServiceProxy
 from raftstate.model.plan import Target
-from raftstate.model.sidecar import Endpoint
+from raftstate.model.sidecar import Endpoint, SidecarUpstream
 from tests.support.http_api import serving
 from tests.unit.test_http_walkthrough import CLIENT_SIDECAR, SERVER_SIDECAR, open_stream
 
+Moment = tuple[frozenset[int], frozenset[int], bool]
+"""Instances that are wanted, those registered, and whether the agent has restarted."""
 SUBSETS = {v: {"Filter": f"Service.Meta.version == {v}"} for v in ("v1", "v2")}
 
 
@@ -161,3 +168,83 @@ async def test_an_instance_that_the_plan_has_left_is_told_when_it_goes(tmp_path:
         assert upstream(client.known)["Deregistered"][0]["ServiceID"] == "echo-server-1"
         server.response.close()
         client.response.close()
+
+
+async def test_a_sidecar_reminds_an_agent_that_has_restarted_of_what_its_calls_were_led_to(tmp_path: Path) -> None:
+    async with serving(tmp_path) as node:
+        for number in (1, 2):
+            service = {"Name": "echo-server", "ID": f"echo-server-{number}", "Port": 8080 + number}
+            await node.put("/v1/agent/service/register", service)
+        await node.put("/v1/agent/service/register", {"Name": "echo-client", "ID": "echo-client-1"})
+        named = json.loads(json.dumps(CLIENT_SIDECAR))
+        named["Proxy"]["Upstreams"] = [{"DestinationName": "echo-server", "LocalBindPort": 21000}]
+        await node.put(
+            "/v1/config", {"Kind": "service-resolver", "Name": "echo-server", "Redirect": {"Service": "o"}}
+        )
+        server = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
+        client = await open_stream(node, "echo-client-1-sidecar-proxy", named)
+        await client.until(lambda known: "Upstreams" in known)
+
+        def deregistered(known: dict[str, Any]) -> list[str]:
+            return [one["ServiceID"] for one in known["Upstreams"][0]["Deregistered"]]
+
+        (row,) = await node.get("/v1/health/connect/echo-server")
+        there = Endpoint("n", "127.0.0.1", row["Service"]["Port"], "echo-server", "echo-server-1")
+        gone = Endpoint("n", "127.0.0.1", 20999, "echo-server", "echo-server-2")
+        left = {"Left": {"echo-server": to_builtins([there, gone]), "no-such-upstream": to_builtins([gone])}}
+        answer, pid = "/v1/agent/connect/answer/echo-client-1-sidecar-proxy", {"X-Lictor-Pid": "4711"}
+        async with node.http.put(node.url + answer, json=left, headers=pid) as response:
+            assert response.status == 200
+        await client.until(lambda known: deregistered(known) == ["echo-server-2"])
+        await node.put("/v1/agent/service/deregister/echo-server-1-sidecar-proxy")
+        await client.until(lambda known: deregistered(known) == ["echo-server-2", "echo-server-1"])
+        async with node.http.put(node.url + answer, json={"Left": {"x": [{"Port": "y"}]}}, headers=pid) as response:
+            assert response.status == 400
+            assert "Left" in await response.text()
+        server.response.close()
+        client.response.close()
+
+
+def test_what_a_sidecar_brings_to_mind_is_bounded() -> None:
+    departures = Departures()
+    led_to = Endpoint("n", "10.0.0.1", 1, "web", "web-1")
+    departures.follow([led_to], {"web": [led_to]})
+    services = [Endpoint("n", "10.0.0.1", 2, f"s{n}", f"s{n}") for n in range(LEFT_SERVICES_MAX + 5)]
+    departures.remember([led_to, *services])
+    assert len(departures.services) == LEFT_SERVICES_MAX
+    assert "web" not in departures.services, "it is led to"
+    departures.remember(Endpoint("n", "10.0.0.1", n, "s1", "s1") for n in range(2 * LEFT_MAX))
+    departures.follow([led_to], {"s1": []})
+    assert len(departures.deregistered) == DEREGISTERED_MAX
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.frozensets(st.integers(0, 4)), st.frozensets(st.integers(0, 4)), st.booleans()), max_size=12
+    )
+)
+def test_a_restart_of_the_agent_hides_no_departure(
+    history: list[tuple[frozenset[int], frozenset[int], bool]],
+) -> None:
+    """Whatever is led to and registered, and whenever the agent starts anew: each instance that was led to and is
+    deregistered is told, at once."""
+    everyone = [Endpoint("n", "10.0.0.1", n, "web", f"web-{n}") for n in range(5)]
+    departures, left = Departures(), Left()
+    alive: set[int] = set()
+    """To these a call may be under way: they were led to, and nobody has said since that they are gone."""
+    for wanted, there, restarts in history:
+        led_to = wanted & there
+        if restarts:
+            departures = Departures()
+        for reminded in (False, True):  # the first line of a stream; then what follows the sidecar's answer
+            if reminded:
+                departures.remember(left.told().get("web", ()))
+            departures.follow([everyone[n] for n in led_to], {"web": [everyone[n] for n in there]})
+            endpoints = tuple(everyone[n] for n in led_to)
+            spec = SidecarUpstream("web", "web", "", 0, endpoints=endpoints, deregistered=departures.deregistered)
+            left.follow([spec])
+            told = {one.port for one in departures.deregistered}
+            assert not told & there
+            alive = (alive | led_to) - told
+        assert alive <= there

@@ -152,3 +152,63 @@ async def test_no_agent_at_first_is_an_error(unused_tcp_port: int) -> None:
     with pytest.raises(NoAgent, match="lictor cluster up"):
         await stream.open(1)
     await stream.close()
+
+
+async def test_an_agent_that_opens_the_stream_anew_is_reminded_of_what_calls_were_led_to() -> None:
+    def upstreams(*ids: str, deregistered: tuple[str, ...] = ()) -> bytes:
+        def rows(names: tuple[str, ...]) -> list[dict[str, object]]:
+            return [
+                {"Node": "n", "Address": "10.0.0.1", "Port": 1, "Service": "web", "ServiceID": name} for name in names
+            ]
+
+        spec = {"Name": "web", "Service": "web", "BindAddress": "", "BindPort": 1}
+        more = {"Endpoints": rows(ids), "Deregistered": rows(deregistered)}
+        return json.dumps({"Version": 1, "Upstreams": [spec | more]}).encode() + b"\n"
+
+    dialled = 0
+    answers: list[bytes] = []
+    answered = asyncio.Event()
+    fail = True
+
+    async def answer(request: web.Request) -> web.Response:
+        nonlocal fail
+        body = await request.read()
+        answered.set()
+        if body and fail:
+            fail = False
+            return web.Response(status=404)
+        answers.append(body)
+        return web.Response()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal dialled
+        dialled += 1
+        response = web.StreamResponse()
+        await response.prepare(request)
+        if dialled == 1:
+            for line in (upstreams("a", "b", "c"), upstreams("b", "c"), upstreams("c", deregistered=("b",))):
+                answered.clear()
+                await response.write(line)
+                await answered.wait()
+            return response
+        await response.write(json.dumps({"Version": 1, "Roots": []}).encode() + b"\n")
+        await response.write(upstreams("d"))
+        while len(answers) < 20:
+            answered.clear()
+            await response.write(_line(2))
+            await answered.wait()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/agent/connect/proxy/{id}/stream", handler)
+    app.router.add_put("/v1/agent/connect/answer/{id}", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    stream = _stream(f"127.0.0.1:{runner.addresses[0][1]}")
+    await stream.open(1)
+    await _take(stream, 12)
+    await runner.cleanup()
+    said = [json.loads(body) for body in answers if body]
+    assert len(said) == 1, "once, when it was taken"
+    assert [one["ServiceID"] for one in said[0]["Left"]["web"]] == ["a", "c"]
