@@ -1,4 +1,4 @@
-"""Requests out of bytes: with httptools (llhttp, strict), but for those that :mod:`proxy.http.plain_head` can read.
+"""Requests out of bytes, with httptools (llhttp, strict); heads seen before are in :mod:`proxy.http.known_heads`.
 
 Parsing only collects: what was parsed stands in :attr:`RequestParser.messages`, and acting on it is the caller's,
 after :meth:`RequestParser.feed` has returned. So a request that turns out malformed in the bytes at hand is refused
@@ -13,8 +13,8 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from proxy.http.errors import BadRequest
 from proxy.http.head import Field, RequestHead, read_request_head, without_upgrade
+from proxy.http.known_heads import known_request, remember_request
 from proxy.http.options import HttpOptions
-from proxy.http.plain_head import read_plain_request
 from proxy.stream import Data
 
 SLICE_BYTES = 16 * 1024
@@ -44,8 +44,8 @@ class RequestParser:
     """One connection's requests."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_fed", "_fields", "_message", "_options", "_parser", "_url", "begun", "held",
-        "messages", "stopped",
+        "_bad", "_barren_bytes", "_count", "_fed", "_fields", "_message", "_options", "_parser", "_url", "begun",
+        "held", "messages", "stopped",
     )  # fmt: skip
 
     def __init__(self, options: HttpOptions) -> None:
@@ -66,6 +66,8 @@ class RequestParser:
         self._url = b""
         self._message: Message | None = None
         self._fed = 0
+        self._count = 0
+        """Headers of the request read last."""
         self._bad: BadRequest | None = None
         self._barren_bytes = 0
         """Fed since anything came of it: a head, trailers or chunk extensions in the making."""
@@ -77,8 +79,10 @@ class RequestParser:
         if self.held is not None:
             self.held = bytes(self.held) + bytes(data)
             return
-        if self._message is None and not self.begun and isinstance(data, bytes) and self._feed_whole(data):
+        fresh = self._message is None and not self.begun and isinstance(data, bytes)
+        if fresh and self._feed_known(bytes(data)):
             return
+        before = len(self.messages)
         self._fed = len(data)
         try:
             self._parser.feed_data(data)
@@ -90,27 +94,32 @@ class RequestParser:
             message = self._message
             if message.body if message is not None else not self.begun:
                 self._barren_bytes = 0
+                if fresh and message is None and len(self.messages) == before + 1:
+                    self._remember(bytes(data), self.messages[-1])
                 return
             self._barren_bytes += self._fed
             if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
                 self._refuse(BadRequest(431, "request headers, trailers or chunk extensions are too large"))
 
-    def _feed_whole(self, data: bytes) -> bool:
-        """Take one whole request in its plainest form; return whether ``data`` is one."""
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or end > self._options.head_bytes_max:
+    def _feed_known(self, data: bytes) -> bool:
+        """Take one whole request whose head was read before; return whether ``data`` is one."""
+        options = self._options
+        found = known_request(data, options.head_bytes_max, options.header_count_max)
+        if found is None:
             return False
-        body_bytes = len(data) - end - 4
-        head = read_plain_request(data[:end], body_bytes, self._options.header_count_max)
-        if head is None:
-            return False
+        head, end = found
         message = Message(head)
-        if body_bytes:
-            message.body.append(data[end + 4 :])
+        if end < len(data):
+            message.body.append(data[end:])
         message.complete = True
         self.messages.append(message)
         self._barren_bytes = 0
         return True
+
+    def _remember(self, data: bytes, message: Message) -> None:
+        """``data`` was this message, from its first byte to its last."""
+        if message.head is not None and message.refusal is None and not message.trailers and self.held is None:
+            remember_request(data, message.head, self._count)
 
     def resume(self) -> None:
         """The upgrade did not come about: parse on."""
@@ -195,6 +204,7 @@ class RequestParser:
             self._bad = error
             raise
         self._url = b""
+        self._count = len(fields)
         self._barren_bytes = 0
         self.begun = False
         self._message = message = Message(head)

@@ -13,8 +13,8 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from proxy.http.errors import BadResponse, UnwantedStatus
 from proxy.http.head import Field, RequestHead, ResponseHead, read_response_head, trailer_lines
+from proxy.http.known_heads import known_response, remember_response
 from proxy.http.options import HttpOptions
-from proxy.http.plain_head import read_plain_response
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
 
@@ -46,9 +46,9 @@ class Upstream:
     """The peer of the channel that leads to the app: dial with it, then set :attr:`channel`."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_options", "_out", "_owner",
-        "_parser", "_reason", "_switched", "_until_eof", "busy", "channel", "edit", "head", "heard", "keep_client",
-        "lost", "peer", "request", "reusable", "screen", "served",
+        "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_interim", "_options", "_out",
+        "_owner", "_parser", "_read", "_reason", "_switched", "_until_eof", "busy", "channel", "edit", "head",
+        "heard", "keep_client", "lost", "peer", "request", "reusable", "screen", "served",
     )  # fmt: skip
 
     request: RequestHead
@@ -79,8 +79,10 @@ class Upstream:
         self._reason = b""
         self._out: list[bytes] = []
         self._bad: BadResponse | None = None
+        self._read: tuple[list[Field], list[bytes], int] | None = None
+        """Of a response that may be known next time: fields and lines before any edit, and how many headers came."""
         self._barren_bytes = 0
-        self._chunks = self._until_eof = self._switched = self._informational = False
+        self._chunks = self._until_eof = self._switched = self._informational = self._interim = False
         self._closer: asyncio.TimerHandle | None = None
         self._parser = HttpResponseParser(self)
 
@@ -96,7 +98,7 @@ class Upstream:
         self.busy = True
         self.keep_client = keep_client
         self.served += 1
-        self._chunks = self._until_eof = False
+        self._chunks = self._until_eof = self._interim = False
 
     def close(self) -> None:
         """End the connection in good order; a request under way is cut off."""
@@ -121,7 +123,9 @@ class Upstream:
             return
         if not self.heard:
             self.heard = True
-            if isinstance(data, bytes) and self._take_whole(data):
+            if isinstance(data, bytes) and len(data) <= SLICE_BYTES:
+                if not self._take_known(data):
+                    self._feed(data, first=True)
                 return
         if len(data) <= SLICE_BYTES:
             self._feed(data)
@@ -131,17 +135,15 @@ class Upstream:
             if not self._feed(view[at : at + SLICE_BYTES], view[at + SLICE_BYTES :]):
                 return
 
-    def _take_whole(self, data: bytes) -> bool:
-        """Take a whole response in its plainest form; return whether ``data`` is one, to the request under way."""
-        request = self.request
+    def _take_known(self, data: bytes) -> bool:
+        """Take a whole response whose head was read before; return whether ``data`` is one that may be taken."""
+        request, options = self.request, self._options
         if self.screen is not None or request.method == b"HEAD":
             return False
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or len(data) > SLICE_BYTES or end > self._options.head_bytes_max:
+        found = known_response(data, options.head_bytes_max, options.header_count_max)
+        if found is None:
             return False
-        head = read_plain_response(data[:end], len(data) - end - 4, self._options.header_count_max)
-        if head is None:
-            return False
+        head, end = found
         self.head = head
         if self.edit is not None:
             self.edit(head)
@@ -151,13 +153,18 @@ class Upstream:
         elif request.http10:
             extra = b"connection: keep-alive\r\n"
         self.busy = False
-        self._owner.response_output(self, [head.wire(extra=extra, body=data[end + 4 :])])
+        self._owner.response_output(self, [head.wire(extra=extra, body=data[end:])])
         if not self.lost:
             self._owner.response_complete(self)
         return True
 
-    def _feed(self, data: Data, later: Data = b"") -> bool:
-        """Parse ``data``; ``later`` is what follows it at once. Return whether that is still to be parsed."""
+    def _feed(self, data: Data, later: Data = b"", *, first: bool = False) -> bool:
+        """Parse ``data``; ``later`` is what follows it at once. Return whether that is still to be parsed.
+
+        ``first``: these are a response's first bytes; if they are all of it, it will be known the next time.
+        """
+        if first:
+            self._read = None
         problem: BadResponse | None = None
         try:
             self._parser.feed_data(data)
@@ -179,6 +186,8 @@ class Upstream:
         if not self.busy:
             if problem is not None or later:
                 self.reusable = False  # the response was whole; what follows it is junk
+            elif first and self.reusable and self._read is not None and self.head is not None:
+                remember_response(bytes(data), self.head, *self._read)
             if self.request.method == b"HEAD":
                 self._parser = HttpResponseParser(self)  # the old one may wait for a body
                 self._fields = []
@@ -251,14 +260,15 @@ class Upstream:
         try:
             if len(fields) > self._options.header_count_max:
                 raise BadResponse("the app's response has too many headers")
-            self._read_head(read_response_head(self._parser.get_status_code(), reason, fields))
+            self._read_head(read_response_head(self._parser.get_status_code(), reason, fields), len(fields))
         except BadResponse as error:
             self._bad = error
             raise
 
-    def _read_head(self, head: ResponseHead) -> None:
+    def _read_head(self, head: ResponseHead, count: int) -> None:
         request, status = self.request, head.status
-        if self._parser.get_http_version() not in ("1.1", "1.0"):
+        version = self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
             raise BadResponse("the app does not speak HTTP/1.1")
         if status < 200:
             if status == 101:
@@ -269,12 +279,15 @@ class Upstream:
                 self._out.append(head.wire(extra=b"connection: upgrade\r\nupgrade: " + head.upgrade + b"\r\n"))
                 return
             self._informational = True
+            self._interim = True
             if not request.http10:
                 self._out.append(head.wire())
             return
         if self.screen is not None and self.screen(status):
             raise UnwantedStatus(f"it answered {status}")
         self.head = head
+        if version == "1.1" and request.method != b"HEAD" and not self._interim:
+            self._read = (head.fields, head.lines, count)
         if self.edit is not None:
             self.edit(head)
         if not self._parser.should_keep_alive():

@@ -1,6 +1,7 @@
-"""What the one-pass reader of heads takes, llhttp takes and reads the same: messages, and what is sent on of them.
+"""A head that is known by its bytes is what llhttp makes of them: messages, and what is sent on of them.
 
-The parsers leave to llhttp what is no ``bytes`` object, so each example is given to them as bytes and as a view.
+The parsers leave to llhttp what is no ``bytes`` object, so each example is given to them as bytes, once to be known,
+perhaps, and once more, and as a view.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.http.head import RequestHead
+from proxy.http.head import RequestHead, ResponseHead
+from proxy.http.known_heads import KEPT_BYTES_MAX, KEPT_MAX, forget_all, known_request, known_response, sizes
 from proxy.http.options import HttpOptions
 from proxy.http.parser import RequestParser
-from proxy.http.plain_head import HEAD_BYTES_MAX, read_plain_request, read_plain_response
 from proxy.http.upstream import Upstream
 from proxy.stream import NOBODY, Data
 
@@ -82,12 +83,19 @@ def read(data: Data, before: Data = b"") -> list[object]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(mangled(PLAIN), st.sampled_from([b"", *PLAIN]))
-@example(b"Host: a\r\n\r\n", b"")
-@example(b"GET / HTTP/1.1\r\nHost\r\n\r\n", PLAIN[0])
-@example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello", b"")
-def test_requests_are_read_as_llhttp_reads_them(data: bytes, before: bytes) -> None:
-    assert read(data, before) == read(memoryview(data), memoryview(before))
+@given(mangled(PLAIN), st.sampled_from(PLAIN), st.sampled_from([b"", *PLAIN]))
+@example(b"Host: a\r\n\r\n", PLAIN[0], b"")
+@example(b"GET / HTTP/1.1\r\nHost\r\n\r\n", PLAIN[0], PLAIN[0])
+@example(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\nhello", PLAIN[0], b"")
+@example(b"PUT / HTTP/1.1\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n", b"")
+def test_requests_are_known_as_llhttp_reads_them(data: bytes, other: bytes, before: bytes) -> None:
+    expected = read(memoryview(data), memoryview(before))
+    assert read(data, before) == expected
+    assert read(data, before) == expected
+    # The lines below the first, known from behind another first line.
+    read(other.partition(b"\r\n")[0] + b"\r\n" + data.partition(b"\r\n")[2])
+    read(other)
+    assert read(data, before) == expected
 
 
 @dataclass
@@ -139,39 +147,86 @@ def answered(data: Data, method: bytes, *, http10: bool, keep_client: bool, befo
 @example(b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\nhello", b"GET", False, True, ANSWERS[0])
 @example(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\nhello", b"GET", False, True, ANSWERS[0])
 @example(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", b"GET", False, True, ANSWERS[0])
-def test_responses_are_read_as_llhttp_reads_them(
+def test_responses_are_known_as_llhttp_reads_them(
     data: bytes, method: bytes, http10: bool, keep_client: bool, before: bytes
 ) -> None:
     first = before if method != b"HEAD" else b""
 
-    async def both() -> tuple[list[object], list[object]]:
-        return (
-            answered(data, method, http10=http10, keep_client=keep_client, before=first),
-            answered(memoryview(data), method, http10=http10, keep_client=keep_client, before=memoryview(first)),
-        )
+    def answer(data: Data, before: Data) -> list[object]:
+        return answered(data, method, http10=http10, keep_client=keep_client, before=before)
 
-    plain, parsed = asyncio.run(both())
-    assert plain == parsed
+    async def all_ways() -> list[list[object]]:
+        # The second time it may be known, and after an answer to GET as well.
+        ways = [answer(memoryview(data), memoryview(first)), answer(data, first), answer(data, first)]
+        answered(data, b"GET", http10=False, keep_client=True)
+        return [*ways, answer(data, first)]
+
+    parsed, *ways = asyncio.run(all_ways())
+    for way in ways:
+        assert way == parsed
 
 
 @pytest.mark.parametrize("data", PLAIN)
-def test_ordinary_requests_are_taken(data: bytes) -> None:
-    head, _, body = data.partition(b"\r\n\r\n")
-    assert read_plain_request(head, len(body), 20) is not None
+def test_ordinary_requests_are_known_the_next_time_whatever_their_first_line(data: bytes) -> None:
+    forget_all()
+    assert known_request(data, 2000, 20) is None
+    read(data)
+    data = b"PATCH /another" + data[data.index(b" HTTP/1.1") :]
+    found = known_request(data, 2000, 20)
+    assert found is not None
+    head, end = found
+    assert (head.method, head.target) == (b"PATCH", b"/another")
+    assert data[end - 4 : end] == b"\r\n\r\n"
+    assert known_request(data + b"x", 2000, 20) is None
+    assert known_request(data, end - 1, 20) is None
+    assert known_request(data, 2000, data[:end].count(b"\r\n") - 3) is None
 
 
 @pytest.mark.parametrize("data", ANSWERS)
-def test_ordinary_responses_are_taken(data: bytes) -> None:
-    head, _, body = data.partition(b"\r\n\r\n")
-    assert read_plain_response(head, len(body), 20) is not None
+def test_ordinary_responses_are_known_the_next_time(data: bytes) -> None:
+    forget_all()
+    asyncio.run(_answer_once(data, b"HEAD"))
+    assert known_response(data, 2000, 20) is None
+    asyncio.run(_answer_once(data, b"GET"))
+    found = known_response(data, 2000, 20)
+    assert found is not None
+    assert data[found[1] - 4 : found[1]] == b"\r\n\r\n"
+    assert known_response(data + b"x", 2000, 20) is None
+    assert known_response(data, found[1] - 1, 20) is None
 
 
-def test_what_is_long_or_has_many_headers_is_left_to_the_parser() -> None:
-    start = b"GET / HTTP/1.1\r\nHost: a"
-    assert read_plain_request(start + b"\r\nX: y" * 18, 0, 20) is not None
-    assert read_plain_request(start + b"\r\nX: y" * 19, 0, 20) is None
-    assert read_plain_request(start + b"\r\nX: " + b"y" * HEAD_BYTES_MAX, 0, 20) is None
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0"
-    assert read_plain_response(answer + b"\r\nX: y" * 18, 0, 20) is not None
-    assert read_plain_response(answer + b"\r\nX: y" * 19, 0, 20) is None
-    assert read_plain_response(answer + b"\r\nX: " + b"y" * HEAD_BYTES_MAX, 0, 20) is None
+async def _answer_once(data: bytes, method: bytes) -> None:
+    answered(data, method, http10=False, keep_client=True)
+
+
+def test_a_final_response_behind_an_interim_one_is_not_taken_for_the_interim_one() -> None:
+    both = b"HTTP/1.1 103 Early Hints\r\nContent-Length: 4\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    forget_all()
+    asyncio.run(_answer_once(both, b"GET"))
+    assert sizes()[2] == 0
+
+
+def test_an_edit_of_a_response_is_not_kept() -> None:
+    forget_all()
+    for _ in range(2):
+        told = Told()
+        upstream = Upstream(told, OPTIONS)
+        upstream.edit = _with_a_line
+        upstream.begin(RequestHead(b"GET", b"/", http10=False, keep_alive=True), keep_client=True)
+        upstream.write(ANSWERS[0])
+        assert told.sent.count(b"x-edited") == 1
+
+
+def _with_a_line(head: ResponseHead) -> None:
+    head.fields, head.lines = [*head.fields, (b"x-edited", b"1")], [*head.lines, b"x-edited: 1"]
+
+
+def test_what_is_known_is_bounded() -> None:
+    forget_all()
+    for number in range(KEPT_MAX * 2 + 1):
+        read(b"GET /%d HTTP/1.1\r\nHost: a\r\nX: %d\r\n\r\n" % (number, number))
+        asyncio.run(_answer_once(b"HTTP/1.1 200 OK\r\nX: %d\r\nContent-Length: 0\r\n\r\n" % number, b"GET"))
+        assert max(sizes()) <= KEPT_MAX
+    forget_all()
+    read(b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"y" * KEPT_BYTES_MAX))
+    assert sizes()[0] == 0
