@@ -12,6 +12,7 @@ from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
 from raftstate.model.sidecar import SidecarUpstream
 
+HTTP2_PROTOCOLS = frozenset({"http2", "grpc"})
 WEBSOCKET = [{"upgrade_type": "websocket"}]
 
 
@@ -22,9 +23,13 @@ def public_listener(snapshot: Snapshot, access: rbac.Access, *, http: bool, gene
     went, and with it the connections that were admitted before.
     """
     own = snapshot.self
+    context = common_tls({"validation_context_sds_secret_config": secret(types.INBOUND_TRUST_SECRET)})
+    if http:
+        # gRPC clients insist on the answer; to an app that speaks HTTP/1.1 alone, HTTP/2 is not offered.
+        context["alpn_protocols"] = ["h2", "http/1.1"] if own.protocol in HTTP2_PROTOCOLS else ["http/1.1"]
     tls = typed(
         "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-        common_tls_context=common_tls({"validation_context_sds_secret_config": secret(types.INBOUND_TRUST_SECRET)}),
+        common_tls_context=context,
         require_client_certificate=True,
         disable_stateless_session_resumption=True,
         disable_stateful_session_resumption=True,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -18,7 +20,7 @@ from cli.envoy import find_binary
 from cli.errors import CliError
 from cli.hclfile import entry_of
 from tests.e2e.support_e2e import Mesh
-from tests.e2e.test_envoy import ENVOY, LICTOR, stand, upstream
+from tests.e2e.test_envoy import ENVOY, LICTOR, envoy_admin, stand, upstream
 
 UNARY, BOTH = "/test.Echo/Unary", "/test.Echo/Both"
 IN_FORCE_S = 1.0
@@ -188,4 +190,29 @@ def test_grpc_passes_between_lictors_sidecar_and_envoy(lictor: Mesh, caller: str
         with pytest.raises(grpc.RpcError) as refused:
             channel.unary_unary("/test.Echo/Other")(b"", timeout=20)
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    if instance == ENVOY:
+        assert agreed_protocol(lictor, source, f"{destination}-2") == "h2"
+        stats = envoy_admin(lictor, f"{destination}-2", "stats?filter=^http.inbound.downstream_cx_http")
+        assert int(stats.partition("downstream_cx_http2_total: ")[2].split()[0]) >= 1
+    else:
+        assert agreed_protocol(lictor, source, f"{destination}-2") == "h2"
+        stats = envoy_admin(lictor, f"{source}-1", f"stats?filter=upstream.{destination}.upstream_cx_http")
+        assert int(stats.partition("upstream_cx_http2_total: ")[2].split()[0]) >= 1
+    assert "http1_total: 0" in stats
     echo.server.stop(0)
+
+
+def agreed_protocol(lictor: Mesh, source: str, instance: str) -> str | None:
+    """Return what an instance's sidecar agrees on with a caller that offers HTTP/2 before HTTP/1.1."""
+    leaf = lictor.api().get(f"/v1/agent/connect/ca/leaf/{source}").json()
+    file = lictor.directory / f"{source}.pem"
+    file.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    roots = lictor.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
+    tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
+    tls.load_cert_chain(file)
+    tls.set_alpn_protocols(["h2", "http/1.1"])
+    port = lictor.api(1).get(f"/v1/agent/service/{instance}-sidecar-proxy").json()["Port"]
+    with socket.create_connection(("127.0.0.1", port), 10) as raw, tls.wrap_socket(raw) as stream:
+        return stream.selected_alpn_protocol()

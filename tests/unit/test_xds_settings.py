@@ -163,3 +163,13 @@ def test_a_plans_locality_divides_each_target_and_other_targets_come_last() -> N
 def test_settings_need_no_plan() -> None:
     settings = ClusterSettings(web({}), make_snapshot().self)
     assert settings.nearest_first([[at("n1", "a")]]) == ([[at("n1", "a")]], 0)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "offered"),
+    [("tcp", None), ("http", ["http/1.1"]), ("http2", ["h2", "http/1.1"]), ("grpc", ["h2", "http/1.1"])],
+)
+def test_the_public_listener_agrees_on_what_the_app_speaks(protocol: str, offered: list[str] | None) -> None:
+    listener = resources(make_snapshot(protocol=protocol))[types.LISTENER][types.PUBLIC_LISTENER]
+    (chain,) = listener["filter_chains"]
+    assert chain["transport_socket"]["typed_config"]["common_tls_context"].get("alpn_protocols") == offered
