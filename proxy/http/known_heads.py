@@ -22,6 +22,8 @@ KEPT_MAX: Final = 512
 """Of each kind; when there are as many all are forgotten, so those in use are soon there again."""
 KEPT_BYTES_MAX: Final = 2048
 """Longer ones are not kept."""
+TRIALS: Final = 8
+"""Once a connection has had so many heads in a row that were not known, only one in so many is kept."""
 _END: Final = b"\r\n\r\n"
 
 
@@ -80,7 +82,7 @@ def remember_request(data: bytes, head: RequestHead, count: int) -> None:
     first = data.find(b"\r\n")
     end = _end_of_head(data, head.length or 0)
     # The first line must be one: only then were the lines below it read as headers.
-    if end and _read_first_line(data[:first]) == (head.method, head.target):
+    if end and data[:first] == head.method + b" " + head.target + b" HTTP/1.1":
         _keep(_blocks, data[first:end], _Known(head.fields, head.lines, head.length, count))
 
 

@@ -13,7 +13,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from proxy.http.errors import BadRequest
 from proxy.http.head import Field, RequestHead, read_request_head, without_upgrade
-from proxy.http.known_heads import known_request, remember_request
+from proxy.http.known_heads import TRIALS, known_request, remember_request
 from proxy.http.options import HttpOptions
 from proxy.stream import Data
 
@@ -44,8 +44,8 @@ class RequestParser:
     """One connection's requests."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_count", "_fed", "_fields", "_message", "_options", "_parser", "_url", "begun",
-        "held", "messages", "stopped",
+        "_bad", "_barren_bytes", "_count", "_fed", "_fields", "_message", "_options", "_parser", "_unknown", "_url",
+        "begun", "held", "messages", "stopped",
     )  # fmt: skip
 
     def __init__(self, options: HttpOptions) -> None:
@@ -58,6 +58,8 @@ class RequestParser:
         """Nothing more is parsed: after a refusal, or a request that is the connection's last."""
         self.held: Data | None = None
         """What follows a request for an upgrade; raw bytes if it comes about, else to be parsed (:meth:`resume`)."""
+        self._unknown = 0
+        """Heads in a row that were not known; where all differ, few are kept."""
         self._restart()
 
     def _restart(self) -> None:
@@ -95,7 +97,9 @@ class RequestParser:
             if message.body if message is not None else not self.begun:
                 self._barren_bytes = 0
                 if fresh and message is None and len(self.messages) == before + 1:
-                    self._remember(bytes(data), self.messages[-1])
+                    self._unknown += 1
+                    if self._unknown <= TRIALS or self._unknown % TRIALS == 0:
+                        self._remember(bytes(data), self.messages[-1])
                 return
             self._barren_bytes += self._fed
             if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
@@ -107,6 +111,7 @@ class RequestParser:
         found = known_request(data, options.head_bytes_max, options.header_count_max)
         if found is None:
             return False
+        self._unknown = 0
         head, end = found
         message = Message(head)
         if end < len(data):

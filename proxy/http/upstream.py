@@ -13,7 +13,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from proxy.http.errors import BadResponse, UnwantedStatus
 from proxy.http.head import Field, RequestHead, ResponseHead, read_response_head, trailer_lines
-from proxy.http.known_heads import known_response, remember_response
+from proxy.http.known_heads import TRIALS, known_response, remember_response
 from proxy.http.options import HttpOptions
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
@@ -47,7 +47,7 @@ class Upstream:
 
     __slots__ = (
         "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_interim", "_options", "_out",
-        "_owner", "_parser", "_read", "_reason", "_switched", "_until_eof", "busy", "channel", "edit", "head",
+        "_owner", "_parser", "_read", "_reason", "_switched", "_unknown", "_until_eof", "busy", "channel", "edit", "head",
         "heard", "keep_client", "lost", "peer", "request", "reusable", "screen", "served",
     )  # fmt: skip
 
@@ -81,6 +81,8 @@ class Upstream:
         self._bad: BadResponse | None = None
         self._read: tuple[list[Field], list[bytes], int] | None = None
         """Of a response that may be known next time: fields and lines before any edit, and how many headers came."""
+        self._unknown = 0
+        """Heads in a row that were not known; where all differ, few are kept."""
         self._barren_bytes = 0
         self._chunks = self._until_eof = self._switched = self._informational = self._interim = False
         self._closer: asyncio.TimerHandle | None = None
@@ -143,6 +145,7 @@ class Upstream:
         found = known_response(data, options.head_bytes_max, options.header_count_max)
         if found is None:
             return False
+        self._unknown = 0
         head, end = found
         self.head = head
         if self.edit is not None:
@@ -187,7 +190,9 @@ class Upstream:
             if problem is not None or later:
                 self.reusable = False  # the response was whole; what follows it is junk
             elif first and self.reusable and self._read is not None and self.head is not None:
-                remember_response(bytes(data), self.head, *self._read)
+                self._unknown += 1
+                if self._unknown <= TRIALS or self._unknown % TRIALS == 0:
+                    remember_response(bytes(data), self.head, *self._read)
             if self.request.method == b"HEAD":
                 self._parser = HttpResponseParser(self)  # the old one may wait for a body
                 self._fields = []
