@@ -47,8 +47,8 @@ class Upstream:
 
     __slots__ = (
         "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_interim", "_options", "_out",
-        "_owner", "_parser", "_read", "_reason", "_switched", "_unknown", "_until_eof", "busy", "channel", "edit", "head",
-        "heard", "keep_client", "lost", "peer", "request", "reusable", "screen", "served",
+        "_owner", "_parser", "_read", "_reason", "_switched", "_unknown", "_until_eof", "busy", "channel", "edit",
+        "head", "heard", "keep_client", "lost", "peer", "request", "reusable", "screen", "served",
     )  # fmt: skip
 
     request: RequestHead
