@@ -6,15 +6,19 @@ makes local snapshots (`raft_snapshotter.py`).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from raftstate.errors import SnapshotDamaged
 from raftstate.messages import InstallSnapshot, SnapshotReply
 from raftstate.raft_members import Member, Members, decode_members, encode_members
 from raftstate.raft_ports import Outside
 from raftstate.raft_progress import Progress, SnapshotSend
 from raftstate.raft_replication import Replication
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,20 +54,32 @@ class Installing(Replication):
         self._receiving: _Receiving | None = None
         self._install: Install | None = None
         self.snapshot_wanted = False
-        """A follower needs a newer snapshot than there is: the driver should make one soon."""
+        """A follower needs a snapshot, and there is none that is whole and new enough: the driver should make one."""
         super().__init__(outside)
 
     # -- leader ----------------------------------------------------------------------------------------------------
 
+    def _newest(self) -> Any:
+        """The newest good snapshot."""
+        try:
+            return self._snapshots.latest()
+        except SnapshotDamaged:
+            return None  # which the store has said; the state in memory is well, and can be written down anew
+
     def _begin_snapshot(self, peer: str, progress: Progress) -> None:
-        meta = self._snapshots.latest()
+        meta = self._newest()
         if meta is None or meta.index < self.first_index:
-            self.snapshot_wanted = True
-            progress.probe_sent = True  # asked again at a later heartbeat
+            self._want_snapshot(progress)
             return
         members = encode_members(members_of(meta))
         progress.snapshot = SnapshotSend(meta.index, meta.term, members, meta, self._snapshots.open(meta))
         self._pump_snapshot(peer, progress)
+
+    def _want_snapshot(self, progress: Progress) -> None:
+        self.snapshot_wanted = True
+        progress.snapshot = None
+        progress.probe()
+        progress.probe_sent = True  # asked again at a later heartbeat
 
     def _pump_snapshot(self, peer: str, progress: Progress) -> None:
         send = progress.snapshot
@@ -71,7 +87,12 @@ class Installing(Replication):
         assert self._reads is not None
         while not send.finished and send.next_chunk - send.acked < self.config.snapshot_chunks_inflight:
             number = send.next_chunk
-            data, last = send.take()
+            try:
+                data, last = send.take()
+            except SnapshotDamaged as error:
+                log.warning("raft: %s cannot be sent this snapshot, another is made: %s", peer, error.what)
+                self._want_snapshot(progress)
+                return
             message = InstallSnapshot(
                 self.term,
                 send.index,
@@ -115,7 +136,7 @@ class Installing(Replication):
     def _rewind_snapshot(self, progress: Progress, chunk: int) -> None:
         old = progress.snapshot
         assert old is not None
-        newest = self._snapshots.latest()
+        newest = self._newest()
         if newest is not None and newest.index > old.index:
             progress.snapshot = SnapshotSend(
                 newest.index, newest.term, encode_members(members_of(newest)), newest, self._snapshots.open(newest)

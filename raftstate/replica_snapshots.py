@@ -86,7 +86,8 @@ class SnapshotWork:
         if not core.snapshot_wanted and not (grown and self.logged >= self._size // 4):
             return False
         term = core.term_at(core.applied)
-        return new > 0 and term is not None and not core.backup.under_way(term)
+        # One that is wanted may be wanted in the place of one that is damaged.
+        return (new > 0 or core.snapshot_wanted) and term is not None and not core.backup.under_way(term)
 
     async def _make(self, core: RaftCore) -> None:
         self.logged = 0

@@ -188,6 +188,29 @@ async def test_a_far_behind_server_gets_a_snapshot(tmp_path: Path) -> None:
         assert registers(replica) == registers(leader)
 
 
+@pytest.mark.parametrize("damaged", ["newest", "all"])
+async def test_a_leader_whose_snapshot_has_rotted_makes_another_and_goes_on(tmp_path: Path, damaged: str) -> None:
+    """What it holds in memory is well: it must neither stop nor wait for a restart that the damage would prevent."""
+    config = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=1.0, election_timeout_max_s=2.0, trailing_entries=5)
+    async with ReplicaCluster(tmp_path, 3, config=config, snapshot_entries=50) as cluster:
+        leader = await cluster.leader()
+        behind = next(name for name in cluster.names if name != leader.id)
+        await cluster.crash(behind)
+        for number in range(300):
+            applied = await leader.apply(command(f"r{number}", f"k{number}", "v" * 100))
+        await leader._until(lambda: leader.status().first_index > 100 and not leader._snapshot_work._making, 5)
+        files = sorted((tmp_path / leader.id / "snapshots").glob("*.snapshot"), reverse=True)
+        for file in files[:1] if damaged == "newest" else files:
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 1
+            file.write_bytes(data)
+        replica = await cluster.start(behind)
+        await replica.wait_applied(applied.index)
+        assert registers(replica) == registers(leader)
+        assert cluster.failures.empty()
+        assert leader.is_leader
+
+
 async def test_a_server_that_knows_no_members_keeps_the_peers_it_was_given(tmp_path: Path) -> None:
     cluster = ReplicaCluster(tmp_path, 1)
     given = {"server-2": "server-2:8300"}
