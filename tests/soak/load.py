@@ -58,8 +58,12 @@ class Load:
         return not self._ending.is_set()
 
     @contextlib.asynccontextmanager
-    async def _attempt(self, kind: str, service: str) -> AsyncIterator[Attempt]:
-        """Note an attempt: it ends with the body, and what the body raises is an error."""
+    async def _attempt(self, kind: str, service: str, since: float = float("inf")) -> AsyncIterator[Attempt]:
+        """Note an attempt: it ends with the body, and what the body raises is an error.
+
+        `since`: when what is kept open, a connection or a stream, was last known to be well. It may have ended before
+        this attempt began, so a failure counts from there.
+        """
         attempt = Attempt(kind, service, self._source, self._ident(), time.monotonic(), 0.0, OK)
         try:
             async with asyncio.timeout(TIMEOUT_S):
@@ -72,7 +76,7 @@ class Load:
             raise ConnectionError(str(error)) from error
         finally:
             attempt.ended = time.monotonic()
-            self._referee.note(attempt)
+            self._referee.note(attempt, since)
 
     # L4
 
@@ -94,9 +98,11 @@ class Load:
             with contextlib.suppress(OSError):
                 reader, writer = await self._connect()
                 with contextlib.closing(writer):
-                    while await self._rest() and not reader.at_eof():
-                        async with self._attempt("l4", "l4") as attempt:
+                    well = time.monotonic()
+                    while await self._rest():
+                        async with self._attempt("l4", "l4", well) as attempt:
                             await self._line(reader, writer, attempt)
+                        well = attempt.ended
 
     async def _short(self) -> None:
         """A connection for each call."""
@@ -172,8 +178,9 @@ class Load:
                             attempt.outcome, attempt.detail = DENIED, "403"
                             continue
                     try:
-                        while await self._rest() and not socket.closed:
-                            async with self._attempt("ws", "http") as attempt:
+                        well = attempt.ended
+                        while await self._rest():
+                            async with self._attempt("ws", "http", well) as attempt:
                                 sent = f"{attempt.ident} {'y' * self._rng.randrange(3000)}"
                                 await socket.send_str(sent)
                                 message = await socket.receive()
@@ -181,6 +188,7 @@ class Load:
                                     raise EOFError(f"WebSocket ended: {message.type!r}")
                                 if message.data != sent:
                                     attempt.outcome = WRONG
+                            well = attempt.ended
                     finally:
                         await socket.close()
 
@@ -205,9 +213,10 @@ class Load:
             while await self._rest():
                 call = both(wait_for_ready=True)
                 try:
+                    well = time.monotonic()
                     while await self._rest():
                         with contextlib.suppress(OSError):
-                            async with self._attempt("grpc-both", "grpc") as attempt:
+                            async with self._attempt("grpc-both", "grpc", well) as attempt:
                                 size = self._rng.choice((10, 3000, 150_000))
                                 request = f"{self._source} {attempt.ident} {'z' * size}".encode()
                                 try:
@@ -223,6 +232,7 @@ class Load:
                                     self._ended(attempt, error.code(), error.details())
                         if attempt.outcome != OK:
                             break
+                        well = attempt.ended
                 finally:
                     call.cancel()
 

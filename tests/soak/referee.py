@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ class Referee:
     """How soon a withdrawal must be in force once it is acknowledged, and a permission too."""
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """By (kind, source, outcome)."""
+    took: dict[tuple[str, str], array[float]] = field(default_factory=dict)
+    """(kind, source) -> seconds of each attempt."""
     failed: list[Attempt] = field(default_factory=list)
     kills: list[tuple[str, str, float]] = field(default_factory=list)
     """(service, instance, when)."""
@@ -59,13 +62,16 @@ class Referee:
     delay_max_s: float = 0.0
     """The latest arrival of a withdrawn source after the acknowledgement."""
 
-    def note(self, attempt: Attempt) -> None:
-        """Take an attempt that has ended."""
+    def note(self, attempt: Attempt, since: float = float("inf")) -> None:
+        """Take an attempt that has ended; what it failed of may have happened from `since` on."""
         self.counts[attempt.kind, attempt.source, attempt.outcome] += 1
+        took_s = attempt.ended - attempt.began
+        self.took.setdefault((attempt.kind, attempt.source), array("f")).append(took_s)
         instance = self.underway.pop(attempt.ident, "")
         if attempt.outcome == WRONG:
             self.fault(f"wrong answer: {attempt}")
         elif attempt.outcome in (ERROR, DENIED):
+            attempt.began = min(attempt.began, since)
             attempt.detail = f"{attempt.detail} [at {instance or 'no instance'}]"
             self.failed.append(attempt)
 
@@ -99,8 +105,9 @@ class Referee:
         return None
 
     def around_kills(self) -> str:
-        """Say in words how the failures that a kill excuses lie around it."""
-        began = [a.began - killed[1] for a in self.failed if (killed := self._killed_under(a)) is not None]
+        """Say in words how the failures that nothing but a kill excuses lie around it."""
+        alone = [attempt for attempt in self.failed if not self._withdrawn(attempt)]
+        began = [each.began - killed[1] for each in alone if (killed := self._killed_under(each)) is not None]
         late = [after for after in began if after > 0]
         return (
             f"{len(began)} failed around the kill of an instance; {len(late)} of them began after it, "
@@ -111,12 +118,15 @@ class Referee:
         """Return what excuses a failed attempt, or ``""``."""
         if (killed := self._killed_under(attempt)) is not None:
             return f"{killed[0]} was killed"
-        for each in self.withdrawals:
-            if (each.source, each.service) == (attempt.source, attempt.service) and (
-                attempt.began <= each.lifted + self.within_s and attempt.ended >= each.asked
-            ):
-                return "withdrawn"
-        return ""
+        return "withdrawn" if self._withdrawn(attempt) else ""
+
+    def _withdrawn(self, attempt: Attempt) -> bool:
+        return any(
+            (each.source, each.service) == (attempt.source, attempt.service)
+            and attempt.began <= each.lifted + self.within_s
+            and attempt.ended >= each.asked
+            for each in self.withdrawals
+        )
 
     def verdict(self) -> list[str]:
         """Return everything that is wrong; empty when all is well."""
@@ -132,9 +142,11 @@ class Referee:
     def table(self) -> list[str]:
         """Return the counts as lines."""
         kinds = sorted({(kind, source) for kind, source, _ in self.counts})
-        lines = [f"{'kind':10} {'source':6} {OK:>8} {DENIED:>8} {ERROR:>8} {WRONG:>8}"]
+        lines = [f"{'kind':10} {'source':6} {OK:>8} {DENIED:>8} {ERROR:>8} {WRONG:>8} {'p50 ms':>8} {'p99 ms':>8}"]
         for kind, source in kinds:
             cells = [self.counts[kind, source, outcome] for outcome in (OK, DENIED, ERROR, WRONG)]
+            took = sorted(self.took[kind, source])
+            cells += [round(took[int(len(took) * share)] * 1000) for share in (0.5, 0.99)]
             lines.append(f"{kind:10} {source:6} " + " ".join(f"{cell:8}" for cell in cells))
         return lines
 

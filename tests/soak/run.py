@@ -196,10 +196,9 @@ class Soak:
 
     async def kill(self) -> None:
         """Kill an instance's sidecar, and stand it again."""
-        for service in self._cycle(SERVICES):
+        for instance in self._cycle(self.apps):
             await asyncio.sleep(self.rng.uniform(4.0, 6.0))
-            instance = f"soak-{service}-{self.rng.randint(1, INSTANCES)}"
-            self.referee.kills.append((service, instance, time.monotonic()))
+            self.referee.kills.append((instance.split("-")[1], instance, time.monotonic()))
             os.killpg(self.sidecars[instance].pid, signal.SIGKILL)
             await asyncio.to_thread(self.sidecars[instance].wait)
             self.harmed[KILLS][instance] += 1

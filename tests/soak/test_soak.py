@@ -91,6 +91,15 @@ def test_a_kind_of_call_that_never_went_well_proves_nothing() -> None:
     assert referee.unproven() == []
 
 
+def test_what_was_kept_open_may_have_ended_since_it_was_last_well() -> None:
+    referee = Referee(within_s=1.0)
+    referee.withdrawals = [Withdrawal("flap", "l4", asked=100.0, acknowledged=100.1, lifting=101.0, lifted=101.1)]
+    referee.note(attempt(ERROR, 103.0, 103.1, source="flap"), since=99.9)
+    assert referee.verdict() == []
+    referee.note(attempt(ERROR, 103.0, 103.1, source="flap"), since=102.5)
+    assert len(referee.verdict()) == 1
+
+
 def test_errors_that_began_after_a_kill_are_told_apart() -> None:
     referee = Referee()
     referee.kills = [("l4", "soak-l4-1", 100.0)]
