@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Any
 
-from raftstate.errors import TooBusy, UnknownOutcome
+from raftstate.errors import RaftError, TooBusy, UnknownOutcome
 from raftstate.raft_backup import BEGIN, END, VOID, Restoring, parts_of
 from raftstate.replica_types import Machine
 from raftstate.snapshot_format import SnapshotDecoder, SnapshotEncoder, SnapshotHeader
@@ -79,11 +79,21 @@ async def restore(
         async for piece in pieces:
             for _ in decoder.feed(piece):
                 pass
-            spool.write(piece)
+            _keep(spool, piece)
         decoder.finish()
         admit(await asyncio.to_thread(_check, spool, trial))
         with turn():
             await _propose_all(spool, propose)
+
+
+def _keep(spool: IO[bytes], piece: bytes) -> None:
+    try:
+        spool.write(piece)
+    except OSError as error:
+        raise RaftError(
+            f"the leader cannot keep the backup in {tempfile.gettempdir()} until it is checked whole ({error}), and "
+            "nothing was changed: make room there, or start the servers with another TMPDIR"
+        ) from error
 
 
 async def _propose_all(spool: IO[bytes], propose: Callable[[bytes], Awaitable[object]]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raftstate.errors import JournalDamaged, SnapshotDamaged, TooBusy, UnknownOutcome
+from raftstate.errors import JournalDamaged, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
 from raftstate.raft import RaftConfig
 from raftstate.raft_backup import BEGIN, END, PART, VOID, RestoreInLog
 from raftstate.snapshot_format import SnapshotEncoder, SnapshotHeader
@@ -225,6 +227,27 @@ async def test_what_is_no_backup_is_refused_with_its_first_bytes(tmp_path: Path)
         with pytest.raises(SnapshotDamaged):
             await leader.restore_snapshot(endless())
         assert taken == 1
+
+
+async def test_a_backup_for_which_there_is_no_room_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def __init__(self, _bytes_max: int) -> None:
+            super().__init__()
+
+        def write(self, _data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    machine = far_machine(10)
+    async with ReplicaCluster(tmp_path, 1, machine=StateMachine) as cluster:
+        leader = await cluster.leader()
+        with monkeypatch.context() as patch:
+            patch.setattr("tempfile.SpooledTemporaryFile", Full)
+            with pytest.raises(RaftError, match=r"No space left.*nothing was changed: make room there"):
+                await leader.restore_snapshot(pieces(as_backup(machine, machine.store.index)))
+        await leader.restore_snapshot(pieces(as_backup(machine, machine.store.index)))
+        assert kv(leader) == machine.store.kv.rows
 
 
 def test_what_was_made_void_ends_in_nothing() -> None:
