@@ -238,7 +238,7 @@ class HttpConnection(Intake):
         self.deadline = NEVER
         early = [self._parser.held or b"", *self._backlog]
         self._backlog.clear()
-        Tunnel(self._channel, upstream.channel, self._tunnel_ended)
+        Tunnel(self._channel, upstream.channel, self._tunnel_ended, self._stirred())
         for data in early:
             if data:
                 upstream.channel.write(data)
@@ -248,6 +248,10 @@ class HttpConnection(Intake):
             self._channel.peer.write_eof()
         if self._reading_paused and not self._upstream_full:
             self._channel.resume_reading()
+
+    def _stirred(self) -> Callable[[], None] | None:
+        """Return who wants to know when something passes the tunnel that begins."""
+        return None
 
     def _tunnel_ended(self) -> None:
         self._upstream = None  # its channel has ended by itself

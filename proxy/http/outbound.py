@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from proxy.errors import ConnectFailed, StreamRefused
+from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http.connection import HttpConnection
 from proxy.http.errors import UnwantedStatus
 from proxy.http.head import RequestHead, ResponseHead
@@ -20,7 +20,7 @@ from proxy.http.options import HttpOptions, HttpStats
 from proxy.http.parser import Message
 from proxy.http.side import NEVER, HttpSide
 from proxy.http.upstream import Owner, Upstream
-from proxy.stream import Channel
+from proxy.stream import Channel, Data
 
 REPLAY_BYTES = 64 * 1024
 """What is kept of a request to send it again; one that is longer is sent once."""
@@ -207,11 +207,26 @@ class OutboundConnection(HttpConnection):
             self._stir()
         super().response_output(upstream, pieces)
 
+    def _stirred(self) -> Callable[[], None] | None:
+        return self._stir if self._idle_s else None
+
+    def response_switched(self, upstream: Upstream, rest: Data) -> None:
+        super().response_switched(upstream, rest)
+        if self._tunnelled and self._idle_s:
+            self._stir()
+            self.deadline = self._active_at + self._idle_s
+
     def expire(self) -> None:
-        if not self._idle_s or self._active is None or self._closing:
+        if not self._idle_s or self._closing or (self._active is None and not self._tunnelled):
             super().expire()
             return
         now, quiet_by = self._loop.time(), self._active_at + self._idle_s
+        if self._tunnelled:
+            if quiet_by <= now:
+                self.cut(StreamClosed(f"neither side said anything for {self._idle_s:g} s"))
+            else:
+                self.deadline = quiet_by
+            return
         responding = self._upstream is not None and self._upstream.head is not None
         if quiet_by <= now and responding:
             self.cut()

@@ -8,9 +8,12 @@ from proxy.stream import Channel, Data
 
 
 class Tunnel:
-    """Joins two channels. ``on_done`` is called once."""
+    """Joins two channels. ``on_done`` is called once, ``stir`` whenever one of the two says or takes something."""
 
-    def __init__(self, a: Channel, b: Channel, on_done: Callable[[], None]) -> None:
+    def __init__(
+        self, a: Channel, b: Channel, on_done: Callable[[], None], stir: Callable[[], None] | None = None
+    ) -> None:
+        self.stir = stir
         self._on_done = on_done
         self._ends = 0
         a.peer = _Side(self, b)
@@ -34,9 +37,13 @@ class _Side:
         self.peer = other
 
     def write(self, data: Data) -> None:
+        if self._tunnel.stir is not None:
+            self._tunnel.stir()
         self.peer.write(data)
 
     def write_eof(self) -> None:
+        if self._tunnel.stir is not None:
+            self._tunnel.stir()
         self.peer.write_eof()
         self._tunnel.ended()
 
@@ -48,4 +55,6 @@ class _Side:
         self.peer.pause_reading()
 
     def resume_reading(self) -> None:
+        if self._tunnel.stir is not None:
+            self._tunnel.stir()
         self.peer.resume_reading()

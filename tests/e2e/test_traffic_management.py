@@ -280,6 +280,66 @@ async def test_a_route_ends_requests_on_which_nothing_is_said(mesh: Mesh) -> Non
 
 
 @with_mesh
+async def test_a_route_ends_websockets_on_which_neither_side_says_anything(mesh: Mesh) -> None:
+    ended: list[str] = []
+
+    async def upgrade(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        try:
+            while seen.target == "/app-speaks":
+                writer.write(b".")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+            while await reader.read(100):
+                pass
+        finally:
+            ended.append(seen.target)
+
+    async def begin(target: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await stage.client.dial()
+        head = f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        writer.write(head.encode())
+        assert b" 101 " in await reader.readuntil(b"\r\n\r\n")
+        return reader, writer
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=upgrade)
+    await stage.caller()
+    await stage.follow(router_backend={"Routes": [{"Destination": {"IdleTimeout": "1500ms"}}]})
+    async with asyncio.timeout(30):
+        silent, client_speaks, app_speaks = [
+            await begin(target) for target in ("/silent", "/client-speaks", "/app-speaks")
+        ]
+
+        async def talk() -> None:
+            while True:
+                client_speaks[1].write(b"x")
+                await asyncio.sleep(0.05)
+
+        talking = asyncio.create_task(talk())
+        began = asyncio.get_running_loop().time()
+        assert await ends(silent[0]) == b""
+        assert asyncio.get_running_loop().time() - began > 1
+        assert len(await app_speaks[0].readexactly(30)) == 30
+        assert ended == ["/silent"], "who speaks lives, be it one side only"
+        talking.cancel()
+        assert await ends(client_speaks[0]) == b"", "and no longer"
+        upstream = stage.client.sidecar._upstreams["backend"]
+        assert upstream.http.in_flight == 1
+    for _, writer in (silent, client_speaks, app_speaks):
+        await hang_up(writer)
+    await until(lambda: not upstream.http.connections)
+
+
+async def ends(reader: asyncio.StreamReader) -> bytes:
+    """Return what comes until the end or reset."""
+    try:
+        return await reader.read()
+    except ConnectionError:
+        return b""
+
+
+@with_mesh
 async def test_consecutive_5xx_leave_an_instance_out(mesh: Mesh) -> None:
     stage = Stage(mesh)
     await stage.server("backend", "b1", answer=simple(b"b1", "500 Bad"))
