@@ -20,7 +20,7 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 READ: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What every connection is watched for; errors and hang-ups are reported unasked."""
@@ -155,7 +155,8 @@ class Poller:
                         epoll.unregister(fd)
         elif epoll is not None and self._loop is not None:
             if not self._loop.is_closed():
-                self._loop.remove_reader(epoll.fileno())
+                remove_reader: Any = self._loop.remove_reader  # uvloop's returns no bool: compiled, that is an error
+                remove_reader(epoll.fileno())
             epoll.close()
         self._handlers.clear()
         self._again.clear()
