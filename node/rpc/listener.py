@@ -107,6 +107,10 @@ class Listener:
         """Who has sent nothing yet, the oldest first."""
         self._admission = Admission[_Arrival](waiting_max=WAITING_MAX)
         self._handshakes = 0
+        self._unbegun: set[_Arrival] = set()
+        """Whose handshake is a task that has not run yet: if it is cancelled first, nobody else has their sockets."""
+        self._paused: asyncio.TimerHandle | None = None
+        """Set while no connection can be accepted."""
         self._put_off_at = float("-inf")
         self._planned: asyncio.Handle | None = None
         self._connections: set[ServerConnection] = set()
@@ -142,14 +146,19 @@ class Listener:
         family, _, _, _, address = found[0]
         self._socket = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         self._socket.setblocking(False)
-        self._tasks.spawn(self._accept(self._socket))
+        self._go_on_accepting()
         return int(self._socket.getsockname()[1])
 
     async def close(self) -> None:
         """Stop accepting and close every connection."""
-        await self._tasks.close()
+        if self._paused is not None:
+            self._paused.cancel()
         if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
+        await self._tasks.close()
+        for arrival in self._unbegun:
+            arrival.sock.close()
         if self._planned is not None:
             self._planned.cancel()
         for arrival in tuple(self._silent):
@@ -163,19 +172,24 @@ class Listener:
 
     # -- who has proved nothing yet --------------------------------------------------------------------------------
 
-    async def _accept(self, listening: socket.socket) -> None:
-        # Accepted by hand, since only `connect_accepted_socket` tells us of a handshake that failed, and why.
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                self._arrived(*await loop.sock_accept(listening))
-                for _ in range(ACCEPTS_AT_ONCE):
-                    self._arrived(*listening.accept())
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                log.error("rpc: cannot accept connections for now: %s", error)  # noqa: TRY400 - the text says it all
-                await asyncio.sleep(ACCEPT_PAUSE_S)
+    def _go_on_accepting(self) -> None:
+        assert self._socket is not None
+        self._paused = None
+        asyncio.get_running_loop().add_reader(self._socket, self._accept, self._socket)
+
+    def _accept(self, listening: socket.socket) -> None:
+        # Accepted by hand, since only `connect_accepted_socket` tells us of a handshake that failed, and why; and not
+        # in a task, since whom `sock_accept` has taken is lost when its task is cancelled before it goes on.
+        try:
+            for _ in range(ACCEPTS_AT_ONCE):
+                self._arrived(*listening.accept())
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            log.error("rpc: cannot accept connections for now: %s", error)  # noqa: TRY400 - the text says it all
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening)
+            self._paused = loop.call_later(ACCEPT_PAUSE_S, self._go_on_accepting)
 
     def _arrived(self, sock: socket.socket, where: Any) -> None:
         loop = asyncio.get_running_loop()
@@ -256,10 +270,12 @@ class Listener:
                 return
             arrival, ticket = found
             self._handshakes += 1
+            self._unbegun.add(arrival)
             self._tasks.spawn(self._shake(arrival, ticket))
         self._plan()
 
     async def _shake(self, arrival: _Arrival, ticket: Started) -> None:
+        self._unbegun.discard(arrival)
         gate, loop, sock = Gate(), asyncio.get_running_loop(), arrival.sock
         try:
             if arrival.hung_up():

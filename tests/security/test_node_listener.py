@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
@@ -291,3 +294,26 @@ async def test_noise_inside_tls_closes_that_connection_only(tmp_path: Path, capl
             (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
             assert "closed connection of client-1" in record.getMessage()
         await still_serves(ends)
+
+
+@both_loops
+async def test_whoever_arrives_while_the_listener_closes_is_closed_too(tmp_path: Path) -> None:
+    for said in (b"", b"\x16\x03\x01", ssl_hello()):
+        for turns in range(8):
+            with socket.socket() as caller:
+                async with rpc_ends(tmp_path / f"{len(said)}-{turns}", methods()) as ends:
+                    caller.connect(("127.0.0.1", ends.port))
+                    caller.sendall(said)
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                # Whatever of it the listener had taken, it has not lost: Python would tell of a socket left unclosed.
+                gc.collect()
+
+
+def ssl_hello() -> bytes:
+    """Return the first that a TLS client says."""
+    said = ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), said, server_hostname="server-1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return said.read()
