@@ -28,8 +28,8 @@ SLOW_WRITE_S, SLOW_SYNC_S = 0.01, 0.1
 SLOW_FOR_S = 2.0
 """… for so long: a thread writes then."""
 CALM_S = 10.0
-"""After such a sync the loop waits for none for so long …"""
-WAIT_S_MAX = 0.001
+"""After it has waited so long for one the loop waits for none for this time …"""
+WAIT_S_MAX = 0.002
 """… nor where more than half of the waits take longer than this, but for one in …"""
 TRY_EVERY = 16
 """… so many, from which it learns what the disk is like. What a worker or a thread takes tells more of processors."""
@@ -59,8 +59,8 @@ class GroupSync:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
         self._aio: DiskAio | None = None
         self._quick_from = self._calm_from = self._began = 0.0
-        self._usual_s = _USUAL_S_MAX
-        """About the median of the waits."""
+        self._usual_s = WAIT_S_MAX
+        """About the median of the waits; of a disk that is not known yet nothing bad is thought."""
         self._untried = 0
         self._ended: asyncio.Event = asyncio.Event()
         self._ended.set()
@@ -108,6 +108,8 @@ class GroupSync:
         except OSError as error:
             failed = error
         took = self._took()
+        if took > SLOW_SYNC_S:
+            self._calm_from = time.monotonic() + CALM_S
         if took > self._usual_s:
             self._usual_s = min(_USUAL_S_MAX, self._usual_s * (1 + _STEP))
         else:
@@ -176,5 +178,5 @@ class GroupSync:
         now = time.monotonic()
         took = now - self._began
         if took > SLOW_SYNC_S:
-            self._quick_from, self._calm_from = now + SLOW_FOR_S, now + CALM_S
+            self._quick_from = now + SLOW_FOR_S
         return took
