@@ -13,6 +13,7 @@ from typing import Any
 
 from raftstate.messages import AppendEntries, RequestVote
 from raftstate.raft import RaftCore
+from raftstate.raft_backup import RestoreInLog
 from raftstate.raft_driven import CANDIDATE
 from raftstate.raft_election import Outbox
 from tests.simulation.server import Bugs
@@ -158,6 +159,13 @@ class KeepsMembershipAfterTruncation(RaftCore):
     def _forget_memberships(self, start: int) -> None: ...
 
 
+class SnapshotsAmidRestore(RestoreInLog):
+    """Writes the state down while a restore is on its way: its parts so far are in no log that is kept."""
+
+    def under_way(self, term: int) -> bool:
+        return False
+
+
 PLANTED: dict[str, Bugs] = {
     "skips the fsync": Bugs(disk=LyingDisk),
     "acknowledges before a quorum": Bugs(core=AckBeforeQuorum),
@@ -176,4 +184,5 @@ PLANTED: dict[str, Bugs] = {
     "keeps its lease in a transfer": Bugs(core=LeaseKeptInTransfer),
     "keeps a membership taken back": Bugs(core=KeepsMembershipAfterTruncation),
     "two membership changes at once": Bugs(core=UncheckedMembership),
+    "makes a snapshot amid a restore": Bugs(restore=SnapshotsAmidRestore),
 }

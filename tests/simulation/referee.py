@@ -6,7 +6,8 @@ Leader completeness: a new leader's log has every entry that any server ever app
 State machine safety: every server applies the same command at an index, in order, without gaps.
 Durability: an acknowledged write stays applied; promises name only what the sender's disk holds.
 Linearizability: the log's order is the witness. A write or read that began after another had ended comes later, and
-a read returns what the log up to its index says.
+a read returns what the log up to its index says. (Until a backup is restored: from there on it is the end that is
+judged, by replaying the whole log on a machine of the referee's own.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import msgspec
 
 from raftstate.messages import AppendReply, Message, RequestVote, VoteReply
 from raftstate.raft import RaftCore
-from raftstate.raft_driven import MEMBERS
+from raftstate.raft_backup import RestoreInLog
+from raftstate.raft_driven import MEMBERS, REGULAR, RESTORE
 from raftstate.raft_members import encode_members
 from raftstate.raft_ports import Entry
 from tests.simulation.world import Violation, World
@@ -48,6 +50,10 @@ class Referee:
         """index -> the term that its first applier was in, which is no lower than the one it was committed in."""
         self._checked: dict[str, int] = {}
         """server -> applied index up to which its terms were checked."""
+        self._log: dict[int, tuple[int, bytes]] = {}
+        """index -> (term, command) of every applied entry."""
+        self.restores = 0
+        """How often a backup took the state's place, counted at each server."""
 
     # -- the log ---------------------------------------------------------------------------------------------------
 
@@ -104,6 +110,8 @@ class Referee:
                 assert term_there is not None
                 self.term_applied(server, index, term_there)
                 self._committed_in.setdefault(index, term)
+                if index not in self._log:
+                    self._log[index] = term_there, core.entries(index, 1)[0][0]
             self._checked[server] = applied
         commit, at = core.commit, core.membership_index
         if at > commit:
@@ -152,6 +160,8 @@ class Referee:
 
     def write_acknowledged(self, request: str, index: int, value: str | None, floor: int) -> None:
         """`floor` is this referee's floor when the write was first sent; `value` may be unknown after a retry."""
+        if self.restores:
+            return
         first = self._effective.get(request)
         if first is None:
             raise Violation(f"write {request} was acknowledged at index {index} and applied nowhere")
@@ -170,6 +180,8 @@ class Referee:
 
     def read_answered(self, key: str, value: str | None, index: int, floor: int, *, stale: bool) -> None:
         """`floor` is this referee's floor when the read began."""
+        if self.restores:
+            return
         expected = self.value_at(key, index)
         if value != expected:
             raise Violation(f"a read of {key} at index {index} returned {value!r}, the log says {expected!r}")
@@ -181,10 +193,16 @@ class Referee:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def check_end(self, states: dict[str, tuple[int, str, dict[str, str]]]) -> None:
-        """`states`: server -> (applied index, digest, registers) after everything has settled."""
+    def check_end(self, states: dict[str, tuple[int, str, dict[str, str]]], machine: Any) -> None:
+        """`states`: server -> (applied index, digest, registers), once all has settled. `machine`: a new one."""
         if len({state[:2] for state in states.values()}) > 1:
             raise Violation(f"states differ at the end: { {name: state[:2] for name, state in states.items()} }")
+        replayed = self._replay(machine)
+        for name, (_, digest, _) in states.items():
+            if digest != replayed:
+                raise Violation(f"{name} ends in another state than the log leads to")
+        if self.restores:
+            return
         for name, (_, _, registers) in states.items():
             for key in self._values:
                 if registers.get(key) != self._values[key][1][-1]:
@@ -194,3 +212,13 @@ class Referee:
         for request, index in self.acknowledged.items():
             if self._effective.get(request) != index:
                 raise Violation(f"the acknowledged write {request} is lost")
+
+    def _replay(self, machine: Any) -> str:
+        restores = RestoreInLog(machine.restorer, lambda _replaced: None)
+        for index, (term, command) in sorted(self._log.items()):
+            if command[:1] == REGULAR:
+                machine.apply(index, command[1:])
+            elif command[:1] == RESTORE:
+                restores.apply(index, term, command[1:])
+        digest: str = machine.digest()
+        return digest

@@ -6,7 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from raftstate.errors import RaftError
 from raftstate.raft import Member, Members, RaftConfig, RaftCore
+from raftstate.raft_backup import BEGIN, END, PART, VOID
 from tests.simulation.clients import SimClient
 from tests.simulation.network import Network, NetworkMood
 from tests.simulation.real_machine import RealMachine
@@ -18,6 +20,8 @@ from tests.support.raft_machine import RegisterMachine
 FAULTS_S = 6.0
 """Virtual seconds with faults; then everything heals and must settle."""
 SETTLE_S = 4.0
+RESTORING = 5
+"""Of eight seeds, the one in which backups are restored: what clients see is judged less there."""
 
 
 @dataclass
@@ -75,6 +79,7 @@ class Scenario:
             waits=seed // 4 % 2 == 1,
         )
         bugs = bugs or Bugs()
+        self._make_machine = bugs.machine or tuning.machine
         self.servers = {
             name: SimServer(name, world, self.referee, self.network, tuning, bootstrap, bugs) for name in names
         }
@@ -115,6 +120,10 @@ class Scenario:
         elif profile == "links":
             kinds = [self._cut_leader_link, self._transfer, self._transfer, self._pause, self._clocks]
         self.kinds = [kind for kind in kinds if rng.random() < 0.6] or kinds
+        if seed % 8 == RESTORING:
+            self.kinds += [self._restore_backup, self._restore_backup]
+        self._restoring: set[tuple[str, int]] = set()
+        """Servers, with which of their lives, that lead a restore."""
         self.pace_s = rng.choice((0.2, 0.5, 1.0))
         world.after(0.5, self._trouble)
 
@@ -259,6 +268,49 @@ class Scenario:
             leader.operate(remove)
         self._isolate_soon()
 
+    def _restore_backup(self) -> None:
+        """Take a backup somewhere, now, and have a leader restore it a little later, step by step."""
+        rng = self.world.rng
+        source = self._some()
+        if not source.alive:
+            return
+        chunks = list(source.machine.snapshot())
+        steps = [BEGIN, *(PART + b"\0" + chunk[:20] for chunk in chunks[:1])]
+        steps += [PART + b"\1" + chunk[20 if number == 0 else 0 :] for number, chunk in enumerate(chunks)]
+        steps.append(END)
+        if rng.random() < 0.3:
+            steps = [*steps[: rng.randint(1, len(steps) - 1)], VOID]  # whoever asked for it has hung up
+        self.world.after(rng.random(), lambda: self._restore_step(None, steps))
+        if rng.random() < 0.5:
+            self.world.after(rng.random() + 0.02, self._crash if rng.random() < 0.5 else self._isolate_leader)
+
+    def _restore_step(self, at: tuple[str, int] | None, steps: list[bytes]) -> None:
+        """`at`: the server that leads the restore, in which of its lives. As `raftstate.backup`: one at a time."""
+        leader = self._leader() if at is None else self.servers[at[0]]
+        if leader is None or not leader.alive or (at is None and (leader.name, leader.life) in self._restoring):
+            return
+        here = at or (leader.name, leader.life)
+        if here[1] != leader.life or not steps:
+            self._restoring.discard(here)
+            return
+        self._restoring.add(here)
+
+        def proposed(_value: Any, error: Any) -> None:
+            if error is None:
+                self.world.after(0.003 * self.world.rng.random(), lambda: self._restore_step(here, steps[1:]))
+                return
+            self._restoring.discard(here)
+            leader.operate(lambda core: core.propose_restore(VOID, lambda _value, _error: None))
+
+        def propose(core: RaftCore) -> None:
+            try:
+                core.propose_restore(steps[0], proposed)
+            except RaftError:
+                self._restoring.discard(here)
+                raise
+
+        leader.operate(propose)
+
     def _disk_trouble(self) -> None:
         server = self._some()
         if server.alive:
@@ -293,7 +345,7 @@ class Scenario:
         for member in members.all:
             server = self.servers[member.id]
             states[member.id] = (server.core.applied, server.machine.digest(), server.machine.registers)
-        self.referee.check_end(states)
+        self.referee.check_end(states, self._make_machine())
         if leaders[0].core.applied != leaders[0].core.last_index:
             raise Violation("the leader has entries that it cannot commit")
 

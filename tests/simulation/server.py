@@ -13,6 +13,7 @@ from raftstate.journal import Journal
 from raftstate.journal_sync import Group, SyncDone
 from raftstate.messages import AppendReply, Message, decode_message, encode_message
 from raftstate.raft import Members, RaftConfig, RaftCore
+from raftstate.raft_backup import RestoreInLog
 from raftstate.raft_driver import Driver
 from raftstate.raft_snapshotter import SnapshotMaker
 from raftstate.snapshots import SnapshotStore
@@ -31,6 +32,7 @@ class Bugs:
     machine: Callable[[], Any] | None = None
     """None: a small machine or the real one, as the seed has it."""
     disk: type[SimDisk] = SimDisk
+    restore: type[RestoreInLog] = RestoreInLog
 
 
 @dataclass
@@ -195,6 +197,7 @@ class SimServer:
                 config=self._tuning.config,
                 silent_since=self._died_at,
             )
+            self.core.backup = self._bugs.restore(self.machine.restorer, self._replaced)
         except JournalFailed as error:
             # The disk is still unwell: whoever runs the server starts it again later.
             self._world.note(self.name, f"does not start: {error}")
@@ -345,12 +348,24 @@ class SimServer:
         core = self.core
         if core.install is not None:
             self._later(self._world.rng.random() * 0.02, self._restore)
-        elif self._maker is None and (
-            core.applied - self._snapshot_at >= self._tuning.snapshot_entries
-            or (core.snapshot_wanted and core.applied > self._snapshot_at)
+        elif (
+            self._maker is None
+            and self._may_snapshot()
+            and (
+                core.applied - self._snapshot_at >= self._tuning.snapshot_entries
+                or (core.snapshot_wanted and core.applied > self._snapshot_at)
+            )
         ):
             self._maker = SnapshotMaker(core, self.machine, self._store)
             self._later(0.001, self._snapshot_step)
+
+    def _replaced(self, _old: Any) -> None:
+        self._referee.restores += 1
+        self._world.note(self.name, "a backup is in place")
+
+    def _may_snapshot(self) -> bool:
+        term = self.core.term_at(self.core.applied)
+        return term is not None and not self.core.backup.under_way(term)
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ FROM = {
     "reads before its no-op": 119,
     "keeps a membership taken back": 24,
     "two membership changes at once": 1136,
+    "makes a snapshot amid a restore": 85,
 }
 """Where to begin to look; elsewhere it takes longer."""
 
