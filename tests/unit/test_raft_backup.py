@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from raftstate.errors import JournalDamaged, RaftError, SnapshotDamaged, TooBusy, UnknownOutcome
@@ -106,6 +107,25 @@ async def test_a_backup_that_the_servers_could_not_read_changes_nothing(tmp_path
         await leader.apply(set_key("mine", b"2"))
         assert list(kv(leader)) == ["mine"]
         assert cluster.failures.empty()
+
+
+@pytest.mark.parametrize("what", ["its format is 3", "it holds the table 'moods'"])
+async def test_a_backup_of_a_later_version_changes_nothing_and_says_what_it_takes(tmp_path: Path, what: str) -> None:
+    chunks = list(far_machine(10).snapshot())
+    if "format" in what:
+        name, header = msgspec.msgpack.decode(chunks[0])
+        chunks[0] = msgspec.msgpack.encode([name, {**header, "format": 3}])
+    else:
+        chunks.insert(1, msgspec.msgpack.encode(["moods", ["good"]]))
+    encoder = SnapshotEncoder(SnapshotHeader(9, 1, {}, 0.0))
+    framed = [encoder.start(), *(encoder.chunk(chunk) for chunk in chunks), encoder.finish()]
+    async with ReplicaCluster(tmp_path, 1, machine=StateMachine) as cluster:
+        leader = await cluster.leader()
+        await leader.apply(set_key("mine", b"1"))
+        with pytest.raises(SnapshotDamaged, match=f"{what}.*use a newer version"):
+            await leader.restore_snapshot(pieces(framed))
+        assert list(kv(leader)) == ["mine"]
+        await leader.apply(set_key("mine", b"2"))
 
 
 async def test_of_two_restores_at_once_one_is_refused_and_none_is_mixed(tmp_path: Path) -> None:
