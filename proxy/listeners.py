@@ -118,7 +118,7 @@ class ForeignCaller(SocketChannel):
         if self.call is not None:
             return super().eof_received()
         self.early_eof = True
-        return False
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
@@ -132,6 +132,8 @@ class ForeignCaller(SocketChannel):
     def begin(self, call: Call) -> None:
         """The call is admitted: hand over what arrived with the handshake."""
         self.call = call
+        if isinstance(self.transport, SecureTransport):
+            self.transport.keep_alive()
         early, self.early = self.early, []
         for data in early:
             super().data_received(data)

@@ -31,6 +31,9 @@ LINGER_RESET = struct.pack("ii", 1, 0)
 _MORE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 """There is more to read although a read was not filled: the end, or what follows an urgent byte."""
 
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+"""After how many seconds of silence the kernel asks a peer, how often, and how many times; two minutes in all."""
+
 _IN = select.EPOLLIN
 _read, _write = os.read, os.write
 
@@ -362,6 +365,21 @@ class PlainTransport(asyncio.Transport):
             self._shut_down()
         elif self._queue is None:
             self._queue = deque()  # so that a connection that is being made looks at what is to be done
+
+    def keep_alive(self) -> None:
+        """Have the kernel ask a silent peer now and then whether it is there, and end the connection if it is not."""
+        if self._fd < 0:
+            return
+
+        def switch_on(sock: socket.socket) -> None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in KEEPALIVE:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+        try:
+            with_socket(self._fd, switch_on)
+        except OSError as error:
+            self.end(error)
 
     def _shut_down(self) -> None:
         try:

@@ -32,9 +32,6 @@ log = logging.getLogger("lictor.proxy.outbound")
 CONNECT_TIMEOUT_S = 5.0
 IDLE_SESSION_S = 300.0
 MAX_PENDING_DIALS = 1024
-HALF_CLOSED_SILENCE_S = 5.0
-"""A TLS connection of asyncio cannot be half closed. Once the app has sent its end, a foreign peer may go on sending;
-when it was silent for this long the connection is closed."""
 FOREIGN_MEMORY_S = 60.0
 """How long a peer that did not speak mux is dialed as foreign before mux is offered again."""
 
@@ -43,8 +40,6 @@ class ForeignChannel(SocketChannel):
     """One TLS connection to a foreign sidecar, for one app connection. Keeps what arrives before it is joined."""
 
     __slots__ = ("early", "early_eof", "joined", "lost", "pool")
-
-    waits_after_eof = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,27 +59,18 @@ class ForeignChannel(SocketChannel):
         if self.joined:
             return super().eof_received()
         self.early_eof = True
-        return False
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self.pool.pop(self, None)
         super().connection_lost(exc)
 
-    def write_eof(self) -> None:
-        super().write_eof()
-        if not self.transport.is_closing():
-            asyncio.get_running_loop().call_later(HALF_CLOSED_SILENCE_S, self._end_if_silent, self.received)
-
-    def _end_if_silent(self, received: int) -> None:
-        if not self.lost and received == self.received:
-            self.transport.close()
-        elif not self.lost:
-            asyncio.get_running_loop().call_later(HALF_CLOSED_SILENCE_S, self._end_if_silent, self.received)
-
     def attach(self, peer: Channel) -> None:
         """Join with the app's connection and hand over what arrived early."""
         self.joined = True
+        if isinstance(self.transport, SecureTransport):
+            self.transport.keep_alive()
         self.peer = peer
         peer.peer = self
         early, self.early = self.early, []

@@ -18,12 +18,9 @@ from proxy.stream import Channel, Data
 class SocketChannel(asyncio.Protocol):
     """A connection as a channel. Counts its bytes; ``on_closed`` is called once, when the connection is gone."""
 
-    __slots__ = ("_closing", "_eof_in", "_eof_out", "_plain", "peer", "received", "sent", "transport")
+    __slots__ = ("_closing", "_eof_in", "_eof_out", "peer", "received", "sent", "transport")
 
     transport: asyncio.Transport
-    waits_after_eof = False
-    """What the end of the peer's data means on a TLS connection, which cannot be half open here: close at once
-    (the app on the answering side is done), or wait for the other side's end (the app on the asking side is)."""
 
     def __init__(self) -> None:
         self.peer: Channel = NOBODY
@@ -32,13 +29,11 @@ class SocketChannel(asyncio.Protocol):
         self._eof_in = False
         self._eof_out = False
         self._closing = False
-        self._plain = True
 
     # asyncio.Protocol: from outside to the peer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._plain = self.transport.can_write_eof()
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -51,8 +46,7 @@ class SocketChannel(asyncio.Protocol):
             if self._eof_out:
                 self._closing = True
                 self.transport.close()
-        # A TLS transport closes at the peer's end whatever we return; a plain one stays half open.
-        return self._plain and not self._closing
+        return not self._closing  # it stays half open
 
     def pause_writing(self) -> None:
         self.peer.pause_reading()
@@ -81,10 +75,10 @@ class SocketChannel(asyncio.Protocol):
         if self._eof_out or self._closing:
             return
         self._eof_out = True
-        if self._eof_in or not (self._plain or self.waits_after_eof):
+        if self._eof_in:
             self._closing = True
             self.transport.close()
-        elif self._plain:
+        else:
             self.transport.write_eof()
 
     def abort(self, error: Exception | None = None) -> None:
@@ -94,7 +88,7 @@ class SocketChannel(asyncio.Protocol):
         if isinstance(self.transport, PlainTransport):
             self.transport.reset()  # so that the app does not take what it has for the whole of the data
             return
-        if self._plain and (sock := self.transport.get_extra_info("socket")) is not None:
+        if (sock := self.transport.get_extra_info("socket")) is not None:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
             except OSError:

@@ -1,8 +1,9 @@
 """TLS on a :class:`~proxy.plain.PlainTransport`, in asyncio's terms: a transport that calls a protocol.
 
 Beside asyncio's own TLS transport: a small record costs one read and one decryption and nothing else (no second
-attempt, which would end in an exception), what is written is encrypted and sent at once, and the end does not reset
-what is on its way to the peer.
+attempt, which would end in an exception), what is written is encrypted and sent at once, the end does not reset
+what is on its way to the peer, and each direction ends by itself: in TLS 1.3 a close_notify says nothing of the other
+direction (RFC 8446, section 6.1).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         "_plain",
         "_protocol",
         "_shaking",
+        "_wrote_eof",
     )  # fmt: skip
 
     def __init__(self, poller: Poller, protocol: asyncio.Protocol, context: ssl.SSLContext, *, server: bool) -> None:
@@ -51,7 +53,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """How it ended, for :meth:`handshake`, which may be called after that."""
         self._closing = False
-        self._peer_ended = False
+        self._peer_ended = self._wrote_eof = False
         self._parting: asyncio.TimerHandle | None = None
 
     async def handshake(self) -> None:
@@ -127,13 +129,15 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLWantReadError:
             self._send()  # less than a record, or a key update, which is to be answered
             return
+        except ssl.SSLZeroReturnError:  # an empty read, when both have ended their side
+            clear, ended = b"", True
         except ssl.SSLError as error:
             self._broken(error)
             return
         if clear:
             self._protocol.data_received(clear)
         if ended:
-            self._ended_by_peer()
+            self._ended_by_peer(notified=True)
 
     def _decrypt_all(self, first: bytes) -> tuple[bytes, bool]:
         """Return all that has come, in one piece, and whether the peer has ended its side. Raises ssl.SSLError."""
@@ -145,6 +149,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
                 ended = not data
         except ssl.SSLWantReadError:
             self._send()
+        except ssl.SSLZeroReturnError:
+            ended = True
         return b"".join(pieces), ended
 
     def _broken(self, error: ssl.SSLError) -> None:
@@ -153,21 +159,20 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         self._plain.end(error)
 
     def eof_received(self) -> bool:
-        self._ended_by_peer()
+        self._ended_by_peer(notified=False)
         return True  # we close it
 
-    def _ended_by_peer(self) -> None:
-        """By TLS or TCP."""
+    def _ended_by_peer(self, *, notified: bool) -> None:
+        """By TLS (``notified``), after which we may go on, or by TCP alone: then the peer is gone, or may be."""
         if self._shaking:
             self._handshake_failed(ConnectionAbortedError("peer closed the connection during the handshake"))
             self._plain.close()
         elif not self._peer_ended:
             self._peer_ended = True
-            if not self._closing:
-                self._protocol.eof_received()
+            goes_on = not self._closing and self._protocol.eof_received()
             if self._closing:
                 self._plain.close()
-            else:
+            elif not (goes_on and notified) or self._wrote_eof:
                 self.close()
 
     def connect_failed(self, error: OSError) -> None:
@@ -212,6 +217,19 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         if self._outgoing.pending:
             self._plain.write(self._outgoing.read())
 
+    def write_eof(self) -> None:
+        """End our direction: the peer is told by TLS. The connection ends once it has ended its own."""
+        if not self._closing and not self._wrote_eof:
+            self._notify()
+
+    def _notify(self) -> None:
+        self._wrote_eof = True
+        try:
+            self._object.unwrap()
+        except ssl.SSLError:
+            pass  # it waits for the peer's notice, as we do
+        self._send()
+
     def close(self) -> None:
         if self._closing:
             return
@@ -219,11 +237,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         if self._shaking:
             self._plain.close()
             return
-        try:
-            self._object.unwrap()
-        except ssl.SSLError:
-            pass  # it waits for the peer's notice, as we do below
-        self._send()
+        if not self._wrote_eof:
+            self._notify()
         if self._peer_ended:
             self._plain.close()
         else:
@@ -240,7 +255,11 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         return self._closing or self._plain.is_closing()
 
     def can_write_eof(self) -> bool:
-        return False
+        return True
+
+    def keep_alive(self) -> None:
+        """Have the kernel find out that the peer has vanished, where nothing else does."""
+        self._plain.keep_alive()
 
     def pause_reading(self) -> None:
         if not self._closing:

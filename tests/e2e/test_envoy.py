@@ -209,6 +209,35 @@ def test_intentions_open_and_close_the_way(stage: Mesh) -> None:
             one.close()
 
 
+class _Counting(socketserver.StreamRequestHandler):
+    """Says how much came, once the caller has said all it has to say."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"%d\n" % len(self.rfile.read()))
+
+
+@pytest.mark.parametrize(("caller", "instance"), [(LICTOR, ENVOY), (ENVOY, LICTOR)])
+def test_a_caller_that_ends_its_side_is_answered(stage: Mesh, caller: str, instance: str) -> None:
+    source, destination = f"asks-by-{caller}", f"counts-by-{instance}"
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Counting)) as port:
+        stand(stage, instance, destination, port, host=1)
+        stand(stage, caller, source, 0, "-upstreams", destination)
+        allow(stage, source, destination)
+        host, _, number = upstream(stage, f"{source}-1", destination).partition(":")
+
+        def answer(size: int) -> bytes:
+            try:
+                with socket.create_connection((host, int(number)), TIMEOUT_S) as sock:
+                    sock.sendall(bytes(size))
+                    sock.shutdown(socket.SHUT_WR)
+                    return sock.makefile("rb").read()
+            except ConnectionError:
+                return b""
+
+        assert wait_until(lambda: answer(10) == b"10\n", TIMEOUT_S)
+        assert [answer(size) for size in (1, 1_000_000, 5)] == [b"1\n", b"1000000\n", b"5\n"]
+
+
 def http_call(address: str, method: str, path: str) -> tuple[int, Any]:
     host, _, port = address.partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=TIMEOUT_S)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import aiohttp
 import msgspec
 import pytest
 
-from proxy import pool
+from proxy.poller import Poller
+from proxy.relay import SocketChannel
+from proxy.secure import SecureTransport
+from proxy.tls import make_material
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Mesh, digest, hang_up, until
 from tests.support.tls_peers import context
@@ -32,10 +36,7 @@ async def foreign_server(mesh: Mesh) -> tuple[asyncio.Server, int]:
 
 
 @with_mesh
-async def test_foreign_upstream_is_dialed_once_for_each_connection(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pool, "HALF_CLOSED_SILENCE_S", 0.1)
+async def test_foreign_upstream_is_dialed_once_for_each_connection(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     listener, port = await foreign_server(mesh)
     await client.route("backend", msgspec.structs.replace(server.endpoint, port=port))
@@ -53,6 +54,128 @@ async def test_foreign_upstream_is_dialed_once_for_each_connection(
     assert pair.bytes_in >= len(data)
     await until(lambda: not client.sidecar._pool._foreign)
     listener.close()
+
+
+class Foreign(SocketChannel):
+    """A foreign peer's TLS connection, which can be half closed. What comes is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = b""
+        self.ended = self.lost = False
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        super().connection_lost(exc)
+
+
+@with_mesh
+async def test_each_direction_of_a_call_to_a_foreign_peer_ends_by_itself(mesh: Mesh) -> None:
+    client, server, _ = await mesh.pair()
+    poller = Poller()
+    loop = asyncio.get_running_loop()
+    tls = context(mesh.ca.leaf("backend", "backend-1"), mesh.ca.root_pem, server=True)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    await client.route("backend", msgspec.structs.replace(server.endpoint, port=listener.getsockname()[1]))
+
+    async def accept() -> Foreign:
+        sock, address = await loop.sock_accept(listener)
+        foreign = Foreign()
+        transport = SecureTransport(poller, foreign, tls, server=True)
+        transport.accepted(sock.detach(), address)
+        await transport.handshake()
+        return foreign
+
+    async with asyncio.timeout(30):
+        # Our app ends first, and hears the answer all the same.
+        accepting = asyncio.create_task(accept())
+        reader, writer = await client.dial()
+        writer.write(b"question")
+        writer.write_eof()
+        foreign = await accepting
+        await until(lambda: foreign.ended)
+        assert foreign.data == b"question"
+        foreign.write(b"ans")
+        assert await reader.readexactly(3) == b"ans"
+        foreign.write(b"wer")
+        foreign.write_eof()
+        assert await reader.read() == b"wer"
+        await until(lambda: foreign.lost)
+        await hang_up(writer)
+        # The foreign app ends first, and is told the rest.
+        accepting = asyncio.create_task(accept())
+        reader, writer = await client.dial()
+        writer.write(b"one")
+        foreign = await accepting
+        foreign.write(b"bye")
+        foreign.write_eof()
+        assert await reader.read() == b"bye"
+        writer.write(b", two")
+        await until(lambda: foreign.data == b"one, two")
+        assert not foreign.ended
+        writer.write_eof()
+        await until(lambda: foreign.ended and foreign.lost)
+        await hang_up(writer)
+    await until(lambda: not client.sidecar._pool._foreign)
+    await until(lambda: client.sidecar.live_calls() == 0)
+    listener.close()
+    poller.close()
+
+
+@with_mesh
+async def test_each_direction_of_a_foreign_peers_call_ends_by_itself(mesh: Mesh) -> None:
+    heard: list[bytes] = []
+
+    async def app(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = await reader.readline()
+        if first == b"app first\n":
+            writer.write(b"bye")
+            writer.write_eof()
+            heard.append(await reader.read())
+        else:
+            heard.append(await reader.read())
+            writer.write(b"ans")
+            await writer.drain()
+            writer.write(b"wer")
+            writer.write_eof()
+
+    _, server, _ = await mesh.pair(app)
+    poller = Poller()
+    tls = make_material(mesh.ca.leaf("web", "web-9"), (mesh.ca.root_pem,)).client_plain
+
+    async def call(line: bytes) -> Foreign:
+        foreign = Foreign()
+        transport = SecureTransport(poller, foreign, tls, server=False)
+        transport.connect([(socket.AF_INET, ("127.0.0.1", server.ports.public_port))])
+        await transport.handshake()
+        foreign.write(line)
+        return foreign
+
+    async with asyncio.timeout(30):
+        for early in (False, True):  # the end may come with the handshake's last bytes
+            foreign = await call(b"caller first\n")
+            if not early:
+                await until(lambda: bool(server.sidecar.live_calls()))
+            foreign.write_eof()
+            await until(lambda: foreign.lost)  # noqa: B023 - awaited here
+            assert foreign.data == b"answer"
+        foreign = await call(b"app first\n")
+        await until(lambda: foreign.ended)
+        assert foreign.data == b"bye"
+        foreign.write(b"the rest")
+        foreign.write_eof()
+        await until(lambda: foreign.lost)
+    await until(lambda: heard == [b"", b"", b"the rest"])
+    await until(lambda: server.sidecar.live_calls() == 0)
+    poller.close()
 
 
 @with_mesh

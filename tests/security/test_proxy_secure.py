@@ -53,7 +53,9 @@ class Recorder(asyncio.Protocol):
         self.error = exc
 
 
-async def with_peer(peer: Callable[[socket.socket], Any]) -> tuple[Recorder, SecureTransport, asyncio.Future[Any]]:
+async def with_peer(
+    peer: Callable[[socket.socket], Any], recorder: Recorder | None = None
+) -> tuple[Recorder, SecureTransport, asyncio.Future[Any]]:
     """Dial ``peer``, which runs in a thread on the connection it is given."""
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -65,8 +67,8 @@ async def with_peer(peer: Callable[[socket.socket], Any]) -> tuple[Recorder, Sec
             return peer(sock)
 
     running = asyncio.get_running_loop().run_in_executor(None, serve)
-    poller, recorder = Poller(), Recorder()
-    transport = SecureTransport(poller, recorder, OURS, server=False)
+    recorder = recorder or Recorder()
+    transport = SecureTransport(Poller(), recorder, OURS, server=False)
     address = numeric(*server.getsockname())
     assert address is not None
     transport.connect([address])
@@ -115,6 +117,88 @@ async def test_close_lets_all_arrive_though_the_peer_still_sends() -> None:
     transport.write(b"too late")
     assert await running == 3 << 20
     await until(lambda: "lost" in recorder.told)
+
+
+class HalfOpen(Recorder):
+    """Goes on after the peer's end."""
+
+    def eof_received(self) -> bool:
+        super().eof_received()
+        return True
+
+
+@all_loops
+async def test_each_direction_ends_by_itself() -> None:
+    def peer(sock: socket.socket) -> bytes:
+        with PEER.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls:
+            received = b""
+            while data := tls.recv(65536):
+                received += data
+            tls.sendall(b"answer" * 20_000)  # after our close_notify, which ended our direction alone
+            tls.unwrap()
+            return received
+
+    recorder, transport, running = await with_peer(peer, HalfOpen())
+    await transport.handshake()
+    transport.write(b"question" * 20_000)
+    transport.write_eof()
+    transport.write_eof()
+    assert await running == b"question" * 20_000
+    await until(lambda: "lost" in recorder.told)
+    assert recorder.data == b"answer" * 20_000
+    assert (recorder.told, recorder.error) == (["made", "eof", "lost"], None)
+
+
+@all_loops
+async def test_the_peers_end_by_tls_leaves_our_direction_and_its_end_by_tcp_alone_does_not() -> None:
+    def by_tls(sock: socket.socket) -> bytes:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = PEER.wrap_bio(incoming, outgoing, server_side=True)
+
+        def read() -> bytes:
+            while True:
+                try:
+                    return tls.read(65536)
+                except ssl.SSLZeroReturnError:
+                    return b""
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    incoming.write(sock.recv(65536))
+
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        tls.write(b"bye")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        sock.sendall(outgoing.read())
+        received = b""
+        while data := read():
+            received += data
+        return received
+
+    def by_tcp(sock: socket.socket) -> None:
+        with PEER.wrap_socket(sock, server_side=True) as tls:
+            tls.sendall(b"bye")
+
+    recorder, transport, running = await with_peer(by_tls, HalfOpen())
+    await transport.handshake()
+    await until(lambda: "eof" in recorder.told)
+    assert recorder.data == b"bye"
+    assert not transport.is_closing()
+    transport.write(b"more" * 50_000)
+    transport.close()
+    assert await running == b"more" * 50_000
+    await until(lambda: "lost" in recorder.told)
+    recorder, transport, running = await with_peer(by_tcp, HalfOpen())
+    await transport.handshake()
+    await until(lambda: "lost" in recorder.told)
+    assert recorder.told == ["made", "eof", "lost"]
+    await running
 
 
 @all_loops
