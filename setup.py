@@ -22,9 +22,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 COMPILED = [
+    "proxy/authz/permission.py",
+    "proxy/authz/policy.py",
+    "proxy/authz/request.py",
+    "proxy/http/connection.py",
+    "proxy/http/head.py",
+    "proxy/http/inbound.py",
+    "proxy/http/intake.py",
+    "proxy/http/known_heads.py",
+    "proxy/http/options.py",
+    "proxy/http/outbound.py",
+    "proxy/http/parser.py",
+    "proxy/http/upstream.py",
     "proxy/mux/core.py",
     "proxy/mux/flow.py",
     "proxy/mux/frames.py",
+    "proxy/outbound_http.py",
 ]
 """Compiled together, as one library. A class in here may inherit from classes in here, and from no others."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -92,6 +91,27 @@ def source_of(client: Channel) -> str:
     return str(name[0]) if isinstance(name, tuple) and name else ""
 
 
+def aim_at(service: Service, asked: Asked, client: Channel) -> RequestAim | None:
+    """Return what the plan says of a request; None when there is no plan."""
+    routing = service.routing
+    return None if routing is None else RequestAim(service, routing.request(asked), asked, client)
+
+
+def choose(service: Service, tried: set[Hashable], aim: object) -> Instance | None:
+    """Choose the instance for a request, outside ``tried``."""
+    now = service.pool.poller.now()
+    exclude = cast("set[Key]", tried)
+    if isinstance(aim, RequestAim):
+        instance = aim.destination.pick(now, exclude, aim.hashed)
+    else:
+        instance = service.balancer.pick(now, exclude)
+    if tried:
+        service.metrics.count("lictor_retries_total", upstream=service.name)
+    else:
+        service.budget.connection()
+    return instance
+
+
 class Chooser:
     """The instances of one upstream, one to be chosen for each request."""
 
@@ -103,28 +123,16 @@ class Chooser:
         return self.service.unavailable()
 
     def aim_at(self, asked: Asked, client: Channel) -> RequestAim | None:
-        """Return what the plan says of a request; None when there is no plan."""
-        routing = self.service.routing
-        return None if routing is None else RequestAim(self.service, routing.request(asked), asked, client)
+        """As the function."""
+        return aim_at(self.service, asked, client)
 
     def choose(self, tried: set[Hashable], aim: object) -> Instance | None:
-        """Choose the instance for a request, outside ``tried``."""
-        service = self.service
-        now = asyncio.get_running_loop().time()
-        exclude = cast("set[Key]", tried)
-        if isinstance(aim, RequestAim):
-            instance = aim.destination.pick(now, exclude, aim.hashed)
-        else:
-            instance = service.balancer.pick(now, exclude)
-        if tried:
-            service.metrics.count("lictor_retries_total", upstream=service.name)
-        else:
-            service.budget.connection()
-        return instance
+        """As the function."""
+        return choose(self.service, tried, aim)
 
     def may_retry(self) -> bool:
         """Take leave for one retry."""
-        return self.service.budget.take(asyncio.get_running_loop().time())
+        return self.service.budget.take(self.service.pool.poller.now())
 
 
 class InstanceUse:
@@ -145,21 +153,11 @@ class InstanceUse:
 
     def answered(self, status: int) -> None:
         """The instance's app gave an answer with this HTTP status, or one that says the same."""
-        instance = self.instance
-        if instance.owner.answered(instance, status, asyncio.get_running_loop().time()):
-            _report_ejection(self.service, instance, f"answered {status} too often in a row")
+        report_answer(self.service, self.instance, status)
 
     def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
         """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
-        cause = frames.CODE_NAMES.get(refused.code, "other")
-        self.service.metrics.count("lictor_refusals_received_total", upstream=self.service.name, reason=cause)
-        if refused.code in _INSTANCE_FAULTS:
-            self.failed(str(refused))
-        elif refused.code == frames.DENIED:
-            return 403, f"destination {self.instance.key.service!r} denies calls of this service"
-        elif refused.code not in _AVOIDABLE:
-            return 502, f"{self.instance.key.instance} refused the call: {cause}"
-        return None
+        return report_refusal(self.service, self.instance, refused)
 
     def release(self) -> bool:
         """The request has ended. Returns whether this was the first to say so."""
@@ -192,8 +190,27 @@ class LoopbackUse:
 
 def report_failure(service: Service, instance: Instance, reason: str) -> None:
     """The instance could not be reached or did not answer: it may be left out for a while."""
-    if instance.owner.failed(instance, asyncio.get_running_loop().time()):
+    if instance.owner.failed(instance, service.pool.poller.now()):
         _report_ejection(service, instance, reason)
+
+
+def report_answer(service: Service, instance: Instance, status: int) -> None:
+    """The instance's app gave an answer with this HTTP status: where answers are judged, it may be left out."""
+    if instance.owner.answered(instance, status, service.pool.poller.now()):
+        _report_ejection(service, instance, f"answered {status} too often in a row")
+
+
+def report_refusal(service: Service, instance: Instance, refused: StreamRefused) -> tuple[int, str] | None:
+    """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
+    cause = frames.CODE_NAMES.get(refused.code, "other")
+    service.metrics.count("lictor_refusals_received_total", upstream=service.name, reason=cause)
+    if refused.code in _INSTANCE_FAULTS:
+        report_failure(service, instance, str(refused))
+    elif refused.code == frames.DENIED:
+        return 403, f"destination {instance.key.service!r} denies calls of this service"
+    elif refused.code not in _AVOIDABLE:
+        return 502, f"{instance.key.instance} refused the call: {cause}"
+    return None
 
 
 def _report_ejection(service: Service, instance: Instance, reason: str) -> None:

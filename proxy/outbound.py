@@ -15,9 +15,10 @@ from proxy.balancer import Balancer, Key, RetryBudget, key_of
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
 from proxy.http2.outbound import OutboundHttp2
+from proxy.http_app import HttpAppConnection
 from proxy.logs import LimitedLog
 from proxy.metrics import Metrics, PairStats
-from proxy.outbound_http import HttpAppConnection, ServiceFleet, options_of
+from proxy.outbound_http import ServiceFleet, options_of
 from proxy.outbound_http2 import Http2AppConnection, Http2Fleet
 from proxy.outgoing import AppConnection, Outgoing, Waiting
 from proxy.pool import SessionPool

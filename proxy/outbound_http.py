@@ -11,13 +11,12 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from proxy.balancer import Instance
-from proxy.choosing import Chooser, InstanceUse, LoopbackUse, is_retiring
-from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
-from proxy.http import HttpOptions, OutboundConnection, OutboundOptions
+from proxy.choosing import aim_at, choose, is_retiring, report_answer, report_failure, report_refusal
+from proxy.errors import ConnectFailed, StreamRefused
+from proxy.http import HttpOptions, OutboundOptions
 from proxy.http.head import RequestHead
 from proxy.http.outbound import Aim, Lease
 from proxy.http.upstream import Owner, Upstream
-from proxy.http2.outbound import OutboundHttp2Connection
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.relay import SocketChannel
@@ -51,22 +50,31 @@ def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
     )
 
 
-class ServiceFleet(Chooser):
+class ServiceFleet:
     """The instances of one upstream, with the idle streams to each."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service)
+        self.service = service
         self.idle: dict[Hashable, deque[tuple[float, Upstream]]] = {}
+
+    def unavailable(self) -> str:
+        """Return why nothing can be sent now, or ``""``."""
+        return self.service.unavailable()
 
     def aim(self, head: RequestHead, client: Channel) -> Aim | None:
         """What the plan says of a request; None when there is none."""
-        return self.aim_at(head, client)
+        return aim_at(self.service, head, client)
+
+    def may_retry(self) -> bool:
+        """Take leave for one retry."""
+        return self.service.budget.take(self.service.pool.poller.now())
 
     def pick(self, tried: set[Hashable], aim: Aim | None) -> Lease | None:
+        """Choose the instance for a request, outside ``tried``; None: there is none."""
         service = self.service
         if service.spec is not None and service.spec.loopback_port:
             return LoopbackLease(self, service.spec.loopback_port)
-        instance = self.choose(tried, aim)
+        instance = choose(service, tried, aim)
         return None if instance is None else InstanceLease(self, instance)
 
     def take_idle(self, key: Hashable) -> Upstream | None:
@@ -82,8 +90,10 @@ class ServiceFleet(Chooser):
 
     def keep_idle(self, key: Hashable, upstream: Upstream) -> None:
         """Keep a stream for a later request; those that were not needed for long are closed."""
-        now = asyncio.get_running_loop().time()
-        idle = self.idle.setdefault(key, deque())
+        now = self.service.pool.poller.now()
+        idle = self.idle.get(key)
+        if idle is None:
+            idle = self.idle[key] = deque()
         idle.append((now, upstream))
         upstream.attach(self)
         while len(idle) > IDLE_MAX or (idle and idle[0][0] < now - IDLE_S):
@@ -91,7 +101,7 @@ class ServiceFleet(Chooser):
 
     def sweep(self) -> None:
         """Close what was idle for long. Called now and then."""
-        stale = asyncio.get_running_loop().time() - IDLE_S
+        stale = self.service.pool.poller.now() - IDLE_S
         for key, idle in list(self.idle.items()):
             while idle and (idle[0][0] < stale or idle[0][1].lost):
                 idle.popleft()[1].close()
@@ -126,14 +136,28 @@ class ServiceFleet(Chooser):
         """Nothing is being sent."""
 
 
-class InstanceLease(InstanceUse):
-    """One request to one instance."""
+class InstanceLease:
+    """One request to one instance: the instance counts it, and learns how it went."""
 
-    __slots__ = ("_fleet",)
+    __slots__ = ("_done", "_fleet", "instance", "key", "service")
 
     def __init__(self, fleet: ServiceFleet, instance: Instance) -> None:
-        super().__init__(fleet.service, instance)
+        self.service = fleet.service
+        self.instance = instance
+        self.key: Hashable = instance.key
+        self._done = False
         self._fleet = fleet
+        instance.active += 1
+
+    def failed(self, reason: str) -> None:
+        report_failure(self.service, self.instance, reason)
+
+    def answered(self, status: int) -> None:
+        if self.instance.owner.options.judges_answers:
+            report_answer(self.service, self.instance, status)
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        return report_refusal(self.service, self.instance, refused)
 
     def open(self, owner: Owner) -> Upstream | None:
         upstream = self._fleet.take_idle(self.key)
@@ -161,7 +185,11 @@ class InstanceLease(InstanceUse):
         return upstream
 
     def done(self, upstream: Upstream | None) -> None:
-        if not self.release() or upstream is None:
+        if self._done:
+            return
+        self._done = True
+        self.instance.active -= 1
+        if upstream is None:
             return
         if is_retiring(upstream.channel) or self.instance.key not in self.service.keys:
             upstream.close()
@@ -188,14 +216,24 @@ class _StreamFate:
         pass  # the channel's peer, the Upstream, is told
 
 
-class LoopbackLease(LoopbackUse):
-    """One request to our own app, without the mesh between."""
+class LoopbackLease:
+    """One request to our own app, without the mesh between: there is no other one, and nobody judges it."""
 
-    __slots__ = ("_fleet",)
+    __slots__ = ("_fleet", "key", "port")
 
     def __init__(self, fleet: ServiceFleet, port: int) -> None:
-        super().__init__(port)
+        self.port = port
+        self.key: Hashable = ("loopback", port)
         self._fleet = fleet
+
+    def failed(self, reason: str) -> None:
+        """As :meth:`InstanceLease.failed`."""
+
+    def answered(self, status: int) -> None:
+        """As :meth:`InstanceLease.answered`."""
+
+    def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
+        return None
 
     def open(self, owner: Owner) -> Upstream | None:
         upstream = self._fleet.take_idle(self.key)
@@ -224,47 +262,3 @@ class LoopbackLease(LoopbackUse):
     def done(self, upstream: Upstream | None) -> None:
         if upstream is not None:
             self._fleet.keep_idle(self.key, upstream)
-
-
-class HttpAppConnection(SocketChannel):
-    """A connection that our app made to an HTTP upstream's listener."""
-
-    __slots__ = ("_connection", "_service", "_stats")
-
-    instance = None
-    """Requests choose their instances; the connection has none of its own."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__()
-        self._service = service
-        self._stats = service.stats
-        self._connection: OutboundConnection | OutboundHttp2Connection | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._stats.total += 1
-        self._stats.active += 1
-        self._service.connections.add(self)
-        self.begin()
-
-    def begin(self) -> None:
-        """The connection is there: serve it."""
-        self._connection = self._service.http.serve(self)
-
-    def on_closed(self) -> None:
-        self._stats.active -= 1
-        self._stats.bytes_in += self.received
-        self._stats.bytes_out += self.sent
-        self._service.connections.discard(self)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether it is not known yet what the app speaks."""
-        return self._connection is None
-
-    def cut(self, reason: str) -> None:
-        """End the connection now, whatever is under way."""
-        if self._connection is not None:
-            self._connection.cut(StreamClosed(reason))
-        else:
-            self.abort(StreamClosed(reason))

@@ -17,9 +17,9 @@ from proxy.http2.fleet import Aim, Lease
 from proxy.http2.half import PREFACE
 from proxy.http2.head import RequestHead
 from proxy.http2.link import Link
+from proxy.http_app import HttpAppConnection
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.outbound_http import HttpAppConnection
 from proxy.relay import SocketChannel
 from proxy.stream import Channel, Data
 

@@ -1,13 +1,14 @@
 """The HTTP/1.1 filter of a sidecar.
 
 *Downstream*: the connection requests come from. *Upstream*: the connection they are sent on. *Head*: a message's
-start line and headers. Parsing is httptools'; what is sent on is written anew from what was parsed.
+start line and headers. The plainest heads are read here, all others by httptools; what is sent on is written anew.
 """
 
-from proxy.http.inbound import Decide, Dial, InboundConnection, InboundHttp
-from proxy.http.options import HttpCounters, HttpOptions, HttpStats
-from proxy.http.outbound import OutboundConnection, OutboundHttp, OutboundOptions
+from proxy.http.inbound import Decide, Dial, InboundConnection
+from proxy.http.options import HttpCounters, HttpOptions, HttpStats, OutboundOptions
+from proxy.http.outbound import OutboundConnection
 from proxy.http.replies import client_cert_header
+from proxy.http.sides import InboundHttp, OutboundHttp
 
 __all__ = [
     "Decide",

@@ -214,14 +214,16 @@ class HttpConnection(Intake):
         message, head = self._active, upstream.head
         if upstream is not self._upstream or message is None or head is None:
             return
-        self._count(head.status, "app")
+        now = self._loop.time()
+        self._count(head.status, "app", now)
         if not (upstream.reusable and self._ended):
             upstream.close()
             self._upstream = None
         self._let_go(upstream)
         whole = message.complete
         self._active = self._replay = None
-        self.deadline = self._after(self._options.idle_timeout_s)
+        idle_s = self._options.idle_timeout_s
+        self.deadline = now + idle_s if idle_s else NEVER
         if not whole or not upstream.keep_client:
             self._close()
             return
@@ -307,11 +309,11 @@ class HttpConnection(Intake):
         elif self._parser.held is not None:
             self._parser.resume()
 
-    def _count(self, status: int, origin: str) -> None:
+    def _count(self, status: int, origin: str, now: float | None = None) -> None:
         message = self._active
         head = message.head if message is not None else None
-        seconds = self._loop.time() - self._started
-        self._stats.request(head.method.decode() if head is not None else "", status, seconds, origin)
+        seconds = (self._loop.time() if now is None else now) - self._started
+        self._stats.request(head.method_name if head is not None else "", status, seconds, origin)
         if self._side.told is not None:
             request = (head.method, head.target, head.fields) if head is not None else (b"", b"", ())
             self._side.told(self._party(), "http/1.1", request, (status, origin, self._answered), seconds)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable
 
 from proxy.authz import Decision, Request
 from proxy.errors import ProxyError, StreamClosed
@@ -40,37 +40,6 @@ def still_allowed(decide: Decide, request: Request, sent: bytes) -> bool:
     return not decision.permissions or request.forward_target.encode("latin-1") == sent
 
 
-class InboundHttp(HttpSide):
-    """The HTTP filter in front of one app."""
-
-    def serve(
-        self,
-        downstream: Channel,
-        *,
-        peer: Identity,
-        dial: Dial,
-        decide: Decide,
-        stats: HttpStats,
-        identity: bytes = b"",
-        on_done: Callable[[], None] | None = None,
-    ) -> InboundConnection:
-        """Serve a connection from ``peer``; its bytes come to the returned object as the channel's peer.
-
-        ``dial`` connects to the app when there is a request for it (:meth:`InboundConnection.adopt` gives a
-        connection that is there already); ``decide`` is asked about each request when its turn has come;
-        ``identity`` is the value of ``x-forwarded-client-cert``; ``on_done`` is called once, at the end.
-        """
-        return InboundConnection(self, downstream, peer, dial, decide, stats, identity, on_done)
-
-    def recheck(self, sources: Container[tuple[str, str]]) -> int:
-        """Decide again what is under way from ``sources``, (service, instance); return how many requests ended."""
-        return sum(
-            each.recheck()
-            for each in list(self.connections)
-            if isinstance(each, InboundConnection) and each.source in sources
-        )
-
-
 class InboundConnection(HttpConnection):
     """A connection from the mesh. It keeps one connection to the app."""
 
@@ -78,7 +47,7 @@ class InboundConnection(HttpConnection):
 
     def __init__(
         self,
-        side: InboundHttp,
+        side: HttpSide,
         channel: Channel,
         source: Identity,
         dial: Dial,

@@ -42,6 +42,20 @@ class HttpOptions:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class OutboundOptions:
+    """How requests to one upstream are sent. A timeout of 0 is none."""
+
+    http: HttpOptions
+    try_timeout_s: float = 0.0
+    """As ``http.response_timeout_s``, for one attempt; then another is made where that is safe."""
+    attempts_max: int = 3
+    requests_max: int = 10_000
+    """Requests in flight; more get a 503 at once."""
+    pending_max: int = 1_000
+    """Requests that await a connection; more get a 503 at once."""
+
+
 class HttpStats(Protocol):
     """Where the filter reports each request."""
 

@@ -9,35 +9,19 @@ certain statuses, and whatever the method. Retries have a budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Protocol
 
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http.connection import HttpConnection
 from proxy.http.errors import UnwantedStatus
 from proxy.http.head import RequestHead, ResponseHead
-from proxy.http.options import HttpOptions, HttpStats
 from proxy.http.parser import Message
-from proxy.http.side import NEVER, HttpSide
+from proxy.http.side import NEVER, OutboundSide
 from proxy.http.upstream import Owner, Upstream
 from proxy.stream import Channel, Data
 
-REPLAY_BYTES = 64 * 1024
+REPLAY_BYTES: Final = 64 * 1024
 """What is kept of a request to send it again; one that is longer is sent once."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutboundOptions:
-    """How requests to one upstream are sent. A timeout of 0 is none."""
-
-    http: HttpOptions
-    try_timeout_s: float = 0.0
-    """As ``http.response_timeout_s``, for one attempt; then another is made where that is safe."""
-    attempts_max: int = 3
-    requests_max: int = 10_000
-    """Requests in flight; more get a 503 at once."""
-    pending_max: int = 1_000
-    """Requests that await a connection; more get a 503 at once."""
 
 
 class Lease(Protocol):
@@ -111,34 +95,6 @@ class Fleet(Protocol):
         ...
 
 
-AnyFleet = TypeVar("AnyFleet")
-
-
-class OutboundSide(HttpSide, Generic[AnyFleet]):
-    """What both versions of HTTP share on the caller's side of an upstream: options, instances, what is in flight."""
-
-    def __init__(self, options: OutboundOptions, fleet: AnyFleet, stats: HttpStats) -> None:
-        super().__init__(options.http)
-        self.outbound = options
-        self.fleet = fleet
-        self.stats = stats
-        self.in_flight = 0
-        self.pending = 0
-
-    def use(self, options: OutboundOptions) -> None:
-        """Take new options, for requests and connections to come."""
-        self.outbound = options
-        self.options = options.http
-
-
-class OutboundHttp(OutboundSide[Fleet]):
-    """The HTTP side of one upstream's listener."""
-
-    def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundConnection:
-        """Serve a connection of the app. ``on_done`` is called once, at the end."""
-        return OutboundConnection(self, downstream, on_done)
-
-
 class OutboundConnection(HttpConnection):
     """A connection of the app. Each of its requests may go to another instance."""
 
@@ -147,7 +103,7 @@ class OutboundConnection(HttpConnection):
         "_tried",
     )  # fmt: skip
 
-    def __init__(self, side: OutboundHttp, channel: Channel, on_done: Callable[[], None] | None) -> None:
+    def __init__(self, side: OutboundSide[Fleet], channel: Channel, on_done: Callable[[], None] | None) -> None:
         super().__init__(side, channel, side.stats, on_done, replay_bytes_max=REPLAY_BYTES)
         self._outbound = side
         self._aim: Aim | None = None

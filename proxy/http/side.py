@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
-from proxy.http.options import HttpOptions
+from proxy.http.options import HttpOptions, HttpStats, OutboundOptions
 from proxy.logs import BurstLog
 from proxy.mux.flow import MemoryBudget
 from proxy.tasks import Tasks
 
 log = logging.getLogger("lictor.proxy.http")
 
-NEVER = float("inf")
+NEVER: Final = float("inf")
 
 
 class Told(Protocol):
@@ -91,3 +91,23 @@ class HttpSide:
             connection.expire()
         if self.connections:
             self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
+
+
+AnyFleet = TypeVar("AnyFleet")
+
+
+class OutboundSide(HttpSide, Generic[AnyFleet]):
+    """What both versions of HTTP share on the caller's side of an upstream: options, instances, what is in flight."""
+
+    def __init__(self, options: OutboundOptions, fleet: AnyFleet, stats: HttpStats) -> None:
+        super().__init__(options.http)
+        self.outbound = options
+        self.fleet = fleet
+        self.stats = stats
+        self.in_flight = 0
+        self.pending = 0
+
+    def use(self, options: OutboundOptions) -> None:
+        """Take new options, for requests and connections to come."""
+        self.outbound = options
+        self.options = options.http

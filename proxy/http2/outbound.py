@@ -16,8 +16,8 @@ from h2.events import InformationalResponseReceived, ResponseReceived
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.head import Field
-from proxy.http.outbound import REPLAY_BYTES, OutboundSide
-from proxy.http.side import NEVER
+from proxy.http.outbound import REPLAY_BYTES
+from proxy.http.side import NEVER, OutboundSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
 from proxy.http2.exchange import Exchange, Part, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease

@@ -77,7 +77,8 @@ def read(data: Data, before: Data = b"") -> list[object]:
         refusal = message.refusal
         found.append((b"".join(message.body), message.trailers, message.complete, refusal and refusal.status))
         if (head := message.head) is not None:
-            found.append([getattr(head, name) for name in RequestHead.__slots__])
+            found.append((head.method, head.target, head.http10, head.keep_alive, head.fields, head.lines))
+            found.append((head.length, head.chunked, head.upgrade, head.expects))
             found.append(head.wire(head.target, b"URI=x"))
     return found
 
