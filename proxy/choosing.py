@@ -105,9 +105,9 @@ def choose(service: Service, tried: set[Hashable], aim: object) -> Instance | No
         instance = aim.destination.pick(now, exclude, aim.hashed)
     else:
         instance = service.balancer.pick(now, exclude)
-    if tried:
-        service.metrics.count("lictor_retries_total", upstream=service.name)
-    else:
+    if tried and instance is not None:
+        service.count("lictor_retries_total")
+    elif not tried:
         service.budget.connection()
     return instance
 
@@ -203,7 +203,7 @@ def report_answer(service: Service, instance: Instance, status: int) -> None:
 def report_refusal(service: Service, instance: Instance, refused: StreamRefused) -> tuple[int, str] | None:
     """The instance's sidecar did not take the stream: return the answer if no other one would, else None."""
     cause = frames.CODE_NAMES.get(refused.code, "other")
-    service.metrics.count("lictor_refusals_received_total", upstream=service.name, reason=cause)
+    service.count("lictor_refusals_received_total", reason=cause)
     if refused.code in _INSTANCE_FAULTS:
         report_failure(service, instance, str(refused))
     elif refused.code == frames.DENIED:
@@ -214,7 +214,7 @@ def report_refusal(service: Service, instance: Instance, refused: StreamRefused)
 
 
 def _report_ejection(service: Service, instance: Instance, reason: str) -> None:
-    service.metrics.count("lictor_ejections_total", upstream=service.name)
+    service.count("lictor_ejections_total")
     key = instance.key
     service.limited.warning(f"ejected {key}", f"upstream {service.name}: {key.instance} left out: {reason}")
 

@@ -100,8 +100,11 @@ class Snapshot(msgspec.Struct):
             series["lictor_connections_active"].append((labels, active))
         for name, labels, value in (*self.counters, *self.gauges):
             series[name].append((labels, value))
-        for name, samples in sorted(series.items()):
-            lines.append(f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}")
+        family = ""
+        for name, samples in sorted(series.items(), key=lambda each: (_family(each[0]), each[0])):
+            if _family(name) != family:
+                family = _family(name)
+                lines.append(f"# TYPE {family} {_type(name)}")
             lines.extend(f"{name}{_labels(labels)} {_number(value)}" for labels, value in samples)
         return "\n".join(lines) + "\n"
 
@@ -114,8 +117,20 @@ class Snapshot(msgspec.Struct):
         )
 
 
+_HISTOGRAM = ("_bucket", "_sum", "_count")
+
+
+def _family(name: str) -> str:
+    """Return the metric that a series is part of: a histogram has three."""
+    return next((name.removesuffix(end) for end in _HISTOGRAM if name.endswith(end)), name)
+
+
+def _type(name: str) -> str:
+    return "counter" if name.endswith("_total") else "histogram" if name.endswith(_HISTOGRAM) else "gauge"
+
+
 _GROWING = ("_total", "_bucket", "_sum", "_count")
-_LEAST = frozenset({"lictor_certificate_expiry_seconds", "lictor_ready"})
+_LEAST = frozenset({"lictor_certificate_expiry_seconds", "lictor_certificate_issued_seconds", "lictor_ready"})
 """Of these the smallest counts, where of all others the sum does."""
 
 

@@ -222,6 +222,11 @@ class Upstream:
             return f"service {self.spec.service} has no instance"
         return ""
 
+    def count(self, name: str, **labels: str) -> None:
+        """Add to a counter of the pair of services that calls to this upstream are between."""
+        source, destination = self.me.service if self.me else "", self.spec.service if self.spec else ""
+        self.metrics.count(name, upstream=self.name, source=source, destination=destination, **labels)
+
     def failed(self, cause: str, text: str) -> None:
         """Count and log a connection of the app that came to nothing."""
         self.metrics.count("lictor_refused_total", direction="outbound", reason=cause)

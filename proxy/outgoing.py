@@ -124,7 +124,7 @@ class Outgoing:
             if self._attempts >= MAX_ATTEMPTS or not upstream.budget.take(now):
                 self._fail("retries", f"{self.reason}; no more retries")
                 return
-            upstream.metrics.count("lictor_retries_total", upstream=upstream.name)
+            upstream.count("lictor_retries_total")
         self._attempts += 1
         self._tried.add(instance.key)
         self.instance = instance
@@ -188,7 +188,7 @@ class Outgoing:
         upstream = self.upstream
         self.reason = reason
         if instance.owner.failed(instance, self.upstream.pool.poller.now()):
-            upstream.metrics.count("lictor_ejections_total", upstream=upstream.name)
+            upstream.count("lictor_ejections_total")
             key = f"ejected {instance.key}"
             upstream.limited.warning(key, f"upstream {upstream.name}: {instance.key.instance} left out: {reason}")
         self._attempt()
@@ -289,9 +289,7 @@ class Outgoing:
             return
         instance, self._stream = self.instance, None
         reason = f"{instance.key.instance} refused: {frames.CODE_NAMES.get(code, str(code))}: {text}"
-        self.upstream.metrics.count(
-            "lictor_refusals_received_total", upstream=self.upstream.name, reason=frames.CODE_NAMES.get(code, "other")
-        )
+        self.upstream.count("lictor_refusals_received_total", reason=frames.CODE_NAMES.get(code, "other"))
         if code in _INSTANCE_FAULTS:
             self._failed(instance, reason)
         else:

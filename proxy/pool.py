@@ -32,6 +32,8 @@ log = logging.getLogger("lictor.proxy.outbound")
 CONNECT_TIMEOUT_S = 5.0
 IDLE_SESSION_S = 300.0
 MAX_PENDING_DIALS = 1024
+HOT_S = 60.0
+"""A session that carried something so recently is replaced before it is needed, when it takes no more streams."""
 FOREIGN_MEMORY_S = 60.0
 """How long a peer that did not speak mux is dialed as foreign before mux is offered again."""
 
@@ -124,7 +126,10 @@ class SessionPool:
 
     def use(self, material: TlsMaterial | None, trust_domain: str, revoked: Revoked) -> None:
         """Take new TLS material, trust domain or revocations; end the sessions that these no longer allow."""
+        renew: list[Key] = []
         if material is not self._material:
+            if material is not None:
+                renew = [key for key, peer in self._peers.items() if any(one.idle_s < HOT_S for one in peer.sessions)]
             self._retire_all("the certificate was renewed")
         self._material, self._trust_domain, self._revoked = material, trust_domain, revoked
         bundle = material.bundle if material else TrustBundle()
@@ -137,6 +142,23 @@ class SessionPool:
                 peer = channel.peer
                 channel.abort()
                 peer.abort(StreamClosed(problem))
+        if renew and material is not None and not revoked.reason(material.identity):
+            self._tasks.spawn(self._open_ahead(renew, material))
+
+    async def _open_ahead(self, keys: list[Key], material: TlsMaterial) -> None:
+        """Open sessions to where calls went lately, so that the next one need not wait for a handshake. One after the
+        other: calls go first."""
+        for key in keys:
+            if material is not self._material:
+                return
+            if key not in self._peers:
+                continue  # gone from the catalog meanwhile
+            try:
+                result = await self.connect(key)
+            except ConnectFailed:
+                continue  # the next call will dial, and be told
+            if isinstance(result, ForeignChannel):
+                result.abort()
 
     def problem(self, proof: PeerProof, bundle: TrustBundle) -> str:
         """Return why a connection made with this proof may not go on, or ``""``."""

@@ -342,6 +342,9 @@ class Sidecar:
         gauges["lictor_certificate_expiry_seconds"] = lambda: (
             [((), self.config.material.not_after_s)] if self.config.material else []
         )
+        gauges["lictor_certificate_issued_seconds"] = lambda: (
+            [((), self.config.material.not_before_s)] if self.config.material else []
+        )
         gauges["lictor_buffered_bytes"] = lambda: [((), self._memory.held)]
         gauges["lictor_buffer_overruns_total"] = lambda: [((), self._memory.overruns)]
         if (access := self._log) is not None:

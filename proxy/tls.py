@@ -43,6 +43,8 @@ class TlsMaterial(NamedTuple):
     identity: Identity
     not_after_s: float
     """Unix time at which the leaf expires."""
+    not_before_s: float
+    """Unix time from which it holds: its issue, up to what is allowed for clocks that differ."""
 
     def client_for(self, *, mux: bool, http2: bool) -> ssl.SSLContext:
         """Return the context for dialing a peer to which these are offered."""
@@ -89,9 +91,9 @@ def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
             client_only_http2 = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ("h2",))
     except (ssl.SSLError, ValueError) as error:
         raise BadConfiguration(f"the leaf or its key cannot be used: {error}") from error
-    not_after_s = certificate.not_valid_after_utc.timestamp()
+    lifetime = certificate.not_valid_after_utc.timestamp(), certificate.not_valid_before_utc.timestamp()
     clients = (client, client_plain, client_http2, client_only_http2)
-    return TlsMaterial(server, server_http2, *clients, bundle, identity, not_after_s)
+    return TlsMaterial(server, server_http2, *clients, bundle, identity, *lifetime)
 
 
 def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:

@@ -351,7 +351,8 @@ async def test_consecutive_5xx_leave_an_instance_out(mesh: Mesh) -> None:
     await stage.follow()
     answers = Counter(status for status, _, _ in await ask(stage.client, *[get()] * 60))
     assert answers == {500: 3, 200: 57}
-    assert 'lictor_ejections_total{upstream="backend"} 1' in stage.client.sidecar.metrics.render()
+    pair = 'upstream="backend",source="web",destination="backend"'
+    assert f"lictor_ejections_total{{{pair}}} 1" in stage.client.sidecar.metrics.render()
 
 
 @with_mesh
