@@ -20,6 +20,7 @@ from node.nearness import place_of_node
 from node.tasks import Tasks
 from node.tokens import AccessControl
 from raftstate.acl import ALLOW_ALL, READ, Authorizer
+from raftstate.loop_load import LOOP
 from raftstate.model.catalog import InstanceHealth, Node
 
 log = logging.getLogger("lictor.dns")
@@ -215,6 +216,7 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._received = received
 
     def datagram_received(self, data: bytes, addr: Any) -> None:
+        LOOP.requests += 1
         self._received(data, addr)
 
 

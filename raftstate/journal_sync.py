@@ -3,8 +3,9 @@
 Either way the loop never waits for the disk. By the kernel's way the loop writes a group to the page cache itself,
 which takes microseconds as long as the disk keeps up; so a disk that was slow a moment ago gets the thread.
 
-A follower has nothing to do but wait for its disk, and to be told of the end costs as much as the sync of a quick
-one. So where the last syncs have all been quick, and only if the caller says that this may be, the loop waits.
+A follower that serves nobody has nothing to do but wait for its disk, and to be told of the end costs as much as the
+sync of a quick one. So where the disk is quick, nobody has asked this loop for anything since the last sync, and the
+caller says that it may be, the loop waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Protocol
 from raftstate import disk
 from raftstate.disk_aio import DiskAio
 from raftstate.errors import RaftError
+from raftstate.loop_load import LOOP, LoopLoad
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class Group(Protocol):
 class GroupSync:
     """One server's syncs, one at a time. `open` it on the loop that it then belongs to."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: LoopLoad = LOOP) -> None:
+        self._load, self._served = load, load.requests
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raft-sync")
         self._aio: DiskAio | None = None
         self._quick_from = self._calm_from = self._began = 0.0
@@ -80,7 +83,9 @@ class GroupSync:
         group is durable, and `done` is not called. Raises JournalFailed in that case.
         """
         self._began = began = time.monotonic()
-        waits = here and began >= self._calm_from and self._may_wait()
+        before, self._served = self._served, self._load.requests
+        # Where requests came more may come meanwhile, and those who send them wait for the loop.
+        waits = here and before == self._served and began >= self._calm_from and self._may_wait()
         if began < self._quick_from or (self._aio is None and not waits):
             self._in_thread(group.sync, done)
             return False

@@ -16,6 +16,7 @@ from raftstate.disk_aio import DiskAio
 from raftstate.errors import JournalFailed
 from raftstate.journal import Journal
 from raftstate.journal_sync import Group, GroupSync
+from raftstate.loop_load import LoopLoad
 
 
 class Spy:
@@ -62,7 +63,7 @@ async def test_small_groups_need_no_thread_and_are_durable(tmp_path: Path) -> No
         DiskAio().close()
     except OSError as error:
         pytest.skip(f"this system has no asynchronous fdatasync: {error}")
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     syncs.open()
     first = Spy(take(journal, b"makes the segment"))
     assert await run(syncs, first) is None
@@ -91,7 +92,7 @@ async def test_without_the_kernels_way_a_thread_syncs(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOSYS, "no such call")
 
     monkeypatch.setattr(journal_sync, "DiskAio", missing)
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     syncs.open()
     for number in range(3):
         group = Spy(take(journal, b"%d" % number))
@@ -103,7 +104,7 @@ async def test_without_the_kernels_way_a_thread_syncs(tmp_path: Path, monkeypatc
 
 async def test_a_file_that_the_kernel_cannot_sync_so_is_synced_by_a_thread() -> None:
     """A pipe has no fdatasync at all: the error comes by either way, and nothing is called durable."""
-    syncs = GroupSync()
+    syncs = GroupSync(LoopLoad())
     syncs.open()
     ours, theirs = os.pipe()
     group = Spy(file=theirs)
@@ -121,7 +122,7 @@ async def test_a_sync_that_ends_in_whatever_way_but_its_own_promises_nothing(mon
         raise RuntimeError("not the disk's word")
 
     monkeypatch.setattr(disk, "sync_data", broken)
-    syncs = GroupSync()
+    syncs = GroupSync(LoopLoad())
     syncs.open()
     ours, theirs = os.pipe()  # which the kernel's way refuses, so a thread calls `sync_data`
     group = Spy(file=theirs)
@@ -135,7 +136,7 @@ async def test_a_sync_that_ends_in_whatever_way_but_its_own_promises_nothing(mon
 
 @pytest.mark.parametrize("way", ["sync", "write"])
 async def test_a_failed_group_is_reported_and_the_journal_takes_no_more(tmp_path: Path, way: str) -> None:
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     if way == "write":
         syncs.open()
     else:
@@ -160,7 +161,7 @@ def known(syncs: GroupSync) -> None:
 
 
 async def test_a_quick_disk_is_waited_for_by_who_has_nothing_else_to_do(tmp_path: Path) -> None:
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     syncs.open()
     assert await run(syncs, take(journal, b"makes the segment")) is None
     for number in range(20):
@@ -201,7 +202,7 @@ async def test_only_a_disk_that_is_mostly_quick_is_waited_for(
 
     monkeypatch.setattr(journal_sync, "time", Clock)
     monkeypatch.setattr(disk, "sync_data", slow)
-    syncs = GroupSync()
+    syncs = GroupSync(LoopLoad())
     syncs._loop = asyncio.get_running_loop()
 
     async def waits() -> bool:
@@ -246,10 +247,25 @@ async def test_only_a_disk_that_is_mostly_quick_is_waited_for(
     await syncs.close()
 
 
+async def test_a_loop_that_others_have_asked_for_something_does_not_wait(tmp_path: Path) -> None:
+    load = LoopLoad()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(load)
+    syncs.open()
+    assert await run(syncs, take(journal, b"makes the segment")) is None
+    for requests, waits in ((0, True), (0, True), (1, False), (0, True), (7, False), (1, False), (0, True)):
+        load.requests += requests
+        known(syncs)
+        done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+        assert syncs.run(take(journal, b"entry"), done.set_result, here=True) is waits
+        if not waits:
+            assert await asyncio.wait_for(done, 10) is None
+    await syncs.close(journal.close)
+
+
 async def test_a_disk_that_fails_while_it_is_waited_for_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     syncs.open()
     assert await run(syncs, take(journal, b"makes the segment")) is None
 
@@ -271,7 +287,7 @@ def _never(error: BaseException | None) -> None:
 
 async def test_a_slow_disk_gets_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_sync, "SLOW_SYNC_S", 0.0)
-    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync()
+    journal, syncs = Journal(RealDisk(), str(tmp_path / "raft")), GroupSync(LoopLoad())
     syncs.open()
     assert await run(syncs, take(journal, b"makes the segment")) is None
     group = Spy(take(journal, b"after a slow one"))

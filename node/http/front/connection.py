@@ -14,6 +14,7 @@ from node.http.front import repeats
 from node.http.front.answers import brief, encode, failure
 from node.http.front.heads import HEAD_BYTES_MAX, Head
 from node.http.front.repeats import Body, Parked
+from raftstate.loop_load import LOOP
 
 if TYPE_CHECKING:
     from aiohttp.web_protocol import RequestHandler
@@ -89,6 +90,7 @@ class Connection(asyncio.Protocol):
             self._turn_away(*refusal)
 
     def data_received(self, data: bytes) -> None:
+        LOOP.requests += 1
         if self._slow is not None:
             self._slow.data_received(data)
         elif not self._deaf:
