@@ -6,7 +6,7 @@ Whether it is admitted, and for how long, :mod:`proxy.inbound` decides.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxy.authz import Decision, Request
 from proxy.errors import StreamClosed
@@ -248,7 +248,7 @@ class AppChannel(SocketChannel):
         self._call = call
         self._waiter = waiter
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._opened.add(self)
         if self._call is not None:

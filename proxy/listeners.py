@@ -224,7 +224,7 @@ class PublicListener:
                 caller.begin(call)
 
     def _begin_session(
-        self, transport: asyncio.Transport, caller: ForeignCaller, proof: PeerProof, address: str
+        self, transport: SecureTransport, caller: ForeignCaller, proof: PeerProof, address: str
     ) -> None:
         session = MuxSession(
             identity=proof.identity,

@@ -19,7 +19,7 @@ from proxy.http.outbound import Aim, Lease
 from proxy.http.upstream import Owner, Upstream
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.relay import SocketChannel
+from proxy.relay import SocketChannel, dial
 from proxy.stream import Channel, Data
 
 if TYPE_CHECKING:
@@ -245,15 +245,13 @@ class LoopbackLease:
         service = self._fleet.service
         upstream = Upstream(owner, service.http_options.http)
 
-        def channel() -> SocketChannel:
-            made = SocketChannel()
-            made.peer = upstream
-            return made
-
+        channel = SocketChannel()
+        channel.peer = upstream
         host = (service.me.local_address if service.me else "") or "127.0.0.1"
         try:
             async with asyncio.timeout(service.settings.connect_timeout_s):
-                _, upstream.channel = await asyncio.get_running_loop().create_connection(channel, host, self.port)
+                await dial(channel, host, self.port)
+                upstream.channel = channel
         except (OSError, TimeoutError) as error:
             text = f"our own app at {host}:{self.port} cannot be reached: {error or 'timeout'}"
             raise ConnectFailed("app-down", text) from error

@@ -20,7 +20,7 @@ from proxy.http2.link import Link
 from proxy.http_app import HttpAppConnection
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.relay import SocketChannel
+from proxy.relay import SocketChannel, dial
 from proxy.stream import Channel, Data
 
 if TYPE_CHECKING:
@@ -134,15 +134,12 @@ class Http2Fleet(Chooser):
         service = self.service
         link = self._new(key)
 
-        def channel() -> SocketChannel:
-            made = SocketChannel()
-            made.peer = link.half
-            return made
-
+        made = SocketChannel()
+        made.peer = link.half
         host = (service.me.local_address if service.me else "") or "127.0.0.1"
         try:
             async with asyncio.timeout(service.settings.connect_timeout_s):
-                _, made = await asyncio.get_running_loop().create_connection(channel, host, port)
+                await dial(made, host, port)
         except (OSError, TimeoutError) as error:
             self._links[key].remove(link)
             text = f"our own app at {host}:{port} cannot be reached: {error or 'timeout'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxy.balancer import Instance, Key
 from proxy.balancing.routing import Chooses, hash_connection
@@ -18,7 +18,7 @@ from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.pool import ForeignChannel
-from proxy.relay import SocketChannel
+from proxy.relay import SocketChannel, dial
 from proxy.stream import Channel, Data, join
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class AppConnection(SocketChannel):
     """A connection that our app made to an upstream's listener."""
 
     __slots__ = ("_started", "_stats", "_upstream", "outgoing")
+    __deletable__ = ("outgoing",)  # for mypyc: which attributes may be deleted
 
     def __init__(self, upstream: Upstream) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class AppConnection(SocketChannel):
         self._upstream = upstream if upstream.observer is not None else None
         self._started = time.monotonic() if self._upstream is not None else 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._stats.total += 1
         self._stats.active += 1
@@ -229,7 +230,8 @@ class Outgoing:
         host = (me.local_address if me else "") or "127.0.0.1"
         try:
             async with asyncio.timeout(self.upstream.settings.connect_timeout_s):
-                _, channel = await asyncio.get_running_loop().create_connection(SocketChannel, host, port)
+                channel = SocketChannel()
+                await dial(channel, host, port)
         except (OSError, TimeoutError) as error:
             self._fail("app-down", f"our own app at {host}:{port} cannot be reached: {error or 'timeout'}")
             return

@@ -1,4 +1,5 @@
-"""TCP connections on a :class:`~proxy.poller.Poller`, in asyncio's terms: a transport that calls a protocol.
+"""TCP connections on a :class:`~proxy.poller.Poller`, in asyncio's terms: a transport that calls a protocol
+(:class:`~proxy.receiver.Receiver`).
 
 Cheaper than the event loop's own: a connection is watched by one system call for all its life, a read or write is one
 system call and no more, and nothing is set that a listening socket hands down (``TCP_NODELAY``) or that a connection
@@ -17,40 +18,40 @@ from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Final
 
 from proxy.poller import READ, READ_WRITE, Poller
+from proxy.receiver import NOBODY, Receiver
 
-READ_FIRST_BYTES = 16 * 1024
-READ_MAX_BYTES = 256 * 1024
+READ_FIRST_BYTES: Final = 16 * 1024
+READ_MAX_BYTES: Final = 256 * 1024
 """A read asks for four times as much whenever the last one was filled, up to this."""
-HIGH_BYTES = 64 * 1024
-_WRITEV_PIECES = 16
-LINGER_RESET = struct.pack("ii", 1, 0)
+HIGH_BYTES: Final = 64 * 1024
+_WRITEV_PIECES: Final = 16
+LINGER_RESET: Final = struct.pack("ii", 1, 0)
 """Value of SO_LINGER with which closing a connection resets it."""
-_MORE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_MORE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 """There is more to read although a read was not filled: the end, or what follows an urgent byte."""
 
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 """After how many seconds of silence the kernel asks a peer, how often, and how many times; two minutes in all."""
 
-_IN = select.EPOLLIN
-_read, _write = os.read, os.write
+_IN: Final = select.EPOLLIN
+_OUT: Final = select.EPOLLOUT
+_WRITABLE: Final = select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP
+_read: Final = os.read
+_write: Final = os.write
 
-_CONNECTING, _OPEN, _CLOSING, _GONE = range(4)
+_CONNECTING: Final = 0
+_OPEN: Final = 1
+_CLOSING: Final = 2
+_GONE: Final = 3
 
 Address = tuple[int, tuple[Any, ...]]
 """Family, and address as the family has it."""
 
 
-class Connecting(Protocol):
-    """What a protocol that dials is told beside what asyncio tells."""
-
-    def connect_failed(self, error: OSError) -> None:
-        """No address took the connection; called in place of ``connection_made`` and ``connection_lost``."""
-
-
-class PlainTransport(asyncio.Transport):
+class PlainTransport:
     """A TCP connection. Its protocol is called as asyncio calls it; ``connection_lost`` never from within a call."""
 
     __slots__ = (
@@ -59,7 +60,7 @@ class PlainTransport(asyncio.Transport):
         "_watches_writes", "_write_paused", "peername",
     )  # fmt: skip
 
-    def __init__(self, poller: Poller, protocol: asyncio.Protocol) -> None:
+    def __init__(self, poller: Poller, protocol: Receiver) -> None:
         self._poller = poller
         self._protocol = protocol
         self.peername: tuple[Any, ...] | None = None
@@ -170,11 +171,11 @@ class PlainTransport(asyncio.Transport):
             else:
                 self._ended_by_peer()
         elif state == _OPEN:
-            if self._queued and events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
+            if self._queued and events & _WRITABLE:
                 self._drain()
                 if self._state != _OPEN:
                     return
-            if events & ~select.EPOLLOUT:
+            if events & ~_OUT:
                 self._readable(events)
         elif state == _CONNECTING:
             self._finish_connecting(events)
@@ -187,11 +188,11 @@ class PlainTransport(asyncio.Transport):
             return
         if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._connect_failed(OSError(code, os.strerror(code)))
-        elif events & select.EPOLLOUT:
+        elif events & _OUT:
             self._connected()
             if self._state == _OPEN and self._queue is not None:
                 self._drain()
-            if self._state == _OPEN and events & ~select.EPOLLOUT:
+            if self._state == _OPEN and events & ~_OUT:
                 self._readable(events)
 
     def on_failure(self, error: Exception) -> None:
@@ -427,13 +428,12 @@ class PlainTransport(asyncio.Transport):
     def _let_go(self) -> None:
         self._close_socket()
         # The two refer to each other; parted, they are freed without the collector.
-        protocol, self._protocol = self._protocol, _NOBODY
+        protocol, self._protocol = self._protocol, NOBODY
         protocol.connection_lost(self._error)
 
     def _let_go_undone(self) -> None:
         self._close_socket()
-        protocol: Any = self._protocol
-        self._protocol = _NOBODY
+        protocol, self._protocol = self._protocol, NOBODY
         error = self._error
         if isinstance(error, OSError):
             protocol.connect_failed(error)
@@ -456,16 +456,11 @@ class PlainTransport(asyncio.Transport):
         """``peername`` of a connection that was accepted; nothing else is kept."""
         return self.peername if name == "peername" else default
 
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
+    def set_protocol(self, protocol: Receiver) -> None:
         self._protocol = protocol
 
-    def get_protocol(self) -> asyncio.BaseProtocol:
+    def get_protocol(self) -> Receiver:
         return self._protocol
-
-
-_NOBODY = asyncio.Protocol()
-"""The protocol of a connection that is gone."""
 
 
 def with_socket(fd: int, use: Any) -> None:

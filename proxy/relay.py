@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import cast
+from typing import Any, cast
 
-from proxy.mux.core import NOBODY
+from proxy.mux.core import MuxStream
+from proxy.native import mypyc_attr
 from proxy.plain import LINGER_RESET, PlainTransport
-from proxy.stream import Channel, Data
+from proxy.receiver import Connection, Face
+from proxy.stream import NOBODY, Channel, Data
 
 
-class SocketChannel(asyncio.Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class SocketChannel(Face):
     """A connection as a channel. Counts its bytes; ``on_closed`` is called once, when the connection is gone."""
 
     __slots__ = ("_closing", "_eof_in", "_eof_out", "peer", "received", "sent", "transport")
 
-    transport: asyncio.Transport
-
     def __init__(self) -> None:
+        self.transport: Connection
         self.peer: Channel = NOBODY
         self.received = 0
         self.sent = 0
@@ -30,14 +32,19 @@ class SocketChannel(asyncio.Protocol):
         self._eof_out = False
         self._closing = False
 
-    # asyncio.Protocol: from outside to the peer
+    # Receiver: from outside to the peer
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        self.peer.write(data)
+        peer = self.peer
+        # Known classes are told by name: to compiled code that is a call, and not a search for a method.
+        if isinstance(peer, MuxStream):
+            peer.write(data)
+        else:
+            peer.write(data)
 
     def eof_received(self) -> bool:
         self._eof_in = True
@@ -69,7 +76,11 @@ class SocketChannel(asyncio.Protocol):
     def write(self, data: Data) -> None:
         if not self._eof_out and not self._closing:
             self.sent += len(data)
-            self.transport.write(data)
+            transport = self.transport
+            if isinstance(transport, PlainTransport):
+                transport.write(data)
+            else:
+                transport.write(data)
 
     def write_eof(self) -> None:
         if self._eof_out or self._closing:
@@ -102,3 +113,13 @@ class SocketChannel(asyncio.Protocol):
     def resume_reading(self) -> None:
         if not self._closing and not self.transport.is_closing():
             self.transport.resume_reading()
+
+
+def as_protocol(channel: SocketChannel) -> asyncio.Protocol:
+    """Return ``channel`` itself, for an event loop's own connections: it has all that a loop calls."""
+    return cast(asyncio.Protocol, channel)
+
+
+async def dial(channel: SocketChannel, host: str, port: int) -> None:
+    """Connect ``channel`` by the event loop's own means. Raises OSError."""
+    await asyncio.get_running_loop().create_connection(lambda: as_protocol(channel), host, port)

@@ -1,4 +1,5 @@
-"""TLS on a :class:`~proxy.plain.PlainTransport`, in asyncio's terms: a transport that calls a protocol.
+"""TLS on a :class:`~proxy.plain.PlainTransport`, in asyncio's terms: a transport that calls a protocol
+(:class:`~proxy.receiver.Receiver`), and one itself of the connection below.
 
 Beside asyncio's own TLS transport: a small record costs one read and one decryption and nothing else (no second
 attempt, which would end in an exception), what is written is encrypted and sent at once, the end does not reset
@@ -11,18 +12,19 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from proxy.plain import Address, PlainTransport
 from proxy.poller import Poller
+from proxy.receiver import NOBODY, Receiver
 
-RECORD_BYTES = 16 * 1024
+RECORD_BYTES: Final = 16 * 1024
 """Most that a record carries (RFC 8446, section 5.1), and so most that one decryption gives."""
-PARTING_S = 2.0
+PARTING_S: Final = 2.0
 """How long the peer has to end its side after we have ended ours."""
 
 
-class SecureTransport(asyncio.Transport, asyncio.Protocol):
+class SecureTransport(Receiver):
     """A TLS connection. The protocol is told of it once the handshake is done, as :meth:`handshake` is; a handshake
     that fails is told to :meth:`handshake` alone."""
 
@@ -42,7 +44,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         "_wrote_eof",
     )  # fmt: skip
 
-    def __init__(self, poller: Poller, protocol: asyncio.Protocol, context: ssl.SSLContext, *, server: bool) -> None:
+    def __init__(self, poller: Poller, protocol: Receiver, context: ssl.SSLContext, *, server: bool) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
         self._decrypt, self._encrypt = self._object.read, self._object.write
@@ -102,13 +104,13 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
     def _handshake_failed(self, error: Exception) -> None:
         self._shaking = False
         self._closing = True
-        self._protocol = _NOBODY  # it was told of no connection, and shall not be of its loss
+        self._protocol = NOBODY  # it was told of no connection, and shall not be of its loss
         if not self._done.done():
             self._done.set_exception(error)
 
-    # asyncio.Protocol of the connection below
+    # Receiver of the connection below
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         self._shake()
 
     def data_received(self, data: bytes) -> None:
@@ -186,7 +188,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
             self._handshake_failed(exc or ConnectionAbortedError("connection was lost"))
         else:
             self._closing = True
-            protocol, self._protocol = self._protocol, _NOBODY  # parted: see PlainTransport
+            protocol, self._protocol = self._protocol, NOBODY  # parted: see PlainTransport
             protocol.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -197,7 +199,7 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         if not self._shaking:
             self._protocol.resume_writing()
 
-    # asyncio.Transport
+    # As asyncio.Transport
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._closing or self._shaking or not data:
@@ -284,12 +286,8 @@ class SecureTransport(asyncio.Transport, asyncio.Protocol):
         """``ssl_object``, and what the connection below tells."""
         return self._object if name == "ssl_object" else self._plain.get_extra_info(name, default)
 
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
+    def set_protocol(self, protocol: Receiver) -> None:
         self._protocol = protocol
 
-    def get_protocol(self) -> asyncio.BaseProtocol:
+    def get_protocol(self) -> Receiver:
         return self._protocol
-
-
-_NOBODY = asyncio.Protocol()

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.errors import StreamClosed
 
 Data = bytes | bytearray | memoryview
-READ_LIMIT_BYTES = 128 * 1024
+READ_LIMIT_BYTES: Final = 128 * 1024
 """How much a :class:`ChannelStream` holds unread before it stops its channel from reading."""
 
 

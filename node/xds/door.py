@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from node.errors import NodeError
-from proxy.relay import SocketChannel
+from proxy.relay import SocketChannel, as_protocol, dial
 from proxy.stream import Early, join
 
 log = logging.getLogger("lictor.xds")
@@ -43,7 +43,9 @@ class XdsDoor:
 
     async def start(self, address: str, port: int) -> int:
         """Listen; returns the port. Raises OSError when it is taken."""
-        self._listener = await asyncio.get_running_loop().create_server(lambda: _Visitor(self), address, port)
+        self._listener = await asyncio.get_running_loop().create_server(
+            lambda: as_protocol(_Visitor(self)), address, port
+        )
         bound: int = self._listener.sockets[0].getsockname()[1]
         return bound
 
@@ -73,7 +75,8 @@ class XdsDoor:
     async def _lead(self, visitor: _Visitor) -> None:
         try:
             port = await self._open()
-            _, inside = await asyncio.get_running_loop().create_connection(lambda: _End(self), _LOOPBACK, port)
+            inside = _End(self)
+            await dial(inside, _LOOPBACK, port)
         except (OSError, NodeError, ImportError) as error:
             log.warning("an Envoy gets no configuration: the xDS server does not start: %s", error)
             visitor.abort()

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.flow import GrowthBudget, MemoryBudget, ReceiveWindow, SendCredit
+from proxy.receiver import Face
 from proxy.stream import NOBODY as NOBODY
 from proxy.stream import Channel, Data
 
-MAX_STREAMS = 4096
-OUT_HIGH_BYTES = 256 * 1024
+MAX_STREAMS: Final = 4096
+OUT_HIGH_BYTES: Final = 256 * 1024
 """Streams wait for their turn while this much is queued in ``out``."""
-OUT_MAX_BYTES = 4 * 1024 * 1024
+OUT_MAX_BYTES: Final = 4 * 1024 * 1024
 """A peer that makes us answer this much while it reads nothing is cut off."""
-TURN_BYTES = 64 * 1024
+TURN_BYTES: Final = 64 * 1024
 """What a waiting stream may send in its turn."""
-GROWTH_BYTES = 64 * 1024 * 1024
+GROWTH_BYTES: Final = 64 * 1024 * 1024
 """How much the receive windows of a session may grow in sum."""
-MAX_STREAM_ID = (1 << 31) - 1
-_header = frames.HEADER.pack
-_DATA = frames.DATA << 24
+MAX_STREAM_ID: Final = (1 << 31) - 1
+_header: Final = frames.HEADER.pack
+_DATA: Final = frames.DATA << 24
 
 
 def _nothing() -> None:
@@ -192,7 +193,12 @@ class MuxStream:
             # As ReceiveWindow.received where nothing is to be granted yet: nearly all data is such.
             window.left -= size
             window.held += size
-            self.peer.write(payload)
+            peer = self.peer
+            # Told by name, it is a call to compiled code, and not a search for a method.
+            if isinstance(peer, Face):
+                peer.write(payload)
+            else:
+                peer.write(payload)
             return
         credit = window.received(size)
         self.peer.write(payload)

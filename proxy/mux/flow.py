@@ -10,17 +10,19 @@ for 8 % more CPU per byte of it.
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.errors import MuxError
 
-INITIAL_WINDOW_BYTES = 256 * 1024
-MAX_WINDOW_BYTES = 2 * 1024 * 1024
-NEAR_WINDOW_BYTES = 512 * 1024
+INITIAL_WINDOW_BYTES: Final = 256 * 1024
+MAX_WINDOW_BYTES: Final = 2 * 1024 * 1024
+NEAR_WINDOW_BYTES: Final = 512 * 1024
 """To where windows grow when the peer is near, or its distance not known yet."""
-WINDOW_BYTES_PER_S = 512 * 1024 * 1024
+WINDOW_BYTES_PER_S: Final = 512 * 1024 * 1024
 """The rate that one stream's window is to allow, up to :data:`MAX_WINDOW_BYTES`."""
-BUFFER_BYTES = 512 * 1024 * 1024
+BUFFER_BYTES: Final = 512 * 1024 * 1024
 """What one process holds at most for streams whose other side is slow."""
-MAX_CREDIT_BYTES = 1 << 31
+MAX_CREDIT_BYTES: Final = 1 << 31
 """A peer that grants more than this in sum has broken the protocol."""
 
 

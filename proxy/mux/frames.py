@@ -12,66 +12,67 @@ every other payload is short, so what the parser holds is bounded.
 from __future__ import annotations
 
 import struct
+from typing import Final
 
 from proxy.errors import MuxError
 
-DATA = 1
+DATA: Final = 1
 """Bytes of a stream."""
-FIN = 2
+FIN: Final = 2
 """The sender's direction of the stream has ended; no payload."""
-WINDOW = 3
+WINDOW: Final = 3
 """Payload u32: the receiver of the stream's bytes grants so many more."""
-OPEN = 4
+OPEN: Final = 4
 """A new stream; payload: the service asked for, UTF-8."""
-ACCEPT = 5
+ACCEPT: Final = 5
 """The stream is admitted and the app connected; no payload."""
-REFUSE = 6
+REFUSE: Final = 6
 """The stream was not admitted, none of its bytes reached the app; payload: code u8, reason UTF-8."""
-RESET = 7
+RESET: Final = 7
 """The stream is dropped in both directions; payload: code u8, reason UTF-8."""
-PING = 8
+PING: Final = 8
 """Payload: up to 8 bytes to be sent back."""
-PONG = 9
-GOAWAY = 10
+PONG: Final = 9
+GOAWAY: Final = 10
 """The sender takes no more streams; live ones go on. Payload: code u8, reason UTF-8."""
 
-HEADER_BYTES = 8
-MAX_CONTROL_BYTES = 1024
+HEADER_BYTES: Final = 8
+MAX_CONTROL_BYTES: Final = 1024
 """Longest payload of a frame that is not DATA."""
-MAX_DATA_BYTES = (1 << 24) - 1
-COPY_BYTES = 16 * 1024
+MAX_DATA_BYTES: Final = (1 << 24) - 1
+COPY_BYTES: Final = 16 * 1024
 """A shorter piece of DATA is copied out of the read buffer, so that it does not keep the buffer alive."""
 
-_NAMES = {
+_NAMES: Final = {
     DATA: "DATA", FIN: "FIN", WINDOW: "WINDOW", OPEN: "OPEN", ACCEPT: "ACCEPT", REFUSE: "REFUSE",
     RESET: "RESET", PING: "PING", PONG: "PONG", GOAWAY: "GOAWAY",
 }  # fmt: skip
 
 # Codes of REFUSE, RESET and GOAWAY.
-NORMAL = 0
-DENIED = 1
-APP_DOWN = 2
-DRAINING = 3
-TOO_MANY = 4
-WRONG_SERVICE = 5
-NOT_READY = 6
-CANCELLED = 7
-LOST = 8
-PROTOCOL_ERROR = 9
-TIMED_OUT = 10
-REVOKED = 11
-CODE_NAMES = {
+NORMAL: Final = 0
+DENIED: Final = 1
+APP_DOWN: Final = 2
+DRAINING: Final = 3
+TOO_MANY: Final = 4
+WRONG_SERVICE: Final = 5
+NOT_READY: Final = 6
+CANCELLED: Final = 7
+LOST: Final = 8
+PROTOCOL_ERROR: Final = 9
+TIMED_OUT: Final = 10
+REVOKED: Final = 11
+CODE_NAMES: Final = {
     NORMAL: "normal", DENIED: "denied", APP_DOWN: "app-down", DRAINING: "draining", TOO_MANY: "too-many-streams",
     WRONG_SERVICE: "wrong-service", NOT_READY: "not-ready", CANCELLED: "cancelled", LOST: "session-lost",
     PROTOCOL_ERROR: "protocol-error", TIMED_OUT: "timed-out", REVOKED: "revoked",
 }  # fmt: skip
 
-_ON_SESSION = frozenset({PING, PONG, GOAWAY})
+_ON_SESSION: Final = frozenset({PING, PONG, GOAWAY})
 
-HEADER = struct.Struct(">II")
-_pack_header = HEADER.pack
-_unpack_header = HEADER.unpack_from
-_U32 = struct.Struct(">I")
+HEADER: Final = struct.Struct(">II")
+_pack_header: Final = HEADER.pack
+_unpack_header: Final = HEADER.unpack_from
+_U32: Final = struct.Struct(">I")
 
 
 Frame = tuple[int, int, bytes | memoryview]

@@ -10,36 +10,38 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, Final
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
 from proxy.mux.core import MAX_STREAMS, MuxCore, MuxStream
 from proxy.mux.flow import NEAR_WINDOW_BYTES, MemoryBudget, window_for
 from proxy.poller import Poller
+from proxy.receiver import Connection, Receiver
+from proxy.secure import SecureTransport
 from proxy.stream import Data
 from raftstate.model.identity import Identity
 
 log = logging.getLogger("lictor.proxy.mux")
 
-KEEPALIVE_S = 15.0
+KEEPALIVE_S: Final = 15.0
 """A session that was silent this long is pinged; silent twice as long, it is lost."""
-JOIN_BYTES = 64 * 1024
+JOIN_BYTES: Final = 64 * 1024
 """Output up to this size is joined into one write; longer output is not copied."""
-FEW_STREAMS = 2
+FEW_STREAMS: Final = 2
 """With so few live streams frames are sent at once: there is nothing to gather, and the turn is latency."""
-FIRST_PINGS = 4
+FIRST_PINGS: Final = 4
 """Pings in a row when the session begins, to know how far the peer is; then one with each keepalive."""
-PARTING_S = 1.0
+PARTING_S: Final = 1.0
 """How long the accepting side of a session that is over waits for the dialing side to close it."""
-WRITE_HIGH_BYTES = 512 * 1024
+WRITE_HIGH_BYTES: Final = 512 * 1024
 
 
 def _nothing_lost(session: MuxSession, error: Exception | None) -> None:
     """What a session that was lost already calls."""
 
 
-class MuxSession(asyncio.Protocol):
+class MuxSession(Receiver):
     """One session. Ends by :meth:`close`, :meth:`kill`, or with its connection; ``on_lost`` is called once."""
 
     def __init__(
@@ -73,7 +75,7 @@ class MuxSession(asyncio.Protocol):
         self._on_lost = on_lost
         self._keepalive_s = keepalive_s
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self._transport: Connection | None = None
         self._poller = poller
         """Whose batches the transport's events come in, and so whose end is the moment to flush."""
         self._flush_due = False
@@ -84,11 +86,11 @@ class MuxSession(asyncio.Protocol):
         self._error: Exception | None = None
         self._idle_since: float | None = None
 
-    # asyncio.Protocol
+    # Receiver
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)
         self._ping()
 
@@ -177,7 +179,12 @@ class MuxSession(asyncio.Protocol):
                     out, size = core.out, core.out_bytes
                     core.out, core.out_bytes = [], 0
                     if size <= JOIN_BYTES:
-                        transport.write(b"".join(out))
+                        joined = b"".join(out)
+                        # Told by name, it is a call to compiled code, and not a search for a method.
+                        if isinstance(transport, SecureTransport):
+                            transport.write(joined)
+                        else:
+                            transport.write(joined)
                     else:
                         self._write_long(transport, out)
                 if not core.waiting:
@@ -188,7 +195,7 @@ class MuxSession(asyncio.Protocol):
         finally:
             self._flush_due = False
 
-    def _end(self, transport: asyncio.Transport) -> None:
+    def _end(self, transport: Connection) -> None:
         """Close a session that is over. The accepting side gives the peer a moment to do it: an OPEN that crossed our
         GOAWAY must be refused, not lost, for only then may its call be made elsewhere."""
         if self.core.going_away or not self.core.accepts:
@@ -198,7 +205,7 @@ class MuxSession(asyncio.Protocol):
             self._loop.call_later(PARTING_S, transport.close)
 
     @staticmethod
-    def _write_long(transport: asyncio.Transport, out: list[Data]) -> None:
+    def _write_long(transport: Connection, out: list[Data]) -> None:
         """Join runs of short pieces; write long ones as they are."""
         short: list[Data] = []
         for piece in out:

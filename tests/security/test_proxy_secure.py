@@ -13,6 +13,7 @@ import pytest
 
 from proxy.plain import numeric
 from proxy.poller import Poller
+from proxy.receiver import Receiver
 from proxy.secure import SecureTransport
 from proxy.tls import make_material, proof_of
 from tests.support.both_loops import all_loops
@@ -25,7 +26,7 @@ PEER = context(CA.leaf("backend", "backend-1"), CA.root_pem, server=True)
 OURS = make_material(CA.leaf("web", "web-1"), (CA.root_pem,)).client_plain
 
 
-class Recorder(asyncio.Protocol):
+class Recorder(Receiver):
     def __init__(self) -> None:
         self.data = bytearray()
         self.told: list[str] = []

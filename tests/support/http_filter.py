@@ -10,7 +10,8 @@ from typing import Any
 
 from proxy.authz import Decision, Policy, Request, compile_policy
 from proxy.http import HttpCounters, HttpOptions, InboundHttp, client_cert_header
-from proxy.relay import SocketChannel
+from proxy.relay import SocketChannel, as_protocol
+from proxy.relay import dial as connect
 from proxy.stream import Channel
 from raftstate.model.identity import Identity
 from raftstate.model.intention import Intention
@@ -151,12 +152,9 @@ async def rig(app: App | None = None, policy: Policy = ALLOW_ALL, **options: Any
     app.port = server.sockets[0].getsockname()[1]
 
     async def dial(peer: Channel) -> Channel:
-        def channel() -> SocketChannel:
-            made = SocketChannel()
-            made.peer = peer
-            return made
-
-        _, made = await loop.create_connection(channel, "127.0.0.1", app.port)
+        made = SocketChannel()
+        made.peer = peer
+        await connect(made, "127.0.0.1", app.port)
         return made
 
     stats = HttpCounters()
@@ -172,7 +170,7 @@ async def rig(app: App | None = None, policy: Policy = ALLOW_ALL, **options: Any
             decide = permissive(lambda: made.policy)
             http.serve(self, peer=WEB, dial=dial, decide=decide, stats=stats, identity=identity)
 
-    listener = await loop.create_server(Accepted, "127.0.0.1", 0)
+    listener = await loop.create_server(lambda: as_protocol(Accepted()), "127.0.0.1", 0)
     made = Rig(http, app, stats, listener.sockets[0].getsockname()[1], policy)
     try:
         yield made

@@ -15,11 +15,12 @@ import pytest
 from proxy.acceptor import Acceptor
 from proxy.plain import PlainTransport, numeric, resolve
 from proxy.poller import Poller
+from proxy.receiver import Receiver
 from tests.support.both_loops import all_loops
 from tests.support.sidecars import until
 
 
-class Recorder(asyncio.Protocol):
+class Recorder(Receiver):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
