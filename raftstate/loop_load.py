@@ -13,7 +13,7 @@ class LoopLoad:
 
     def __init__(self) -> None:
         self.requests = 0
-        """How often something came that someone waits for an answer to."""
+        """How often something came that someone waits for an answer to, but for writes: they wait for raft."""
 
 
 LOOP = LoopLoad()

@@ -13,7 +13,6 @@ from typing import Any
 
 from node.node_tls import Peer
 from node.rpc.frames import BadFrame, Frame, FrameReader, Ping, Pong, encode_frame
-from raftstate.loop_load import LOOP
 
 log = logging.getLogger("lictor.rpc")
 
@@ -69,7 +68,6 @@ class FrameConnection(asyncio.Protocol):
         _notice_loss(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
-        LOOP.requests += 1
         if self.closed or self._cut():
             return
         try:

@@ -24,6 +24,7 @@ from node.rpc.frames import (
     Response,
 )
 from node.tasks import Tasks
+from raftstate.loop_load import LOOP
 
 log = logging.getLogger("lictor.rpc")
 
@@ -208,6 +209,7 @@ class ServerConnection(FrameConnection):
 
     def frame_received(self, frame: Frame) -> None:
         """Start, feed or cancel a call."""
+        LOOP.requests += 1
         if isinstance(frame, Request):
             self._begin(frame)
         elif isinstance(frame, Cancel):

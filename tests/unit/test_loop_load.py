@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from node.dns import _Datagrams
 from node.http.front.connection import Connection
-from node.rpc.connection import FrameConnection
+from node.http.front.writes import Writes
+from node.rpc.frames import Cancel
+from node.rpc.server import ServerConnection
 from raftstate.loop_load import LOOP
 
 
@@ -45,10 +48,32 @@ def test_a_request_is_counted_whether_it_is_plain_or_was_handed_over_to_aiohttp(
     assert slow.got
 
 
+def test_a_write_that_has_begun_waits_for_raft_itself() -> None:
+    begun: list[object] = []
+
+    def submit(command: object, _told: object) -> bool:
+        begun.append(command)
+        return command == "done at once"
+
+    ctx: Any = SimpleNamespace(options=SimpleNamespace(body_bytes_max=10), backend=SimpleNamespace(submit=submit))
+    writes = Writes(ctx, {("PUT", "/v1/kv/{key}"): lambda _ctx, _key, body: cast(Any, body.decode())})
+    connection: Any = object()
+    head: Any = SimpleNamespace(method="PUT", target="/v1/kv/a", fields=SimpleNamespace(may_write=True))
+    before = LOOP.requests
+    assert not writes.begin(head, b"later", connection)
+    assert LOOP.requests == before, "its handler will see to it"
+    ctx.options.body_bytes_max = 20
+    assert writes.begin(head, b"done at once", connection)
+    assert LOOP.requests == before - 1
+    assert begun == ["later", "done at once"]
+
+
 async def test_a_call_is_counted() -> None:
-    connection = FrameConnection.__new__(FrameConnection)
-    connection.closed = True
-    assert ask(connection, b"frame") == 1
+    connection = ServerConnection.__new__(ServerConnection)
+    before = LOOP.requests
+    connection._calls, connection._feeds, connection._direct = {}, {}, set()
+    connection.frame_received(Cancel(7))
+    assert LOOP.requests == before + 1
 
 
 def test_a_question_is_counted() -> None:

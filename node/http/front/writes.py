@@ -26,6 +26,7 @@ from node.http.middleware import foreign_head, node_error
 from node.http.respond import JSON_TYPE
 from node.http.writing import REQUEST_ID_HEADER
 from node.loose_json import BadJson
+from raftstate.loop_load import LOOP
 from raftstate.model.wire import to_json
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Writes:
         if not ctx.backend.submit(command, partial(self._told, connection)):
             return False
         self._pending.add(connection)
+        LOOP.requests -= 1  # it was counted when it came, and waits for raft itself
         return True
 
     def _find(self, head: Head) -> tuple[Maker, str] | None:
