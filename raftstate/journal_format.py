@@ -10,6 +10,9 @@ nonce), so it can be found behind damage. That decides between the two reasons f
 
 - no certificate behind it: a torn tail of a write that was never synced, which may be cut;
 - a certificate behind it: something acknowledged is damaged, which must be refused.
+
+A *closing mark* is a certificate under the opposite nonce, at the end of a segment. It is written once the segment
+behind it is durable, so one without a next segment says: the newest segment has gone, and what it held with it.
 """
 
 from __future__ import annotations
@@ -196,6 +199,20 @@ def find_certificates(data: bytes, offset: int, segment: int, nonce: bytes | Non
         if found is not None and found.segment == segment and nonce in (None, found.nonce):
             yield found
         at = data.find(_CERTIFICATE_MAGIC, at + 1)
+
+
+def closing_mark(header: Header, offset: int) -> bytes:
+    """What ends the segment of this header at `offset`: the next one is durable."""
+    return Certificate(_opposite(header.nonce), header.segment, offset, 0, 0).encode()
+
+
+def is_closed(data: bytes, offset: int, header: Header) -> bool:
+    """Whether a segment has a closing mark at or behind `offset`."""
+    return any(find_certificates(data, offset, header.segment, _opposite(header.nonce)))
+
+
+def _opposite(nonce: bytes) -> bytes:
+    return bytes(byte ^ 0xFF for byte in nonce)
 
 
 def segment_name(number: int) -> str:

@@ -24,6 +24,7 @@ from raftstate.journal_format import (
     decode_record,
     decode_vote,
     find_certificates,
+    is_closed,
     segment_name,
     segment_number,
     unknown_version,
@@ -183,6 +184,10 @@ def _replay(disk: Disk, directory: str, run: list[int], found: Recovered) -> Non
             end, found.certified_bytes = _replay_segment(path, data, header, offset, None, found)
             if any(find_certificates(data, end, number, header.nonce)):
                 raise JournalDamaged(path, end, "a record fails its checksum")
+            if is_closed(data, end, header):
+                gone = segment_name(number + 1)
+                what = "the header fails its checksum" if gone in found.leftovers else "the segment is missing"
+                raise JournalDamaged(os.path.join(directory, gone), 0, what)
             found.header, found.valid = header, data[:end]
             found.torn_bytes += len(data[end:].rstrip(b"\0"))  # zeros are room that was never written
             return

@@ -17,6 +17,7 @@ from raftstate.journal_format import (
     Header,
     Kind,
     Record,
+    closing_mark,
     encode_record,
     segment_name,
 )
@@ -52,6 +53,8 @@ class Writer:
         )
         self._uncertified = False
         """Whether something is durable that no certificate says so of."""
+        self._to_close: tuple[str, bytes] | None = None
+        """The segment before the newest, and what ends it, until that has been written."""
         self._oldest = found.segments.first_segment
         try:
             self._open(found)
@@ -109,6 +112,7 @@ class Writer:
                 self._file.sync()
                 if made:
                     self._disk.sync_dir(self._directory)
+                    self._close_previous()
                 self._bytes += len(data)
                 self._durable(on_durable)
                 self._certify(commit_index)
@@ -196,6 +200,8 @@ class Writer:
         self._uncertified = False
         if self._file is not None:
             self._file.close()
+        if self._header is not None:
+            self._to_close = self._path(segment_name(self._header.segment)), closing_mark(self._header, self._bytes)
         number = 1 if self._header is None else self._header.segment + 1
         self._header = Header(
             number,
@@ -211,6 +217,17 @@ class Writer:
         self._bytes = 0
         self._segments.begin(number)
         return self._header.encode()
+
+    def _close_previous(self) -> None:
+        # Not synced, as certificates are not. Never before the new segment is durable: without that it is no loss.
+        if self._to_close is not None:
+            path, mark = self._to_close
+            self._to_close = None
+            file = self._disk.open_append(path)
+            try:
+                file.append(mark)
+            finally:
+                file.close()
 
     def _encode(self, records: list[Record]) -> bytes:
         parts: list[bytes] = []

@@ -10,9 +10,9 @@ from tests.simulation.planted import PLANTED, SEEDS
 from tests.simulation.scenario import play
 
 FROM = {
-    "counts a vote twice": 92,
-    "counts itself before its sync": 236,
-    "commits beyond the match": 540,
+    "counts a vote twice": 144,
+    "counts itself before its sync": 342,
+    "commits beyond the match": 683,
     "reads before its no-op": 119,
     "keeps a membership taken back": 24,
     "two membership changes at once": 1136,

@@ -234,6 +234,50 @@ def test_missing_segment_is_refused() -> None:
         journal(disk)
 
 
+def test_newest_segment_that_is_missing_is_refused() -> None:
+    """Without it the log would only seem shorter: what was acknowledged last, perhaps a vote, would be forgotten."""
+    disk = SimDisk()
+    filled(disk, 30, segment_bytes=400).close()
+    newest = disk.listdir("/raft")[-1]
+    disk.remove("/raft/" + newest)
+    before = disk.snapshot()
+    with pytest.raises(JournalDamaged, match=f"is missing in /raft/{newest}.*lictor operator raft recover"):
+        journal(disk)
+    assert disk.snapshot() == before
+
+
+def test_newest_segment_whose_header_is_damaged_is_refused_even_before_it_holds_a_certificate() -> None:
+    disk = SimDisk()
+    log = filled(disk, 30, segment_bytes=400)
+    names = disk.listdir("/raft")
+    while disk.listdir("/raft") == names:
+        log.add(b"x" * 50, log.last_index + 1, 1)
+        sync(log)
+    newest = "/raft/" + disk.listdir("/raft")[-1]
+    disk.cut(newest, disk.read(newest).index(b"\x9dCRT"))
+    disk.flip(newest, 20)
+    with pytest.raises(JournalDamaged, match="the header fails its checksum"):
+        journal(disk)
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_segment_that_was_never_durable_is_not_missed(steps: int) -> None:
+    for seed in range(20):
+        disk = SimDisk(seed)
+        log = filled(disk, 30, segment_bytes=400)
+        disk.crash_after(steps)
+        synced = 30
+        try:
+            while True:
+                log.add(b"x" * 50, synced + 1, 1)
+                sync(log)
+                synced += 1
+        except SimCrash:
+            pass
+        disk.crash()
+        assert journal(disk).last_index >= synced
+
+
 def test_segment_of_a_later_format_is_refused() -> None:
     disk = SimDisk()
     filled(disk, 3).close()
