@@ -76,6 +76,12 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
         assert "it votes" in said
         assert voters(supervisor, third)["server-4"] is True
 
+        # What is no address, or another server's, would be in the log for good: refused, and nothing stops.
+        for wrong, why in (("somewhere", "host:port"), (address, "is the address of server-4")):
+            with pytest.raises(CliError, match=why):
+                api.put("/v1/operator/raft/peer", None, {"id": "server-9", "address": wrong})
+        assert "server-9" not in voters(supervisor, third)
+
         supervisor.start(["server-5"])  # this one asks by itself
         assert wait_until(lambda: voters(supervisor, other).get("server-5") is True, 20)
         assert lictor(supervisor, "server-5", "raft", "list-peers").count("true") == 5
