@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.support.http_filter import Answer, App, Seen, simple
@@ -164,6 +166,27 @@ async def test_too_many_requests_are_turned_away(mesh: Mesh) -> None:
     assert b"in flight already" in answer[1]
     release.set()
     assert [status for ((status, _),) in await asyncio.gather(*held)] == [200, 200]
+    assert (await ask(client, get()))[0][0] == 200
+
+
+@with_mesh
+async def test_too_many_requests_that_await_a_connection_are_turned_away(mesh: Mesh) -> None:
+    app = App()
+    client, server, _ = await mesh.pair(app.handle)
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections and never shakes hands
+    config = {"limits": {"max_pending_requests": 2}, "connect_timeout_ms": 60_000}
+    nobody = msgspec.structs.replace(server.endpoint, port=silent.getsockname()[1])
+    await client.route("backend", nobody, protocol="http", config=config)
+    upstream = client.sidecar._upstreams["backend"]
+    held = [asyncio.create_task(ask(client, get())) for _ in range(2)]
+    await until(lambda: upstream.http.pending == 2)
+    (answer,) = await ask(client, get())
+    assert answer[0] == 503
+    assert b"waiting for a connection already" in answer[1]
+    silent.close()  # which resets those that it had taken
+    assert [status for ((status, _),) in await asyncio.gather(*held)] == [503, 503]
+    assert upstream.http.pending == 0
+    await client.route("backend", server.endpoint, protocol="http", config=config)
     assert (await ask(client, get()))[0][0] == 200
 
 
