@@ -110,6 +110,7 @@ class AdminServer:
                 "roots": config.roots,
                 "intentions": config.intentions,
                 "default_allow": config.default_allow,
+                "revocations": config.revocations,
                 "upstreams": config.upstreams,
             }
         )

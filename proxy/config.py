@@ -12,7 +12,7 @@ from proxy.authz import Policy, compile_policy
 from proxy.errors import BadConfiguration
 from proxy.identity import Revoked
 from proxy.tls import TlsMaterial, make_material
-from raftstate.model.connect import Leaf
+from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import Intention
 from raftstate.model.sidecar import SidecarSelf, SidecarUpdate, SidecarUpstream
 
@@ -32,6 +32,8 @@ class Configuration:
         """None while intentions are not known or could not be compiled: nothing is admitted then."""
         self.policy_version = 0
         """Grows with every change of what may be admitted; decisions are cached under it."""
+        self.revocations: tuple[Revocation, ...] | None = None
+        """As they came; None: not known yet."""
         self.revoked = Revoked()
         self.upstreams: tuple[SidecarUpstream, ...] = ()
         self.leaf: Leaf | None = None
@@ -66,6 +68,7 @@ class Configuration:
             self._recompile()
             changed.add(POLICY)
         if update.revocations is not None:
+            self.revocations = update.revocations
             self.revoked = Revoked(update.revocations)
             changed.add(REVOCATIONS)
         if update.upstreams is not None and update.upstreams != self.upstreams:

@@ -14,6 +14,7 @@ from proxy.poller import Poller
 from proxy.relay import SocketChannel
 from proxy.secure import SecureTransport
 from proxy.tls import make_material
+from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Mesh, digest, hang_up, until
 from tests.support.tls_peers import context
@@ -216,6 +217,9 @@ async def test_admin_endpoint_shows_all_but_keys(mesh: Mesh) -> None:
         status, dump = await get("/config_dump")
         assert status == 200
         assert json.loads(dump)["self"]["ServiceID"] == "web-1"
+        assert json.loads(dump)["revocations"] == []
+        await client.revoke(Revocation("instance", "other-1", service="other"))
+        assert json.loads((await get("/config_dump"))[1])["revocations"][0]["Value"] == "other-1"
         assert "PRIVATE KEY" not in dump
         assert (await get("/ready", Host="evil.example"))[0] == 403
         assert (await get("/ready", Origin="http://evil.example"))[0] == 403
