@@ -20,9 +20,10 @@ from node.node_tls import ALPN_PEER
 from node.peers import PeerConnections
 from node.pki import Peer
 from node.rpc.hello import ALERT_BUSY
+from node.rpc.listener import Listener
 from node.rpc.server import Call, Methods
 from tests.support.both_loops import both_loops
-from tests.support.rpc import RpcEnds, eventually, rpc_ends
+from tests.support.rpc import RpcEnds, eventually, make_pki, rpc_ends
 
 
 def methods() -> Methods:
@@ -298,16 +299,19 @@ async def test_noise_inside_tls_closes_that_connection_only(tmp_path: Path, capl
 
 @both_loops
 async def test_whoever_arrives_while_the_listener_closes_is_closed_too(tmp_path: Path) -> None:
+    context = pki.server_context(make_pki(tmp_path / "tls"), "server-1")
     for said in (b"", b"\x16\x03\x01", ssl_hello()):
         for turns in range(8):
+            listener = Listener(context, "dc1", methods(), limits=Limits())
+            port = await listener.start("127.0.0.1", 0)
             with socket.socket() as caller:
-                async with rpc_ends(tmp_path / f"{len(said)}-{turns}", methods()) as ends:
-                    caller.connect(("127.0.0.1", ends.port))
-                    caller.sendall(said)
-                    for _ in range(turns):
-                        await asyncio.sleep(0)
-                # Whatever of it the listener had taken, it has not lost: Python would tell of a socket left unclosed.
-                gc.collect()
+                caller.connect(("127.0.0.1", port))
+                caller.sendall(said)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await listener.close()
+    # Whatever of them the listener had taken, it has not lost: Python would tell of a socket left unclosed.
+    gc.collect()
 
 
 def ssl_hello() -> bytes:
