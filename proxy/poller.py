@@ -192,11 +192,16 @@ class Poller:
         others: list[Ready] = []
         if self.flushes or self._ends:
             self._settle()
+        busy = False
         for _ in range(BATCHES):
             wait_s = 0.0
             if not self._again and not host.called:
                 wait_s = max(0.0, host.due - monotonic())
             ready = epoll.poll(wait_s, BATCH)
+            if busy and wait_s > 0.0 and ready:
+                # More has come since, as a rule: what is handled together leaves together.
+                ready += epoll.poll(0, BATCH)
+            busy = len(ready) > 1
             self.inside = True
             try:
                 if self._again:
