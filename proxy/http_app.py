@@ -44,6 +44,7 @@ class HttpAppConnection(SocketChannel):
         self._stats.bytes_in += self.received
         self._stats.bytes_out += self.sent
         self._service.connections.discard(self)
+        self._connection = None  # the two refer to each other
 
     @property
     def undecided(self) -> bool:

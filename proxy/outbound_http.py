@@ -30,23 +30,24 @@ IDLE_MAX = 32
 IDLE_S = 60.0
 
 
+def _number(source: Mapping[str, object], key: str, default: float) -> float:
+    # Not within its only caller: compiled, a function of that kind and what it is called from refer to each other.
+    value = source.get(key)
+    return float(value) if isinstance(value, int | float) and value >= 0 else default
+
+
 def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
     """Read an upstream's ``config``: ``request_timeout_ms``, ``try_timeout_ms``, ``max_attempts`` and, under
     ``limits``, ``max_concurrent_requests`` and ``max_pending_requests`` (Consul's names where it has one)."""
-
-    def number(source: Mapping[str, object], key: str, default: float) -> float:
-        value = source.get(key)
-        return float(value) if isinstance(value, int | float) and value >= 0 else default
-
     limits = config.get("limits")
     limits = cast("Mapping[str, object]", limits) if isinstance(limits, dict) else {}
-    request_timeout_s = number(config, "request_timeout_ms", 0) / 1000
+    request_timeout_s = _number(config, "request_timeout_ms", 0) / 1000
     return OutboundOptions(
         http=HttpOptions(service=name, response_timeout_s=request_timeout_s),
-        try_timeout_s=number(config, "try_timeout_ms", 0) / 1000,
-        attempts_max=max(1, int(number(config, "max_attempts", 3))),
-        requests_max=int(number(limits, "max_concurrent_requests", 10_000)),
-        pending_max=int(number(limits, "max_pending_requests", 1_000)),
+        try_timeout_s=_number(config, "try_timeout_ms", 0) / 1000,
+        attempts_max=max(1, int(_number(config, "max_attempts", 3))),
+        requests_max=int(_number(limits, "max_concurrent_requests", 10_000)),
+        pending_max=int(_number(limits, "max_pending_requests", 1_000)),
     )
 
 

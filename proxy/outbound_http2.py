@@ -104,7 +104,10 @@ class Http2Fleet(Chooser):
             if task.cancelled():
                 raise ConnectFailed("closed", "the sidecar is closing")
             if (error := task.result()) is not None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error, task  # it refers to them, by its traceback
 
     async def _dial(self, key: Hashable, instance: Instance | None, port: int) -> Exception | None:
         """Make a link; the failure is a value, which each of those who wait raises."""

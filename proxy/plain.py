@@ -371,14 +371,8 @@ class PlainTransport:
         """Have the kernel ask a silent peer now and then whether it is there, and end the connection if it is not."""
         if self._fd < 0:
             return
-
-        def switch_on(sock: socket.socket) -> None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-
         try:
-            with_socket(self._fd, switch_on)
+            with_socket(self._fd, _switch_keepalive_on)
         except OSError as error:
             self.end(error)
 
@@ -427,14 +421,16 @@ class PlainTransport:
 
     def _let_go(self) -> None:
         self._close_socket()
-        # The two refer to each other; parted, they are freed without the collector.
+        # The two refer to each other; parted, they are freed without the collector. So do this and an error that was
+        # raised here, by its traceback.
         protocol, self._protocol = self._protocol, NOBODY
-        protocol.connection_lost(self._error)
+        error, self._error = self._error, None
+        protocol.connection_lost(error)
 
     def _let_go_undone(self) -> None:
         self._close_socket()
         protocol, self._protocol = self._protocol, NOBODY
-        error = self._error
+        error, self._error = self._error, None
         if isinstance(error, OSError):
             protocol.connect_failed(error)
         else:
@@ -461,6 +457,12 @@ class PlainTransport:
 
     def get_protocol(self) -> Receiver:
         return self._protocol
+
+
+def _switch_keepalive_on(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def with_socket(fd: int, use: Any) -> None:

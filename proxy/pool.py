@@ -214,7 +214,10 @@ class SessionPool:
                 raise ConnectFailed("closed", "the sidecar is closing")
             result = task.result()
             if isinstance(result, ConnectFailed):
-                raise result
+                try:
+                    raise result
+                finally:
+                    del result, task  # it refers to them, by its traceback
             if isinstance(result, MuxSession):
                 if result.closed:
                     # In TLS 1.3 a server says last what it thinks of our certificate. Dialing on would never end.

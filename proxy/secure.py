@@ -52,8 +52,8 @@ class SecureTransport(Receiver):
         self._plain = PlainTransport(poller, self)
         self._shaking = True
         """The handshake is not over."""
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """How it ended, for :meth:`handshake`, which may be called after that."""
+        self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
+        """How it ended, for :meth:`handshake`, which may be called after that; None once it has told of a failure."""
         self._closing = False
         self._peer_ended = self._wrote_eof = False
         self._parting: asyncio.TimerHandle | None = None
@@ -64,10 +64,13 @@ class SecureTransport(Receiver):
         Raises ssl.SSLError when it fails, OSError when the connection cannot be made or is lost. It is ended then,
         and when the caller is cancelled.
         """
+        if self._done is None:
+            raise ConnectionAbortedError("the handshake has failed")
         try:
             await self._done
         except BaseException:
             self.abort()
+            self._done = None  # what is raised refers to this, by its traceback
             raise
 
     def accepted(self, fd: int, peername: tuple[Any, ...]) -> None:
@@ -95,7 +98,7 @@ class SecureTransport(Receiver):
             return
         self._send()
         self._shaking = False
-        if not self._done.done():
+        if self._done is not None and not self._done.done():
             self._done.set_result(None)
         self._protocol.connection_made(self)
         if self._incoming.pending:
@@ -105,7 +108,7 @@ class SecureTransport(Receiver):
         self._shaking = False
         self._closing = True
         self._protocol = NOBODY  # it was told of no connection, and shall not be of its loss
-        if not self._done.done():
+        if self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
     # Receiver of the connection below

@@ -247,6 +247,7 @@ class Intake:
         self._connecting = False
         self.deadline = NEVER
         self._drop_upstream()
+        self._parser.release()
         self._side.connections.discard(self)
         if self._on_done is not None:
             self._on_done()

@@ -63,7 +63,7 @@ class RequestParser:
         self._restart()
 
     def _restart(self) -> None:
-        self._parser = HttpRequestParser(self)
+        self._parser: HttpRequestParser | None = HttpRequestParser(self)
         self._fields: list[Field] = []
         self._url = b""
         self._message: Message | None = None
@@ -73,6 +73,11 @@ class RequestParser:
         self._bad: BadRequest | None = None
         self._barren_bytes = 0
         """Fed since anything came of it: a head, trailers or chunk extensions in the making."""
+
+    def release(self) -> None:
+        """The connection is over: parse nothing more, and let go of llhttp's parser, which refers to this."""
+        self.stopped = True
+        self.held = self._parser = None
 
     def feed(self, data: Data) -> None:
         """Parse ``data``, at most :data:`SLICE_BYTES` of it at best."""
@@ -86,10 +91,12 @@ class RequestParser:
             return
         before = len(self.messages)
         self._fed = len(data)
+        parser = self._parser
+        assert parser is not None
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except HttpParserUpgrade as upgrade:
-            self._upgrade(data[upgrade.args[0] :])
+            self._upgrade(parser, data[upgrade.args[0] :])
         except HttpParserError as error:
             self._refuse(self._bad or BadRequest(400, f"malformed request: {error}"))
         else:
@@ -143,9 +150,9 @@ class RequestParser:
         else:
             self.messages.append(Message(None, refusal))
 
-    def _upgrade(self, rest: Data) -> None:
+    def _upgrade(self, parser: HttpRequestParser, rest: Data) -> None:
         """The parser stopped behind a head that asks for an upgrade (or CONNECT), body unread."""
-        method, version = self._parser.get_method(), self._parser.get_http_version()
+        method, version = parser.get_method(), parser.get_http_version()
         fields, url, refused = self._fields, self._url, self._bad
         if method == b"CONNECT":
             refused = BadRequest(405, "CONNECT is not served here")
@@ -193,6 +200,7 @@ class RequestParser:
 
     def on_headers_complete(self) -> None:
         parser = self._parser
+        assert parser is not None
         if parser.should_upgrade():
             return  # feed() goes on with it
         fields, self._fields = self._fields, []

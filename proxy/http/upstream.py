@@ -86,7 +86,8 @@ class Upstream:
         self._barren_bytes = 0
         self._chunks = self._until_eof = self._switched = self._informational = self._interim = False
         self._closer: asyncio.TimerHandle | None = None
-        self._parser = HttpResponseParser(self)
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        """It refers to this, as this does to it: whatever ends the connection lets go of it."""
 
     def attach(self, owner: Owner) -> None:
         """From here on it is ``owner`` who is told."""
@@ -106,13 +107,17 @@ class Upstream:
         """End the connection in good order; a request under way is cut off."""
         if self.lost:
             return
-        self.lost = True
-        self.reusable = False
+        self._lose()
         if self.busy:
             self.channel.abort()
         elif self.channel is not NOBODY:
             self.channel.write_eof()
             self._closer = asyncio.get_running_loop().call_later(self._options.linger_s, self.channel.abort)
+
+    def _lose(self) -> None:
+        self.lost = True
+        self.reusable = False
+        self._parser = None
 
     # Channel: what the connection calls
 
@@ -166,15 +171,19 @@ class Upstream:
 
         ``first``: these are a response's first bytes; if they are all of it, it will be known the next time.
         """
+        parser = self._parser
+        if parser is None:
+            return False
         if first:
             self._read = None
         problem: BadResponse | None = None
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except HttpParserUpgrade as upgrade:
             rest = bytes(data[upgrade.args[0] :]) + bytes(later)
             self._flush()
             self._switched = True
+            self._parser = None
             self._owner.response_switched(self, rest)
             return False
         except HttpParserError as error:
@@ -193,7 +202,7 @@ class Upstream:
                 self._unknown += 1
                 if self._unknown <= TRIALS or self._unknown % TRIALS == 0:
                     remember_response(bytes(data), self.head, *self._read)
-            if self.request.method == b"HEAD":
+            if self.request.method == b"HEAD" and not self.lost:
                 self._parser = HttpResponseParser(self)  # the old one may wait for a body
                 self._fields = []
             if not self.lost:
@@ -239,8 +248,7 @@ class Upstream:
     def _give_up(self, error: Exception | None) -> None:
         if self.lost:
             return
-        self.lost = True
-        self.reusable = False
+        self._lose()
         if error is None and not self.busy:
             self.channel.write_eof()
         else:
@@ -265,21 +273,23 @@ class Upstream:
         try:
             if len(fields) > self._options.header_count_max:
                 raise BadResponse("the app's response has too many headers")
-            self._read_head(read_response_head(self._parser.get_status_code(), reason, fields), len(fields))
+            parser = self._parser
+            assert parser is not None
+            self._read_head(parser, read_response_head(parser.get_status_code(), reason, fields), len(fields))
         except BadResponse as error:
             self._bad = error
             raise
 
-    def _read_head(self, head: ResponseHead, count: int) -> None:
+    def _read_head(self, parser: HttpResponseParser, head: ResponseHead, count: int) -> None:
         request, status = self.request, head.status
-        version = self._parser.get_http_version()
+        version = parser.get_http_version()
         if version not in ("1.1", "1.0"):
             raise BadResponse("the app does not speak HTTP/1.1")
         if status < 200:
             if status == 101:
                 if not request.upgrade or head.upgrade.lower() != request.upgrade.encode():
                     raise BadResponse("the app switched protocols without being asked to")
-                if not self._parser.should_upgrade():
+                if not parser.should_upgrade():
                     raise BadResponse("the app switched protocols without saying so in Connection")
                 self._out.append(head.wire(extra=b"connection: upgrade\r\nupgrade: " + head.upgrade + b"\r\n"))
                 return
@@ -295,7 +305,7 @@ class Upstream:
             self._read = (head.fields, head.lines, count)
         if self.edit is not None:
             self.edit(head)
-        if not self._parser.should_keep_alive():
+        if not parser.should_keep_alive():
             self.reusable = False
         extra = b""
         if request.method == b"HEAD" or status in (204, 304):

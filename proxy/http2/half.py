@@ -31,12 +31,28 @@ LAST_STREAM_ID = (1 << 31) - 1
 class _Connection(H2Connection):
     """h2's, but a GOAWAY leaves the streams under way alone (RFC 9113, section 6.8); h2 would end them all."""
 
+    def release(self) -> None:
+        """Nothing more is received: let go of the methods that take the frames, which refer to this."""
+        self._frame_dispatch_table.clear()
+
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         event = ConnectionTerminated()
         event.error_code = frame.error_code
         event.last_stream_id = frame.last_stream_id
         event.additional_data = frame.additional_data or None
         return [], [event]
+
+
+def _nothing_came(half: Half, events: list[Event]) -> None:
+    """What one that is closed calls."""
+
+
+def _nothing_ended(half: Half, error: Exception | None) -> None:
+    """As above."""
+
+
+def _nothing_free(half: Half) -> None:
+    """As above."""
 
 
 class Half:
@@ -169,15 +185,24 @@ class Half:
         """Send what is left and end our direction. An end that stays open all the same is cut after a while."""
         if not self.closed:
             self.flush()
-            self.closed = True
+            self._part()
             self.channel.write_eof()
             self._closer = asyncio.get_running_loop().call_later(self._linger_s, self.channel.abort)
 
     def cut(self, error: Exception | None = None) -> None:
         """Drop the connection at once."""
         if not self.closed:
-            self.closed = True
+            self._part()
             self.channel.abort(error)
+
+    def _part(self) -> None:
+        """It is closed. What refers to each other is parted, so that all of it, which is much, is freed when the last
+        of the two is let go of, and not when the collector comes by, which is seldom."""
+        self.closed = True
+        self._on_events = _nothing_came
+        self._on_end = _nothing_ended
+        self._on_room = _nothing_free
+        self.conn.release()
 
     # Channel
 
@@ -188,26 +213,27 @@ class Half:
         try:
             events = self.conn.receive_data(bytes(data))
         except ProtocolError as error:
+            on_end = self._on_end
             self.flush()  # with the GOAWAY that h2 has made
             self.close()
-            self._on_end(self, error)
+            on_end(self, error)
             return
         self._on_events(self, events)
 
     def write_eof(self) -> None:
         """The other end has ended; in HTTP/2 that is the end of the connection."""
-        ended_by_us = self.closed
+        on_end = self._on_end
         self.close()
         self._stop_lingering()
-        if not ended_by_us:
-            self._on_end(self, None)
+        on_end(self, None)
 
     def abort(self, error: Exception | None = None) -> None:
         """The connection was cut."""
         self._stop_lingering()
         if not self.closed:
-            self.closed = True
-            self._on_end(self, error)
+            on_end = self._on_end
+            self._part()
+            on_end(self, error)
 
     def _stop_lingering(self) -> None:
         if self._closer is not None:

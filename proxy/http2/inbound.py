@@ -233,3 +233,4 @@ class InboundHttp2Connection(Http2Connection):
             else:
                 app.half.close()
         self._apps.clear()
+        self._app = None  # its link refers to this

@@ -30,6 +30,10 @@ _STREAMS_BEFORE_SETTINGS = 100
 """Streams that are opened before the other end has said how many it takes (RFC 9113, section 6.5.2)."""
 
 
+def _nothing_ended(link: Link, error: Exception | None) -> None:
+    """What one that has told its end calls."""
+
+
 class Link:
     """One connection with the exchanges on it. ``on_end`` is called once, when nothing more is asked on it."""
 
@@ -211,4 +215,5 @@ class Link:
     def _tell_end(self, error: Exception | None) -> None:
         if not self._gone:
             self._gone = True
-            self._on_end(self, error)
+            on_end, self._on_end = self._on_end, _nothing_ended  # who is told may hold this
+            on_end(self, error)

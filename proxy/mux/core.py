@@ -231,6 +231,7 @@ class MuxStream:
     def release(self) -> None:
         """Mark closed and let go of buffers; called by the core once."""
         self.closed = True
+        self.peer = NOBODY  # the two refer to each other; parted, they are freed without the collector
         if self.pending:
             self._core.memory.held -= sum(map(len, self.pending))
             self.pending.clear()
