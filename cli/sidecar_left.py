@@ -9,20 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from raftstate.model.sidecar import Endpoint, SidecarUpstream
-
-LEFT_MAX = 1000
-"""Of one upstream; the oldest are forgotten first."""
-Key = tuple[str, int, str, str]
-
-
-def key_of(endpoint: Endpoint) -> Key:
-    """Return what makes an endpoint the same one across changes."""
-    return endpoint.address, endpoint.port, endpoint.service, endpoint.service_id
+from raftstate.model.sidecar import LEFT_MAX, Endpoint, Key, SidecarUpstream, key_of
 
 
 class Left:
-    """Of all upstreams, from one update to the next."""
+    """Of all upstreams, from one update to the next. Beyond the bound the oldest are forgotten first."""
 
     def __init__(self) -> None:
         self._service: dict[str, str] = {}

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from proxy.balancing.hashing import Maglev, Ring
 from raftstate.model.plan import CONNECT_TIMEOUT_S
-from raftstate.model.sidecar import Endpoint
+from raftstate.model.sidecar import Endpoint, key_of
+from raftstate.model.sidecar import Key as Key
 
 LEAST_REQUEST, ROUND_ROBIN, RANDOM = "least_request", "round_robin", "random"
 RING_HASH, MAGLEV = "ring_hash", "maglev"
@@ -24,20 +25,6 @@ OVERFLOW = 1.4
 """While 1/1.4 (71 %) of the near instances are usable they get all calls; below that, farther ones get a share."""
 WARM_SHARE_MIN = 0.1
 """Part of its weight that an instance has when it is new, with slow start."""
-
-
-class Key(NamedTuple):
-    """What makes an endpoint the same one across updates."""
-
-    address: str
-    port: int
-    service: str
-    instance: str
-
-
-def key_of(endpoint: Endpoint) -> Key:
-    """Return the endpoint's key."""
-    return Key(endpoint.address, endpoint.port, endpoint.service, endpoint.service_id)
 
 
 class Instance:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from proxy.access import OUTBOUND, Entry, Observer, path_of, trace_of
-from proxy.balancer import Balancer, Key, RetryBudget, key_of
+from proxy.balancer import Balancer, Key, RetryBudget
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
 from proxy.http2.outbound import OutboundHttp2
@@ -25,7 +25,7 @@ from proxy.pool import SessionPool
 from proxy.tasks import Tasks
 from proxy.upstream_settings import UpstreamSettings, resolver_of
 from raftstate.model.plan import HTTP_PROTOCOLS, target_id
-from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream
+from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream, key_of
 
 log = logging.getLogger("lictor.proxy.outbound")
 

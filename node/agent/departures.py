@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from raftstate.model.sidecar import Endpoint
+from raftstate.model.sidecar import LEFT_MAX, Endpoint, Key, key_of
 
-LEFT_MAX = 1000
-"""How many instances a sidecar may bring to mind again for one upstream."""
 LEFT_SERVICES_MAX = 50
 """Of how many services they may be: each is followed."""
 DEREGISTERED_MAX = 256
 """How many of the last instances that went are told again with each change of the upstream; once would do."""
-Key = tuple[str, int, str, str]
-
-
-def key_of(endpoint: Endpoint) -> Key:
-    """Return what makes an endpoint the same one across changes."""
-    return endpoint.address, endpoint.port, endpoint.service, endpoint.service_id
 
 
 class Departures:

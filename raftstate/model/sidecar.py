@@ -8,6 +8,8 @@ it has and dials again: nothing opens that was closed, nothing closes that was o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import Intention
 from raftstate.model.plan import Plan
@@ -50,6 +52,24 @@ class Endpoint(Wire, frozen=True):
     healthy: bool = True
     """False when a check is critical; kept for panic routing."""
     meta: dict[str, str] = {}
+
+
+class Key(NamedTuple):
+    """What makes an endpoint the same one across updates."""
+
+    address: str
+    port: int
+    service: str
+    instance: str
+
+
+def key_of(endpoint: Endpoint) -> Key:
+    """Return the endpoint's key."""
+    return Key(endpoint.address, endpoint.port, endpoint.service, endpoint.service_id)
+
+
+LEFT_MAX = 1000
+"""How many instances that its calls have left a sidecar may bring to an agent's mind again, for one upstream."""
 
 
 class SidecarUpstream(Wire, frozen=True):

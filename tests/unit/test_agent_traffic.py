@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from msgspec import to_builtins
 
 from cli.sidecar_left import Left
-from node.agent.departures import DEREGISTERED_MAX, LEFT_MAX, LEFT_SERVICES_MAX, Departures
+from node.agent.departures import DEREGISTERED_MAX, LEFT_SERVICES_MAX, Departures
 from node.agent.traffic import endpoints_of, own_config, upstream_config, upstream_protocol
 from raftstate.chain import compile_plan
 from raftstate.model.catalog import CRITICAL, WARNING, Check, InstanceHealth, Node, ServiceInstance, ServiceProxy
 from raftstate.model.plan import Target
-from raftstate.model.sidecar import Endpoint, SidecarUpstream
+from raftstate.model.sidecar import LEFT_MAX, Endpoint, SidecarUpstream
 from tests.support.http_api import serving
 from tests.unit.test_http_walkthrough import CLIENT_SIDECAR, SERVER_SIDECAR, open_stream
 
