@@ -133,6 +133,7 @@ class Upstream:
         """The HTTP side, made when it is first needed."""
         if self._http is None:
             self._http = OutboundHttp(self.http_options, self._fleet, self.http_counters)
+            self._http.memory = self.pool.memory
             if self.observer is not None:
                 self._http.told = self._told
         return self._http

@@ -173,14 +173,14 @@ class InstanceLease:
         result = await service.pool.connect(self.instance.key, self.instance.owner.options.connect_timeout_s)
         if isinstance(result, MuxSession):
             return self._open_stream(result, owner)
-        upstream = Upstream(owner, service.http_options.http)
+        upstream = Upstream(owner, service.http_options.http, service.pool.memory)
         upstream.channel = result
         result.attach(upstream)
         self.instance.owner.succeeded(self.instance)
         return upstream
 
     def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
-        upstream = Upstream(owner, self.service.http_options.http)
+        upstream = Upstream(owner, self.service.http_options.http, self.service.pool.memory)
         fate = _StreamFate(self.instance, upstream)
         upstream.channel = session.core.open(self.instance.key.service, upstream, fate)
         return upstream
@@ -244,7 +244,7 @@ class LoopbackLease:
 
     async def connect(self, owner: Owner) -> Upstream:
         service = self._fleet.service
-        upstream = Upstream(owner, service.http_options.http)
+        upstream = Upstream(owner, service.http_options.http, service.pool.memory)
 
         channel = SocketChannel()
         channel.peer = upstream

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from proxy.http.errors import TooMuchHeld
 from proxy.http.head import trailer_lines
 from proxy.http.intake import Intake
 from proxy.http.options import HttpStats
-from proxy.http.parser import Message
+from proxy.http.parser import OVERLOADED, Message
 from proxy.http.replies import local_reply
 from proxy.http.side import NEVER, HttpSide
 from proxy.http.tunnel import Tunnel
@@ -154,7 +155,10 @@ class HttpConnection(Intake):
     def _refuse(self, message: Message) -> None:
         refusal = message.refusal
         assert refusal is not None
-        self._reply(refusal.status, str(refusal), "malformed", close=True)
+        origin = "overloaded" if refusal.status == OVERLOADED else "malformed"
+        if origin == "overloaded":
+            self._side.burst_log.warning(f"{self._options.service!r}: a request is refused: {refusal}")
+        self._reply(refusal.status, str(refusal), origin, close=True)
 
     def _forward(self, message: Message, out: list[bytes]) -> None:
         """Send on what has come of the active request's body, behind ``out``."""
@@ -272,7 +276,10 @@ class HttpConnection(Intake):
         elif not self._retry(upstream, error, message):
             if error is not None:
                 self._side.burst_log.warning(f"{self._options.service!r}: {error}")
-            self._reply(502, f"{self._options.service!r} gave no usable answer", "app-down")
+            if isinstance(error, TooMuchHeld):
+                self._reply(OVERLOADED, str(error), "overloaded")
+            else:
+                self._reply(502, f"{self._options.service!r} gave no usable answer", "app-down")
             self._advance()
 
     def upstream_full(self, upstream: Upstream, full: bool) -> None:

@@ -17,5 +17,9 @@ class BadResponse(ProxyError):
     """The app's message cannot be accepted; the client gets a 502, the text goes to the log."""
 
 
+class TooMuchHeld(BadResponse):
+    """The sidecar has no memory for what is there of the response's head; the client gets a 503."""
+
+
 class UnwantedStatus(BadResponse):
     """The status of the app's response is one for which the request is to be sent elsewhere."""

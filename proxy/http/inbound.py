@@ -102,7 +102,7 @@ class InboundConnection(HttpConnection):
 
     def adopt(self, channel: Channel) -> None:
         """Use a connection to the app that is there already for the first request. Call before any bytes come."""
-        upstream = Upstream(self, self._options)
+        upstream = Upstream(self, self._options, self._side.memory)
         upstream.channel = channel
         channel.peer = upstream
         self._upstream = upstream
@@ -143,7 +143,7 @@ class InboundConnection(HttpConnection):
 
     async def _dial(self, message: Message) -> None:
         service = self._options.service
-        upstream = Upstream(self, self._options)
+        upstream = Upstream(self, self._options, self._side.memory)
         problem = ""
         try:
             async with asyncio.timeout(self._options.dial_timeout_s or None):

@@ -41,7 +41,7 @@ class Intake:
         self._stats = stats
         self._options = side.options
         self._on_done = on_done
-        self._parser = RequestParser(self._options)
+        self._parser = RequestParser(self._options, side.memory)
         self._backlog: deque[Data] = deque()
         """From the client, not yet parsed."""
         self._active: Message | None = None
@@ -228,6 +228,7 @@ class Intake:
         self._closing = True
         self._backlog.clear()
         self._parser.messages.clear()
+        self._parser.release()
         self._drop_upstream()
         self._channel.write_eof()
         if self._client_ended:

@@ -63,7 +63,7 @@ class HttpStats(Protocol):
         """A request was answered.
 
         ``origin`` says by whom: ``app``, or the filter itself: ``denied``, ``malformed``, ``app-down``, ``timeout``,
-        ``cut`` (code 0: no full answer was sent).
+        ``overloaded`` (no memory for a head that does not arrive whole), ``cut`` (code 0: no full answer was sent).
         """
 
     def grpc(self, target: bytes, status: bytes, origin: str) -> None:

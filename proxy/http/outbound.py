@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http.connection import HttpConnection
-from proxy.http.errors import UnwantedStatus
+from proxy.http.errors import TooMuchHeld, UnwantedStatus
 from proxy.http.head import RequestHead, ResponseHead
 from proxy.http.parser import Message
 from proxy.http.side import NEVER, OutboundSide
@@ -311,6 +311,9 @@ class OutboundConnection(HttpConnection):
                 self._again(message, str(error))
             self._advance()
             return True
+        if isinstance(error, TooMuchHeld):
+            self._drop_lease()  # not the instance's fault
+            return False
         if upstream.served == 1:
             lease.failed(str(error) if error else "closed the connection")
         repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)

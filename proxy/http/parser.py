@@ -8,6 +8,7 @@ before any of it was sent on.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
@@ -15,10 +16,15 @@ from proxy.http.errors import BadRequest
 from proxy.http.head import Field, RequestHead, read_request_head, without_upgrade
 from proxy.http.known_heads import TRIALS, known_request, remember_request
 from proxy.http.options import HttpOptions
+from proxy.mux.flow import MemoryBudget
 from proxy.stream import Data
 
 SLICE_BYTES = 16 * 1024
 """How much is parsed at a time; bounds what pipelined requests and a head in the making can hold."""
+FIELD_BYTES: Final = 128
+"""What a field takes of memory beside its bytes."""
+OVERLOADED: Final = 503
+"""The status of a request for whose head there is no memory."""
 
 
 class Message:
@@ -44,12 +50,15 @@ class RequestParser:
     """One connection's requests."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_count", "_fed", "_fields", "_message", "_options", "_parser", "_unknown", "_url",
-        "begun", "held", "messages", "stopped",
+        "_bad", "_barren_bytes", "_count", "_fed", "_fields", "_held_bytes", "_memory", "_message", "_options",
+        "_parser", "_unknown", "_url", "begun", "held", "messages", "stopped",
     )  # fmt: skip
 
-    def __init__(self, options: HttpOptions) -> None:
+    def __init__(self, options: HttpOptions, memory: MemoryBudget) -> None:
         self._options = options
+        self._memory = memory
+        self._held_bytes = 0
+        """What is counted there, of a head, trailers or chunk extensions in the making."""
         self.messages: deque[Message] = deque()
         """Parsed and not yet taken by the caller, in order; the last may be incomplete."""
         self.begun = False
@@ -78,6 +87,14 @@ class RequestParser:
         """The connection is over: parse nothing more, and let go of llhttp's parser, which refers to this."""
         self.stopped = True
         self.held = self._parser = None
+        self._url = b""
+        self._fields = []
+        self._hold(0)
+
+    def _hold(self, size: int) -> bool:
+        """Count so many bytes as held; return False if it is too much."""
+        before, self._held_bytes = self._held_bytes, size
+        return before == size or self._memory.recount(before, size)
 
     def feed(self, data: Data) -> None:
         """Parse ``data``, at most :data:`SLICE_BYTES` of it at best."""
@@ -103,6 +120,10 @@ class RequestParser:
             message = self._message
             if message.body if message is not None else not self.begun:
                 self._barren_bytes = 0
+                if message is not None and message.head is not None and message.head.chunked:
+                    self._barren_bytes = max(0, self._fed - sum(map(len, message.body)))  # trailers may have begun
+                if self._held_bytes or self._barren_bytes:
+                    self._check_held()
                 if fresh and message is None and len(self.messages) == before + 1:
                     self._unknown += 1
                     if self._unknown <= TRIALS or self._unknown % TRIALS == 0:
@@ -111,6 +132,16 @@ class RequestParser:
             self._barren_bytes += self._fed
             if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
                 self._refuse(BadRequest(431, "request headers, trailers or chunk extensions are too large"))
+            else:
+                self._check_held()
+
+    def _check_held(self) -> None:
+        """Count what is there of a head or trailers in the making; refuse what is too much."""
+        count = len(self._fields)
+        if count > self._options.header_count_max:
+            self._refuse(BadRequest(431, "request has too many headers or trailers"))
+        elif not self._hold(self._barren_bytes + FIELD_BYTES * count if self._barren_bytes else 0):
+            self._refuse(BadRequest(OVERLOADED, "the sidecar holds too many requests that are not whole"))
 
     def _feed_known(self, data: bytes) -> bool:
         """Take one whole request whose head was read before; return whether ``data`` is one."""
@@ -141,10 +172,14 @@ class RequestParser:
             self.feed(held)
 
     def _refuse(self, refusal: BadRequest) -> None:
+        self._hold(0)
         if self.stopped:
             return  # what follows the connection's last request is nobody's
         self.stopped = True
         self.begun = False
+        self._url = b""
+        self._fields = []
+        self._parser = None  # it may hold the beginning of a field
         if self._message is not None:
             self._message.refusal = refusal
         else:
@@ -162,6 +197,7 @@ class RequestParser:
         except BadRequest as error:
             refused = error
         self._message = None
+        self._hold(0)
         if refused is not None:
             self._refuse(refused)
         elif head.upgrade in self._options.upgrades and not head.has_body and not head.http10:

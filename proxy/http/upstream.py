@@ -11,11 +11,13 @@ from typing import Protocol
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-from proxy.http.errors import BadResponse, UnwantedStatus
+from proxy.http.errors import BadResponse, TooMuchHeld, UnwantedStatus
 from proxy.http.head import Field, RequestHead, ResponseHead, read_response_head, trailer_lines
 from proxy.http.known_heads import TRIALS, known_response, remember_response
 from proxy.http.options import HttpOptions
+from proxy.http.parser import FIELD_BYTES
 from proxy.mux.core import NOBODY
+from proxy.mux.flow import MemoryBudget
 from proxy.stream import Channel, Data
 
 SLICE_BYTES = 64 * 1024
@@ -46,15 +48,16 @@ class Upstream:
     """The peer of the channel that leads to the app: dial with it, then set :attr:`channel`."""
 
     __slots__ = (
-        "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_informational", "_interim", "_options", "_out",
-        "_owner", "_parser", "_read", "_reason", "_switched", "_unknown", "_until_eof", "busy", "channel", "edit",
-        "head", "heard", "keep_client", "lost", "peer", "request", "reusable", "screen", "served",
+        "_bad", "_barren_bytes", "_chunks", "_closer", "_fields", "_held_bytes", "_informational", "_interim",
+        "_memory", "_options", "_out", "_owner", "_parser", "_read", "_reason", "_switched", "_unknown", "_until_eof",
+        "busy", "channel", "edit", "head", "heard", "keep_client", "lost", "peer", "request", "reusable", "screen",
+        "served",
     )  # fmt: skip
 
     request: RequestHead
     """The request under way, or the last one."""
 
-    def __init__(self, owner: Owner, options: HttpOptions) -> None:
+    def __init__(self, owner: Owner, options: HttpOptions, memory: MemoryBudget) -> None:
         self.channel: Channel = NOBODY
         self.peer: Channel = NOBODY
         self.head: ResponseHead | None = None
@@ -75,6 +78,9 @@ class Upstream:
         """Says of a final response's status that it is not wanted: the request will be sent elsewhere."""
         self._owner = owner
         self._options = options
+        self._memory = memory
+        self._held_bytes = 0
+        """What is counted there, of a head or trailers in the making."""
         self._fields: list[Field] = []
         self._reason = b""
         self._out: list[bytes] = []
@@ -118,6 +124,32 @@ class Upstream:
         self.lost = True
         self.reusable = False
         self._parser = None
+        self._fields = []
+        self._hold(0)
+
+    def _hold(self, size: int) -> bool:
+        """Count so many bytes as held; return False if it is too much."""
+        before, self._held_bytes = self._held_bytes, size
+        return before == size or self._memory.recount(before, size)
+
+    def _held_too_much(self, data: Data) -> BadResponse | None:
+        """Count what is there of a head or trailers in the making, after ``data``; return the problem with it."""
+        if self._out:
+            self._barren_bytes = 0
+            if self.busy and self.head is not None and self.head.chunked:
+                self._barren_bytes = max(0, len(data) - sum(map(len, self._out)))  # trailers may have begun
+        elif self.busy:
+            self._barren_bytes += len(data)
+            if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
+                return BadResponse("the app's response headers are too large")
+        else:
+            self._barren_bytes = 0
+        count = len(self._fields)
+        if self.busy and count > self._options.header_count_max:
+            return BadResponse("the app's response has too many headers or trailers")
+        if not self._hold(self._barren_bytes + FIELD_BYTES * count if self._barren_bytes else 0):
+            return TooMuchHeld("the sidecar holds too many responses that are not whole")
+        return None
 
     # Channel: what the connection calls
 
@@ -184,17 +216,15 @@ class Upstream:
             self._flush()
             self._switched = True
             self._parser = None
+            self._hold(0)
             self._owner.response_switched(self, rest)
             return False
         except HttpParserError as error:
             problem = self._bad or BadResponse(f"the app's response is malformed: {error}")
+        if self.busy or self._held_bytes:
+            problem = problem or self._held_too_much(data)
         if self._out:
-            self._barren_bytes = 0
             self._flush()
-        elif self.busy:
-            self._barren_bytes += len(data)
-            if self._barren_bytes > self._options.head_bytes_max + SLICE_BYTES:
-                problem = BadResponse("the app's response headers are too large")
         if not self.busy:
             if problem is not None or later:
                 self.reusable = False  # the response was whole; what follows it is junk

@@ -50,6 +50,19 @@ class MemoryBudget:
         """Whether more is held than may be."""
         return self.held > self.limit
 
+    def recount(self, before: int, now: int) -> bool:
+        """Count ``now`` bytes of something of which ``before`` were counted; return False if it is to be dropped.
+
+        That is when this adds to more than may be held, or begins to be held while memory is scarce. It stays counted
+        until it is dropped; the overrun is counted here.
+        """
+        scarce = self.scarce
+        self.held += now - before
+        if now > before and (self.over or (scarce and not before)):
+            self.overruns += 1
+            return False
+        return True
+
 
 class SendCredit:
     """What we may still send on a stream."""

@@ -255,3 +255,35 @@ async def test_pipelined_requests_keep_their_order(mesh: Mesh, eof: bool) -> Non
             await reader.readuntil(b"\r\n\r\n")
             assert await reader.readexactly(3) == b"%03d" % n
     await hang_up(writer)
+
+
+@with_mesh
+async def test_heads_that_do_not_arrive_whole_count_in_the_memory_budget(mesh: Mesh) -> None:
+    answered = asyncio.Event()
+
+    async def slow(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nx-slow: " + b"y" * 5000)
+        await answered.wait()
+        writer.write(b"\r\ncontent-length: 0\r\n\r\n")
+
+    client, _ = await fleet(mesh, App(answer=slow))
+    memory = client.sidecar._memory
+    _, lost = await client.dial()
+    lost.write(b"GET / HTTP/1.1\r\nHost: backend\r\nX-Slow: " + b"y" * 5000)
+    await until(lambda: memory.held > 5000)
+    assert re.search(r"(?m)^lictor_buffered_bytes 5\d\d\d$", client.sidecar.metrics.render())
+    await hang_up(lost)
+    await until(lambda: memory.held == 0)
+    asked = asyncio.create_task(ask_for_head(client))
+    await until(lambda: memory.held > 5000)
+    answered.set()
+    assert b"200 OK" in await asked
+    await until(lambda: memory.held == 0)
+
+
+async def ask_for_head(client: Member) -> bytes:
+    reader, writer = await client.dial()
+    writer.write(get())
+    head = await reader.readuntil(b"\r\n\r\n")
+    await hang_up(writer)
+    return head

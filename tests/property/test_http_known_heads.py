@@ -18,6 +18,7 @@ from proxy.http.known_heads import KEPT_BYTES_MAX, KEPT_MAX, forget_all, known_r
 from proxy.http.options import HttpOptions
 from proxy.http.parser import RequestParser
 from proxy.http.upstream import Upstream
+from proxy.mux.flow import MemoryBudget
 from proxy.stream import NOBODY, Data
 
 OPTIONS = HttpOptions(service="db", head_bytes_max=2000, header_count_max=20)
@@ -68,7 +69,7 @@ def mangled(draw: st.DrawFn, good: list[bytes]) -> bytes:
 
 def read(data: Data, before: Data = b"") -> list[object]:
     """Return all that a parser makes of ``data``, and the state that it is left in."""
-    parser = RequestParser(OPTIONS)
+    parser = RequestParser(OPTIONS, MemoryBudget())
     if before:
         parser.feed(before)
     parser.feed(data)
@@ -124,7 +125,7 @@ class Told:
 
 def answered(data: Data, method: bytes, *, http10: bool, keep_client: bool, before: Data = b"") -> list[object]:
     told = Told()
-    upstream = Upstream(told, OPTIONS)
+    upstream = Upstream(told, OPTIONS, MemoryBudget())
     upstream.channel = NOBODY
     request = RequestHead(method, b"/", http10=http10, keep_alive=True)
     if before:
@@ -211,7 +212,7 @@ def test_an_edit_of_a_response_is_not_kept() -> None:
     forget_all()
     for _ in range(2):
         told = Told()
-        upstream = Upstream(told, OPTIONS)
+        upstream = Upstream(told, OPTIONS, MemoryBudget())
         upstream.edit = _with_a_line
         upstream.begin(RequestHead(b"GET", b"/", http10=False, keep_alive=True), keep_client=True)
         upstream.write(ANSWERS[0])
