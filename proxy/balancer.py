@@ -3,7 +3,8 @@
 healthy    no check of the instance is critical, as the catalog says
 ejected    the instance failed to take connections lately, as this sidecar saw; left out until its back-off ends
 avoided    the instance refused us by policy lately; used only when no other is left
-panic      too few instances are healthy, so health is ignored (a wrong check must not take a service down)
+panic      too few instances are healthy and not ejected, so neither is believed (a wrong check must not take a
+           service down, nor must a fault of our own)
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class BalancerOptions(NamedTuple):
 
     policy: str = LEAST_REQUEST
     panic_threshold: float = 0.0
-    """Health is ignored when the share of healthy instances is at or below this; 0: only when none is healthy."""
+    """Health is ignored when the share of healthy instances is at or below this; 0: only when none is healthy. So are
+    ejections, when the share of those that are healthy and not ejected is."""
     failures_to_eject: int = 1
     base_ejection_s: float = 1.0
     """First back-off; doubles with each further ejection, or grows by as much again where answers are judged."""
@@ -148,11 +150,7 @@ class Balancer:
         if exclude:
             usable = [i for i in usable if i.key not in exclude]
         if now < self._troubled_until:
-            calm = [i for i in usable if i.ejected_until <= now and i.avoid_until <= now]
-            if not calm and usable:
-                # All are in trouble: one that only refused us goes first, then the one whose back-off ends first.
-                return min(usable, key=lambda i: (i.ejected_until > now, i.ejected_until, i.active))
-            usable = calm
+            usable = self._calm(usable, now)
         options = self.options
         if hashed is not None and options.policy in (RING_HASH, MAGLEV):
             return self._hashed(usable, hashed)
@@ -185,6 +183,21 @@ class Balancer:
             return first if load <= (second.active + 1) * max(1, first.endpoint.weight) else second
         return min(first, second, key=lambda i: (i.active + 1) / self._weight(i, warming))
 
+    def _calm(self, usable: list[Instance], now: float) -> list[Instance]:
+        """Return those of the usable instances that calls may go to while some are ejected or avoided."""
+        options = self.options
+        working = [i for i in usable if i.ejected_until <= now]
+        if options.panic_threshold:
+            left = sum(1 for instance in self._healthy if instance.ejected_until <= now)
+            if left <= options.panic_threshold * len(self.instances):
+                working = usable
+        if not working and usable:
+            if not options.judges_answers:
+                # None can be reached, as far as we know: the one whose back-off ends first.
+                return [min(usable, key=lambda i: (i.ejected_until, i.active))]
+            working = usable  # they take connections, so that none should get the load of all
+        return [i for i in working if i.avoid_until <= now] or working
+
     def succeeded(self, instance: Instance) -> None:
         """The instance took a connection."""
         instance.avoid_until = 0.0
@@ -204,8 +217,10 @@ class Balancer:
     def failed(self, instance: Instance, now: float) -> bool:
         """The instance could not be reached, or its app could not. Returns whether it is ejected by this."""
         options = self.options
+        if instance.ejected_until > now:
+            return False  # what was under way to it says nothing new
         instance.failures += 1
-        if instance.failures < options.failures_to_eject or instance.ejected_until > now:
+        if instance.failures < options.failures_to_eject:
             return False
         instance.failures = 0 if options.judges_answers else instance.failures
         if not self._may_eject(now):

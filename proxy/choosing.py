@@ -50,8 +50,8 @@ class RequestAim:
         self.destination: Chooses = way.destination
         self._changes = way.response_changes
         if policies := way.destination.hash_policies:
-            self.hashed, cookie = hash_request(policies, asked, source_of(client), service.random)
-            if cookie:
+            self.hashed, cookies = hash_request(policies, asked, source_of(client), service.random)
+            for cookie in cookies:
                 self._changes = (*self._changes, HeaderChange(add={"Set-Cookie": cookie}))
         self.edits = bool(self._changes)
 

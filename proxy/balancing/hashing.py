@@ -1,23 +1,29 @@
 """Consistent hashing: a key keeps its instance while instances come and go. Pure.
 
-Ring: each instance has points on a circle, and a key goes to the next point (Karger et al., 1997). The points of an
-instance depend on itself and, in powers of two, on how many there are, so a newcomer takes its share and moves
-nothing else. Maglev: a table in which each instance takes its turn to claim the next free place of its own
-permutation (Eisenbud et al., 2016, section 3.4); it is more even, and moves a few keys more.
+Ring: each instance has points on a circle, and a key goes to the next point (Karger et al., 1997). An instance's
+points depend on itself alone, so that a newcomer takes its share and moves nothing else; only where the ring would
+become larger than it may, all instances have half as many. Maglev: a table in which each instance takes its turn to
+claim the next free place of its own permutation (Eisenbud et al., 2016, section 3.4); it is more even, and moves a
+few keys more. In a table of another size nearly all keys move, so one size has to do for almost everybody.
 """
 
 from __future__ import annotations
 
+import struct
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 RING_POINTS_MAX = 65_536
 """Bound of a ring's size, whatever the configuration asks for: it is built on the event loop."""
-_TABLE_SIZES = (4_093, 16_381, 65_537)
-"""Primes. The smallest with 100 places for each instance is taken."""
+_MEMBER_BITS = 16
+"""Of a point, the lowest: whose it is."""
+_MEMBER_MASK = (1 << _MEMBER_BITS) - 1
+_TABLE_SIZES = (16_381, 65_537)
+"""Primes. The smallest with ten places for each instance is taken; with equal weights shares differ by one place."""
 
 
 def hash_of(text: bytes) -> int:
@@ -29,39 +35,52 @@ class Ring(Generic[T]):
     """A hash ring of (instance, name, weight)."""
 
     def __init__(self, members: Sequence[tuple[T, str, int]], points_min: int, points_max: int) -> None:
-        total = sum(weight for _, _, weight in members) or 1
+        """``points_min`` holds from two instances on, as far as ``points_max`` and :data:`RING_POINTS_MAX` let."""
+        total = sum(max(weight, 1) for _, _, weight in members) or 1
         most = max(len(members), min(points_max, RING_POINTS_MAX))
         each = 1
-        while each * total < points_min and 2 * each * total <= most:
+        while 2 * each < points_min:
             each *= 2
-        points = sorted(
-            (hash_of(f"{name}_{number}".encode()), at)
-            for at, (_, name, weight) in enumerate(members)
-            for number in range(max(1, min(each * weight, most)))
-        )
-        self._hashes = [point for point, _ in points]
-        self._members = [members[at][0] for _, at in points]
+        while each > 1 and each * total > most:
+            each //= 2
+        points: list[int] = []
+        for at, (_, name, weight) in enumerate(members):
+            points += [point | at for point in _points(name, min(each * max(weight, 1), most))]
+        points.sort()
+        self._points = points
+        self._members = [member for member, _, _ in members]
 
     def find(self, hashed: int, usable: Callable[[T], bool]) -> T | None:
         """Return the first usable one at or after the hash, around the circle; None when there is none."""
-        members = self._members
-        start = bisect_left(self._hashes, hashed)
+        points, members = self._points, self._members
+        start = bisect_left(points, hashed & ~_MEMBER_MASK)
         refused: set[int] = set()
-        for at in range(start, start + len(members)):
-            member = members[at % len(members)]
-            if id(member) in refused:
+        for at in range(start, start + len(points)):
+            number = points[at % len(points)] & _MEMBER_MASK
+            if number in refused:
                 continue
-            if usable(member):
-                return member
-            refused.add(id(member))
+            if usable(members[number]):
+                return members[number]
+            refused.add(number)
+            if len(refused) == len(members):
+                break
         return None
+
+
+@lru_cache(maxsize=1024)
+def _points(name: str, count: int) -> tuple[int, ...]:
+    """Return an instance's points on the ring, in order, their lowest bits zero. The fewer are among the more."""
+    found: list[int] = []
+    for number in range(0, count, 8):
+        found += struct.unpack("<8Q", blake2b(f"{name}_{number}".encode()).digest())
+    return tuple(sorted(point & ~_MEMBER_MASK for point in found[:count]))
 
 
 class Maglev(Generic[T]):
     """A Maglev table of (instance, name, weight)."""
 
     def __init__(self, members: Sequence[tuple[T, str, int]]) -> None:
-        size = self._size = next((size for size in _TABLE_SIZES if size >= 100 * len(members)), _TABLE_SIZES[-1])
+        size = self._size = next((size for size in _TABLE_SIZES if size >= 10 * len(members)), _TABLE_SIZES[-1])
         self._members = [member for member, _, _ in members]
         table = self._table = [-1] * (size if members else 0)
         if not members:

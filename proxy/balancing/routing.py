@@ -7,6 +7,7 @@ does with what Consul makes of them. A header that comes several times is matche
 from __future__ import annotations
 
 import logging
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -383,10 +384,10 @@ _COOKIE = re.compile(rb"\s*([^=;\s]+)\s*=\s*\"?([^;\"]*)")
 
 def hash_request(
     policies: Sequence[HashPolicy], asked: Asked, source_ip: str, random: Callable[[], float]
-) -> tuple[int | None, str]:
-    """Return a request's hash (None: nothing to hash by) and the cookie to set with the answer, if any."""
+) -> tuple[int | None, tuple[str, ...]]:
+    """Return a request's hash (None: nothing to hash by) and the cookies to set with the answer."""
     parts: list[bytes] = []
-    cookie = ""
+    cookies: tuple[str, ...] = ()
     for policy in policies:
         value: bytes | None = None
         if policy.source_ip:
@@ -403,14 +404,14 @@ def hash_request(
             if value is None and (policy.cookie_ttl_s or policy.cookie_session):
                 made = f"{int(random() * 2**53):014x}{int(random() * 2**53):014x}"
                 value = made.encode()
-                age = f"; Max-Age={int(policy.cookie_ttl_s)}" if policy.cookie_ttl_s else ""
+                age = f"; Max-Age={math.ceil(policy.cookie_ttl_s)}" if policy.cookie_ttl_s else ""
                 path = f"; Path={policy.cookie_path}" if policy.cookie_path else ""
-                cookie = f"{policy.field_value}={made}{age}{path}; HttpOnly"
+                cookies = (*cookies, f"{policy.field_value}={made}{age}{path}; HttpOnly")
         if value is not None:
             parts.append(value)
             if policy.terminal:
                 break
-    return (hash_of(b"\0".join(parts)) if parts else None), cookie
+    return (hash_of(b"\0".join(parts)) if parts else None), cookies
 
 
 def _cookie(fields: Sequence[Field], wanted: bytes) -> bytes | None:
@@ -418,7 +419,7 @@ def _cookie(fields: Sequence[Field], wanted: bytes) -> bytes | None:
         if name == b"cookie":
             for key, given in _COOKIE.findall(value):
                 if key == wanted:
-                    return bytes(given)
+                    return bytes(given).rstrip()
     return None
 
 

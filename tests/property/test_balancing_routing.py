@@ -175,7 +175,14 @@ def test_what_a_request_is_hashed_by() -> None:
     assert hashed(Head(), HashPolicy(source_ip=True)) is not None
     cookie = HashPolicy("cookie", "sid", cookie_session=True, cookie_path="/x")
     assert hashed(Head(cookie='a=1; sid="k"'), cookie) == hashed(Head(cookie="sid=k; b=2"), cookie)
-    _, made = hash_request([cookie], Head(cookie="other=1"), "", lambda: 0.25)
+    assert hashed(Head(cookie="sid=k ; b=2"), cookie) == hashed(Head(cookie="sid=k"), cookie)
+    _, (made,) = hash_request([cookie], Head(cookie="other=1"), "", lambda: 0.25)
     name, rest = made.split("=", 1)
     assert (name, rest.split("; ", 1)[1]) == ("sid", "Path=/x; HttpOnly")
-    assert hash_request([HashPolicy("cookie", "sid")], Head(), "", lambda: 0.25) == (None, "")
+    assert hash_request([HashPolicy("cookie", "sid")], Head(), "", lambda: 0.25) == (None, ())
+    # Who gets several cookies at once must keep all of them, or its next request would be hashed otherwise.
+    brief = HashPolicy("cookie", "brief", cookie_ttl_s=0.25)
+    given, cookies = hash_request([cookie, brief], Head(), "", iter((0.1, 0.2, 0.3, 0.4)).__next__)
+    assert [text.partition("=")[0] for text in cookies] == ["sid", "brief"]
+    assert "Max-Age=1;" in cookies[1], "an age of 0 would take the cookie away"
+    assert hashed(Head(cookie="; ".join(text.partition(";")[0] for text in cookies)), cookie, brief) == given

@@ -102,6 +102,37 @@ def test_all_ejected_still_gives_the_one_whose_time_is_up_first() -> None:
     assert made.pick(0.6, {second.key}) is first
 
 
+def test_where_all_are_ejected_for_their_answers_none_gets_the_load_of_all() -> None:
+    made = balancer(*endpoints(4), judges_answers=True, base_ejection_s=30.0)
+    for number, instance in enumerate(made.instances.values()):
+        assert made.answered(instance, 500, number)
+    assert min(picks(made, 400, now=5.0).values()) > 50, "they take connections, and may answer again"
+    refusing = next(iter(made.instances.values()))
+    made.refused(refusing, 5.0)
+    assert refusing.key.instance not in picks(made, 100, now=5.5)
+
+
+def test_panic_ignores_ejections_too_but_not_who_refuses_us() -> None:
+    made = balancer(*endpoints(4), panic_threshold=0.5, base_ejection_s=30.0)
+    first, second, third, fourth = made.instances.values()
+    made.failed(first, 0.0)
+    assert set(picks(made, 100, now=1.0)) == {one.key.instance for one in (second, third, fourth)}
+    made.failed(second, 0.0)
+    spread = picks(made, 400, now=1.0)
+    assert len(spread) == 4, "half are out, so ejections are not believed"
+    assert min(spread.values()) > 50
+    assert made.pick(1.0, {first.key, third.key, fourth.key}) is second
+    made.refused(third, 1.0)
+    assert third.key.instance not in picks(made, 100, now=1.5)
+
+
+def test_what_was_under_way_when_an_instance_was_ejected_does_not_eject_it_again() -> None:
+    made = balancer(*endpoints(2), judges_answers=True, failures_to_eject=3, base_ejection_s=10.0)
+    bad = next(iter(made.instances.values()))
+    assert [made.answered(bad, 500, 0.0) for _ in range(12)] == [False, False, True] + [False] * 9
+    assert [made.answered(bad, 500, 20.0) for _ in range(3)] == [False, False, True]
+
+
 def test_refused_is_avoided_for_a_moment() -> None:
     made = balancer(*endpoints(2))
     denied, other = made.instances.values()
