@@ -14,7 +14,7 @@ from node.http.errors import BadRequest, NotFound
 from node.http.reading import answer, filtered, read
 from node.http.respond import json_response
 from node.http.writing import read_body, write
-from raftstate.chain import KINDS, BadEntry, check_entry, check_expressions
+from raftstate.chain import KINDS, BadEntry, check_entry, check_expressions, check_served
 from raftstate.model.plan import Plan
 from raftstate.state import commands
 
@@ -34,7 +34,9 @@ async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
     if kind in KINDS:
         entry = {key: value for key, value in body.items() if key not in ("CreateIndex", "ModifyIndex")}
         try:
-            check_expressions(kind, name, check_entry(kind, name, entry))
+            spelt = check_entry(kind, name, entry)
+            check_expressions(kind, name, spelt)
+            check_served(kind, name, spelt)
         except BadEntry as error:
             raise BadRequest(str(error)) from error
     command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=cas_index(request))

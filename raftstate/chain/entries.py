@@ -1,6 +1,6 @@
 """The forms of the configuration entries that are acted on.
 
-Fields that Consul knows and Lictor does not act on are there too, loosely typed.
+Fields that Consul knows and Lictor does not act on are there too, loosely typed: see :mod:`raftstate.chain.unserved`.
 
 Source of the forms: Consul's pages on service-defaults, service-router, service-splitter, service-resolver
 and proxy-defaults.

@@ -48,6 +48,7 @@ async def test_entries_are_checked_and_make_a_chain(tmp_path: Path) -> None:
             ),
             ({"Kind": "service-resolver", "Name": "web", "Subsets": {"v1": {}}}, "Splits[1].ServiceSubset"),
             ({"Kind": "service-defaults", "Name": "web", "Protocol": "tcp"}, "Routes: requests can only be routed"),
+            ({"Kind": "service-defaults", "Name": "web", "MutualTLSMode": "permissive"}, "MutualTLSMode: c"),
         ):
             async with node.http.put(node.url + "/v1/config", json=entry) as answer:
                 assert (answer.status, said in await answer.text()) == (400, True), await answer.text()
