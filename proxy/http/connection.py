@@ -23,7 +23,7 @@ from proxy.stream import Channel, Data
 class HttpConnection(Intake):
     """A client's connection, and the upstream of the request whose turn it is."""
 
-    __slots__ = ("_answered", "_replay", "_replay_bytes", "_replay_bytes_max", "_started", "_upstream")
+    __slots__ = ("_answered", "_asked_at", "_replay", "_replay_bytes", "_replay_bytes_max", "_started", "_upstream")
 
     def __init__(
         self,
@@ -41,6 +41,8 @@ class HttpConnection(Intake):
         self._replay_bytes_max = replay_bytes_max
         self._upstream: Upstream | None = None
         self._started = self._loop.time()
+        self._asked_at = NEVER
+        """When the active request had come whole."""
         self._answered = 0
         """Bytes of the active request's response; counted where somebody is told."""
 
@@ -99,8 +101,19 @@ class HttpConnection(Intake):
             upstream.channel.write(replay[0])
 
     def _await_response(self) -> None:
-        if self._options.response_timeout_s:
-            self.deadline = self._after(self._options.response_timeout_s)
+        """The request has come whole."""
+        if self._asked_at == NEVER:
+            self._asked_at = self._loop.time()
+        self.deadline = self._finish_by()
+        self._side.heed(self.deadline)
+
+    def _limit_s(self) -> float:
+        """How long the response may take to come, all of it; 0: for ever."""
+        return self._options.response_timeout_s
+
+    def _finish_by(self) -> float:
+        limit_s = self._limit_s()
+        return self._asked_at + limit_s if limit_s else NEVER
 
     # Channel: what the client's connection calls
 
@@ -135,6 +148,7 @@ class HttpConnection(Intake):
     def _begin(self, message: Message) -> None:
         self._answered = 0
         self._started = self._loop.time()
+        self._asked_at = NEVER
         if message.refusal is not None or message.head is None:
             self._refuse(message)
         else:
@@ -149,8 +163,11 @@ class HttpConnection(Intake):
             self._connecting = False
             self._timed_out(message)
             self._advance()
+        elif self._finish_by() <= self._loop.time():
+            self.cut()
         else:
-            self.deadline = NEVER
+            self.deadline = self._finish_by()
+            self._side.heed(self.deadline)
 
     def _refuse(self, message: Message) -> None:
         refusal = message.refusal

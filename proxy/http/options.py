@@ -29,12 +29,12 @@ class HttpOptions:
     idle_timeout_s: float = 3600.0
     """Between requests of one connection; then it is closed."""
     response_timeout_s: float = 0.0
-    """From a request's end to the start of its response; then 504."""
+    """From a request's end to the end of its response; then 504, or a cut where the response has begun."""
     dial_timeout_s: float = 5.0
     linger_s: float = 2.0
     """How long a connection that is being closed may go on sending what nobody reads."""
     sweep_s: float = 1.0
-    """How often the deadlines are looked at: the precision of the timeouts above."""
+    """How often the deadlines are looked at, at the least: the precision of the timeouts above but the response's."""
     upgrades: frozenset[str] = frozenset({"websocket"})
     """Protocols to which a connection may be switched, lower case; other ``Upgrade`` headers are not passed on.
 
@@ -48,7 +48,7 @@ class OutboundOptions:
 
     http: HttpOptions
     try_timeout_s: float = 0.0
-    """As ``http.response_timeout_s``, for one attempt; then another is made where that is safe."""
+    """From a request's end to the start of the response to one attempt; then another is made where that is safe."""
     attempts_max: int = 3
     requests_max: int = 10_000
     """Requests in flight; more get a 503 at once."""

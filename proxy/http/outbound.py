@@ -146,6 +146,7 @@ class OutboundConnection(HttpConnection):
         if self._idle_s and self._active is message:
             self._stir()
             self.deadline = min(self._respond_by, self._active_at + self._idle_s)
+            self._side.heed(self.deadline)
 
     # Silence
 
@@ -171,6 +172,7 @@ class OutboundConnection(HttpConnection):
         if self._tunnelled and self._idle_s:
             self._stir()
             self.deadline = self._active_at + self._idle_s
+            self._side.heed(self.deadline)
 
     def expire(self) -> None:
         if not self._idle_s or self._closing or (self._active is None and not self._tunnelled):
@@ -184,7 +186,7 @@ class OutboundConnection(HttpConnection):
                 self.deadline = quiet_by
             return
         responding = self._upstream is not None and self._upstream.head is not None
-        if quiet_by <= now and responding:
+        if responding and min(quiet_by, self._finish_by()) <= now:
             self.cut()
         elif quiet_by <= now:
             self._drop_upstream()
@@ -193,7 +195,7 @@ class OutboundConnection(HttpConnection):
         elif self._respond_by <= now and not responding:
             super().expire()
         else:
-            self.deadline = quiet_by if responding else min(quiet_by, self._respond_by)
+            self.deadline = min(quiet_by, self._finish_by() if responding else self._respond_by)
 
     def _connect(self, message: Message, *, anew: bool = False) -> None:
         """Make an attempt; ``anew``: with an instance that was tried already if there is no other."""
@@ -254,8 +256,7 @@ class OutboundConnection(HttpConnection):
         )
 
     def _is_over(self) -> bool:
-        limit_s = self._limit_s()
-        return bool(limit_s) and self._loop.time() >= self._started + limit_s
+        return self._finish_by() <= self._loop.time()
 
     async def _make(self, message: Message, lease: Lease) -> None:
         upstream: Upstream | None = None
@@ -336,18 +337,19 @@ class OutboundConnection(HttpConnection):
         may = not self._is_over() and repeatable and self._may_attempt()
         if may and self._outbound.fleet.may_retry():
             self._reason = "did not answer in time"
-            self._connect(message)
+            self._connect(message, anew=True)
         else:
             super()._timed_out(message)
 
     def _await_response(self) -> None:
-        limit_s, try_s = self._limit_s(), self._outbound.outbound.try_timeout_s
-        self.deadline = self._started + limit_s if limit_s else NEVER
+        super()._await_response()
+        try_s = self._outbound.outbound.try_timeout_s
         if try_s:
             self.deadline = min(self.deadline, self._loop.time() + try_s)
         self._respond_by = self.deadline
         if self._idle_s:
             self.deadline = min(self.deadline, self._active_at + self._idle_s)
+        self._side.heed(self.deadline)
 
     def _let_go(self, upstream: Upstream) -> None:
         self._upstream = None

@@ -15,6 +15,8 @@ from proxy.tasks import Tasks
 log = logging.getLogger("lictor.proxy.http")
 
 NEVER: Final = float("inf")
+SWEEP_S_MIN: Final = 0.02
+"""However many deadlines there are, they are looked at no more often."""
 
 
 class Told(Protocol):
@@ -63,12 +65,18 @@ class HttpSide:
         """Who is told of each request that has ended, beside the counters; None when nobody wants to know."""
         self.loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_at = NEVER
 
     def keep(self, connection: Kept) -> None:
         """Look after a connection's deadlines until it has ended."""
         self.connections.add(connection)
         if self._sweeper is None:
-            self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
+            self._sweep_by(self.loop.time() + self.options.sweep_s)
+
+    def heed(self, deadline: float) -> None:
+        """A connection that is looked after has a deadline which may be before the next sweep."""
+        if deadline < self._sweep_at:
+            self._sweep_by(max(deadline, self.loop.time() + SWEEP_S_MIN))
 
     def drain(self) -> None:
         """Let requests under way end, then close their connections; idle ones at once."""
@@ -84,13 +92,22 @@ class HttpSide:
             self._sweeper.cancel()
         await self.tasks.close()
 
+    def _sweep_by(self, at: float) -> None:
+        if at < self._sweep_at:
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+            self._sweep_at = at
+            self._sweeper = self.loop.call_at(at, self._sweep)
+
     def _sweep(self) -> None:
         self._sweeper = None
+        self._sweep_at = NEVER
         now = self.loop.time()
         for connection in [each for each in self.connections if each.deadline <= now]:
             connection.expire()
         if self.connections:
-            self._sweeper = self.loop.call_later(self.options.sweep_s, self._sweep)
+            due = min([each.deadline for each in self.connections])
+            self._sweep_by(min(max(due, now + SWEEP_S_MIN), now + self.options.sweep_s))
 
 
 AnyFleet = TypeVar("AnyFleet")

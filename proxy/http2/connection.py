@@ -33,7 +33,7 @@ from proxy.http.options import HttpStats
 from proxy.http.side import NEVER, HttpSide
 from proxy.http2.exchange import Exchange, Part, add_data, fields_size, pump
 from proxy.http2.half import STREAMS_MAX, Half
-from proxy.http2.head import RequestHead, grpc_status_of, local_answer, passed_on, read_request
+from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of, local_answer, passed_on, read_request
 from proxy.stream import Channel
 
 if TYPE_CHECKING:
@@ -119,7 +119,16 @@ class Http2Connection:
 
     def _timed_out(self, exchange: Exchange) -> None:
         """The exchange's deadline has passed."""
-        self._answer(exchange, 504, f"{self._options.service!r} did not answer in time", "timeout")
+        text = f"{self._options.service!r} did not answer in time"
+        if exchange.status:
+            self._forget_link(exchange, ErrorCodes.CANCEL)
+            self._end_early(exchange, 504, text)
+        else:
+            self._answer(exchange, 504, text, "timeout")
+
+    def _asked(self, exchange: Exchange) -> None:
+        """The request has come whole: its response may take so long from now on."""
+        exchange.asked_at = self._side.loop.time()
 
     # For whoever serves the connection
 
@@ -160,7 +169,9 @@ class Http2Connection:
     def _arm(self, exchange: Exchange, deadline: float) -> None:
         """Have :meth:`_timed_out` called at ``deadline``, by the loop's clock."""
         exchange.deadline = deadline
-        self.deadline = min(self.deadline, deadline)
+        if deadline < self.deadline:
+            self.deadline = deadline
+            self._side.heed(deadline)
 
     # Events of the client's connection
 
@@ -188,12 +199,15 @@ class Http2Connection:
             else:
                 end = event.stream_ended is not None
                 add_data(exchange.to_link, event.data, event.flow_controlled_length, end=end)
+                if end:
+                    self._asked(exchange)
                 self._more_came(exchange)
         elif isinstance(event, TrailersReceived):
             exchange = self._exchanges.get(event.stream_id)
             if exchange is not None:
                 trailers = passed_on(event.headers, response=False) if exchange.keep_trailers else None
                 exchange.to_link.append(Part(b"", 0, end=True, trailers=trailers))
+                self._asked(exchange)
                 self._more_came(exchange)
         elif isinstance(event, WindowUpdated):
             for exchange in self._concerned(event.stream_id):
@@ -240,6 +254,7 @@ class Http2Connection:
         self._exchanges[event.stream_id] = exchange
         if event.stream_ended is not None:
             exchange.to_link.append(Part(b"", 0, end=True))
+            self._asked(exchange)
         try:
             exchange.head = read_request(event.headers)
         except BadRequest as error:
@@ -336,7 +351,6 @@ class Http2Connection:
         ended = isinstance(event, ResponseReceived) and event.stream_ended is not None
         if isinstance(event, ResponseReceived):
             exchange.status = int(dict(headers)[b":status"])
-            exchange.deadline = NEVER
             if exchange.replay is not None:
                 exchange.replay.drop()
             if ended:
@@ -371,6 +385,22 @@ class Http2Connection:
     def _broken(self, exchange: Exchange) -> None:
         """The link was lost within the response."""
         self.was_reset(exchange, ErrorCodes.INTERNAL_ERROR)
+
+    def _end_early(self, exchange: Exchange, status: int, text: str) -> None:
+        """End a response that has begun, whose link is forgotten: a gRPC call by a status, any other by a reset."""
+        exchange.deadline = NEVER
+        if exchange.response_came:
+            exchange.request_ended = True  # it has ended, and goes on to a client that takes its time
+            return
+        if not exchange.head.grpc:
+            self._count(exchange, 0, "cut")
+            self._client.reset(exchange.client_id, ErrorCodes.INTERNAL_ERROR)
+            self._remove(exchange)
+            return
+        exchange.origin = "timeout" if status == 504 else "cut"
+        exchange.grpc_status = grpc_status_of(status)
+        exchange.to_client.append(Part(b"", 0, end=True, trailers=grpc_ending(status, text)))
+        self._pump_to_client(exchange)
 
     def flush(self) -> None:
         """Send what all this has made, and see what follows."""

@@ -54,9 +54,9 @@ class Exchange:
     """One request and its response. ``to_link`` and ``to_client`` hold what could not be sent on yet."""
 
     __slots__ = (
-        "active_at", "client_id", "deadline", "grpc_status", "head", "head_bytes", "headers", "held", "keep_trailers",
-        "link", "link_id", "origin", "owner", "replay", "request_ended", "sent", "started", "status", "to_client",
-        "to_link", "turned_away",
+        "active_at", "asked_at", "client_id", "deadline", "grpc_status", "head", "head_bytes", "headers", "held",
+        "keep_trailers", "link", "link_id", "origin", "owner", "replay", "request_ended", "sent", "started", "status",
+        "to_client", "to_link", "turned_away",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
@@ -68,6 +68,8 @@ class Exchange:
         self.head_bytes = self.held = 0
         """What the head takes of memory; what of the whole exchange is counted in the memory budget."""
         self.started = self.active_at = started
+        self.asked_at = NEVER
+        """When the request had come whole."""
         self.sent = 0
         """Bytes of the response's body that have come."""
         self.deadline = NEVER

@@ -149,9 +149,12 @@ class InboundHttp2Connection(Http2Connection):
             exchange.keep_trailers = False
         exchange.headers = exchange.head.wire(target, self._identity)
         exchange.replay = Replay(REPLAY_BYTES)
-        if self._options.response_timeout_s:
-            self._arm(exchange, exchange.started + self._options.response_timeout_s)
         self._launch(exchange)
+
+    def _asked(self, exchange: Exchange) -> None:
+        super()._asked(exchange)
+        if self._options.response_timeout_s:
+            self._arm(exchange, exchange.asked_at + self._options.response_timeout_s)
 
     # To the app
 

@@ -19,9 +19,8 @@ from proxy.http.head import Field
 from proxy.http.outbound import REPLAY_BYTES
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
-from proxy.http2.exchange import Exchange, Part, Replay
+from proxy.http2.exchange import Exchange, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease
-from proxy.http2.head import grpc_ending, grpc_status_of
 from proxy.http2.link import Link
 from proxy.stream import Channel
 
@@ -190,26 +189,31 @@ class OutboundHttp2Connection(Http2Connection):
         said = call.aim.request_timeout_s if call.aim is not None else 0.0
         return said or self._options.response_timeout_s
 
-    def _is_over(self, exchange: Exchange, call: _Call) -> bool:
+    def _finish_by(self, exchange: Exchange, call: _Call) -> float:
         limit_s = self._limit_s(call)
-        return bool(limit_s) and self._side.loop.time() >= exchange.started + limit_s
+        return exchange.asked_at + limit_s if limit_s else NEVER
+
+    def _is_over(self, exchange: Exchange, call: _Call) -> bool:
+        return self._finish_by(exchange, call) <= self._side.loop.time()
 
     def _watch(self, exchange: Exchange, call: _Call) -> None:
         """Set the times by which something must have happened."""
         if exchange.request_came and not exchange.status and call.respond_by == NEVER:
-            limit_s, try_s = self._limit_s(call), self._outbound.outbound.try_timeout_s
-            call.respond_by = exchange.started + limit_s if limit_s else NEVER
+            try_s = self._outbound.outbound.try_timeout_s
+            call.respond_by = self._finish_by(exchange, call)
             if try_s:
                 call.respond_by = min(call.respond_by, self._side.loop.time() + try_s)
         idle_s = call.aim.idle_timeout_s if call.aim is not None else 0.0
         quiet_by = exchange.active_at + idle_s if idle_s else NEVER
-        self._arm(exchange, min(call.respond_by, quiet_by))
+        self._arm(exchange, min(call.respond_by, quiet_by, self._finish_by(exchange, call)))
 
     def _timed_out(self, exchange: Exchange) -> None:
         call, now = self._calls[exchange.client_id], self._side.loop.time()
         idle_s = call.aim.idle_timeout_s if call.aim is not None else 0.0
         if call.respond_by > now:
-            if exchange.active_at + idle_s > now:
+            if exchange.status and self._is_over(exchange, call):
+                super()._timed_out(exchange)
+            elif not idle_s or exchange.active_at + idle_s > now:
                 self._watch(exchange, call)
             elif exchange.status:
                 self._forget_link(exchange, ErrorCodes.CANCEL)
@@ -225,7 +229,7 @@ class OutboundHttp2Connection(Http2Connection):
             self._forget_link(exchange, ErrorCodes.CANCEL)
             self._drop_lease(call)
             call.reason = "did not answer in time"
-            self._resend(exchange, call, anew=False)
+            self._resend(exchange, call, anew=True)
         else:
             super()._timed_out(exchange)
 
@@ -320,16 +324,6 @@ class OutboundHttp2Connection(Http2Connection):
 
     def _broken(self, exchange: Exchange) -> None:
         self._end_early(exchange, 503, f"{self._options.service!r}: the connection to the instance was lost")
-
-    def _end_early(self, exchange: Exchange, status: int, text: str) -> None:
-        """End a response that has begun: a gRPC call by a status, any other by a reset."""
-        if not exchange.head.grpc:
-            super().was_reset(exchange, ErrorCodes.INTERNAL_ERROR)
-            return
-        exchange.origin = "timeout" if status == 504 else "cut"
-        exchange.grpc_status = grpc_status_of(status)
-        exchange.to_client.append(Part(b"", 0, end=True, trailers=grpc_ending(status, text)))
-        self._pump_to_client(exchange)
 
     # Ends
 

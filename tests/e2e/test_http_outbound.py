@@ -141,11 +141,15 @@ async def test_a_try_that_takes_too_long_is_made_elsewhere(mesh: Mesh) -> None:
         await release.wait()
 
     apps = [App(answer=hang), App(answer=simple(b"1"))]
-    config = {"load_balancer": "round_robin", "try_timeout_ms": 50}
+    config = {"load_balancer": "round_robin", "try_timeout_ms": 300}
     client, _ = await fleet(mesh, *apps, config=config)
     answers = await ask(client, get(), get())
     assert answers == [(200, b"1")] * 2
     assert len(apps[0].seen) >= 1
+    # Where there is no other instance, the same one is tried, and in the end it was a matter of time.
+    client, _ = await fleet(mesh, App(answer=hang), config={"try_timeout_ms": 20, "max_attempts": 2})
+    (answer,) = await ask(client, get())
+    assert answer[0] == 504
     release.set()
 
 

@@ -251,7 +251,43 @@ async def test_a_route_bounds_the_time_of_its_requests(mesh: Mesh) -> None:
     await stage.server("backend", "b1", answer=never)
     await stage.caller()
     await stage.follow(router_backend={"Routes": [{"Destination": {"RequestTimeout": "100ms"}}]})
+    began = asyncio.get_running_loop().time()
     assert [status for status, _, _ in await ask(stage.client, get())] == [504]
+    assert asyncio.get_running_loop().time() - began < 0.6, (
+        "not when the next look at the clock is due, a second later"
+    )
+
+
+@with_mesh
+async def test_a_requests_time_begins_at_its_end_and_is_over_at_the_end_of_the_response(mesh: Mesh) -> None:
+    async def trickle(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        while seen.target == "/trickle":
+            writer.write(b".")
+            await writer.drain()
+            await asyncio.sleep(0.02)
+        writer.write(b"." * 1_000_000)
+
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", answer=trickle)
+    await stage.caller()
+    await stage.follow(router_backend={"Routes": [{"Destination": {"RequestTimeout": "300ms", "NumRetries": 3}}]})
+    reader, writer = await stage.client.dial()
+    writer.write(b"POST / HTTP/1.1\r\nHost: backend\r\nContent-Length: 8\r\n\r\n")
+    for _ in range(8):
+        writer.write(b"x")
+        await asyncio.sleep(0.1)  # the upload takes longer than the response may
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    await reader.readexactly(1_000_000)
+    writer.write(get("/trickle"))
+    began = asyncio.get_running_loop().time()
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    async with asyncio.timeout(20):
+        await ends(reader)
+    assert 0.25 < asyncio.get_running_loop().time() - began < 1.0
+    assert len(stage.apps["b1"].seen) == 2, "what has begun is not tried again"
+    assert stage.client.sidecar._upstreams["backend"].http.in_flight == 0
+    await hang_up(writer)
 
 
 @with_mesh

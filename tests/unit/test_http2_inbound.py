@@ -313,6 +313,39 @@ async def test_a_slow_app_is_a_504_and_an_idle_connection_ends() -> None:
         assert s.client.ended
 
 
+async def test_a_streams_time_begins_at_its_requests_end_and_is_over_at_its_responses_end() -> None:
+    loop = asyncio.get_running_loop()
+    async with setting(response_timeout_s=0.1) as s:
+        grpc = s.request("/p.S/M", ("content-type", "application/grpc"), end=False)
+        other = s.request("/a", end=False)
+        await s.step()
+        (app,) = s.apps
+        for stream_id in (grpc, other):
+            app.conn.send_headers(stream_id, [(":status", "200")])
+        began = loop.time()
+        while loop.time() < began + 0.3:  # a client that streams, and an app that answers as it comes
+            for stream_id in (grpc, other):
+                s.client.conn.send_data(stream_id, b"x")
+                app.conn.send_data(stream_id, b"x")
+            await s.step()
+            await asyncio.sleep(0.01)
+        assert not s.client.of(h2.events.StreamReset)
+        assert not s.client.of(h2.events.TrailersReceived)
+        for stream_id in (grpc, other):
+            s.client.conn.end_stream(stream_id)
+        began = loop.time()
+        while not (s.client.of(h2.events.StreamReset) and s.client.of(h2.events.TrailersReceived)):
+            await s.step()
+            await asyncio.sleep(0.01)
+            assert loop.time() < began + 5
+        assert loop.time() > began + 0.05
+        (ended,) = s.client.of(h2.events.TrailersReceived)
+        assert (ended.stream_id, dict(ended.headers)["grpc-status"]) == (grpc, "4")
+        assert [event.stream_id for event in s.client.of(h2.events.StreamReset)] == [other]
+        await s.step()
+        assert len(app.of(h2.events.StreamReset)) == 2
+
+
 async def test_which_http_it_is_the_first_bytes_tell() -> None:
     for first, later, is_http2 in (
         (b"P", b"RI * HTTP/2.0\r\n\r\nSM\r\n\r\n", True),

@@ -342,6 +342,25 @@ async def test_a_response_that_does_not_begin_and_a_stream_that_is_silent_are_en
                 await s.step()
         assert s.statuses() == ["504"]
         assert s.fleet.ends["a"].of(h2.events.StreamReset)
+    async with setting("ab", aim=Aim(request_timeout_s=0.15)) as s:
+        stream_id = await s.request(*GRPC, end=False)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() < began + 0.3:  # the request is still under way
+            s.client.conn.send_data(stream_id, b"x")
+            await s.step()
+            await asyncio.sleep(0.02)
+        assert s.statuses() == []
+        s.client.conn.end_stream(stream_id)
+        await s.step()
+        s.fleet.ends["a"].conn.send_headers(1, [(":status", "200")])
+        async with asyncio.timeout(5):
+            while not s.client.of(h2.events.TrailersReceived):  # and the response never ends
+                s.fleet.ends["a"].conn.send_data(1, b"x")
+                await s.step()
+                await asyncio.sleep(0.01)
+        assert dict(s.client.of(h2.events.TrailersReceived)[0].headers)["grpc-status"] == "4"
+        assert list(s.fleet.ends) == ["a"]
     async with setting("a", aim=Aim(idle_timeout_s=0.1)) as s:
         await s.request(*GRPC, end=False)
         end = s.fleet.ends["a"]

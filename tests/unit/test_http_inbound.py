@@ -463,6 +463,33 @@ async def test_a_slow_app_is_a_504() -> None:
         never.set()
 
 
+async def test_a_response_that_never_ends_is_cut_but_a_long_upload_is_not() -> None:
+    async def trickle(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while True:
+            writer.write(b"." if seen.method == "GET" else b"." * 100_000)
+            await writer.drain()
+            if seen.method != "GET":
+                return
+            await asyncio.sleep(0.01)
+
+    async with rig(App(answer=trickle), response_timeout_s=0.2) as r:
+        reader, writer = await r.connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            writer.write(b"x")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        await reader.readexactly(100_000)
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(reader.readexactly(100_000), 5)
+        assert r.stats.requests == {("POST", 200, "app"): 1, ("GET", 0, "cut"): 1}
+        assert not r.http.connections
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "answer",
     [
