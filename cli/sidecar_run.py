@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cli.client import Api, quote
@@ -17,6 +18,7 @@ from cli.cluster.layout import is_free
 from cli.errors import CliError, Refused
 from cli.sidecar_stream import UpdateStream
 from cli.upstreams import UpstreamSpec
+from proxy.descriptors import lower_limit, raise_limit
 from proxy.errors import ProxyError
 from proxy.event_loop import SidecarLoop
 from proxy.sidecar import OFF, BoundPorts, Sidecar, SidecarOptions
@@ -120,7 +122,8 @@ def say(text: str) -> None:
 class Runner:
     """One run of ``lictor connect``."""
 
-    def __init__(self, plan: SidecarPlan, api: Api) -> None:
+    def __init__(self, plan: SidecarPlan, api: Api, *, files: int = 0) -> None:
+        """``files``: how many descriptors the child may have; 0: as many as this process."""
         self.plan = plan
         self.api = api
         options = plan.options()
@@ -133,6 +136,7 @@ class Runner:
         self.ports = BoundPorts(0)
         self._upstream_lines: dict[str, str] = {}
         self._child: asyncio.subprocess.Process | None = None
+        self._files = files
         self._signals: list[signal.Signals] = []
         """Signals that came while there was no child to pass them to."""
 
@@ -185,7 +189,9 @@ class Runner:
         variables = {**os.environ, **environment(self.ports.upstreams)}
         command = self.plan.command
         try:
-            self._child = await asyncio.create_subprocess_exec(*command, env=variables)
+            self._child = await asyncio.create_subprocess_exec(
+                *command, env=variables, preexec_fn=partial(lower_limit, self._files) if self._files else None
+            )
         except OSError as error:
             raise CliError(f"can't run {command[0]}: {error.strerror}") from None
         for number in self._signals:  # they came while the child was being born
@@ -265,9 +271,10 @@ def run_sidecar(plan: SidecarPlan, api: Api, *, verbose: bool = False) -> int:
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    files = raise_limit()
 
     async def main() -> int:
-        return await Runner(plan, api).run()
+        return await Runner(plan, api, files=files).run()
 
     with asyncio.Runner(loop_factory=SidecarLoop) as runner:
         return runner.run(main())

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import importlib
 import logging
-import resource
 import signal
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from node.config import ClusterConfig, NodeConfig
 from node.data_dir import DataDir
 from node.errors import NodeError
 from node.logs import set_up_logging
+from proxy.descriptors import raise_limit
 from proxy.memory import give_back_freed_memory
 from raftstate.clock import boot_clock
 from raftstate.errors import RaftError
@@ -140,16 +140,6 @@ def _calm_the_collector(*, whole: bool) -> None:
     give_back_freed_memory()
 
 
-def _raise_file_limit() -> None:
-    """Each parked query and each sidecar is a socket."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:
-            log.warning("the limit of open files stays at %d: %s", soft, error)
-
-
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
@@ -165,7 +155,7 @@ def run_agent(config: ClusterConfig, node: NodeConfig) -> int:
     data_dir = DataDir(node.data_dir)
     data_dir.open()
     silent_since = boot_clock()
-    _raise_file_limit()
+    raise_limit()  # each parked query and each sidecar is a socket
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_run(config, node, silent_since))

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 
+from proxy.descriptors import raise_limit
 from proxy.errors import ProxyError
 from proxy.event_loop import SidecarLoop
 from proxy.sidecar import Sidecar, SidecarOptions
@@ -105,6 +106,7 @@ async def _main(descriptor: int) -> None:
 
 def main() -> int:
     """Run one worker to its end."""
+    raise_limit()
     try:
         with asyncio.Runner(loop_factory=SidecarLoop) as runner:
             runner.run(_main(int(sys.argv[1])))

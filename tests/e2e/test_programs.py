@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +55,52 @@ def test_curl(allowed: Mesh, tmp_path: Path) -> None:
         _output("curl", "-sSf", "--retry", "5", "--retry-all-errors", "--retry-delay", "0", f"http://{host}:{found}/")
         _output("curl", "-sSf", "-o", str(tmp_path / "got"), f"http://{host}:{found}/big")
     assert (tmp_path / "got").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+_ECHO = """
+import socket
+server = socket.create_server(("127.0.0.1", {port}), backlog=1024)
+held = []
+while True:
+    connection, _ = server.accept()
+    connection.sendall(b"hello")
+    held.append(connection)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_sidecar_holds_more_connections_than_the_usual_limit_and_leaves_its_program_that_limit(
+    allowed: Mesh, tmp_path: Path, workers: str
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("needs a hard limit of 2,000 descriptors")
+    told, count = tmp_path / "told", 300
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # what the sidecars inherit
+    try:
+        allowed.stand("app", "app-1", port=(port := a_free_port()), host=1)
+        command = ["sh", "-c", f"ulimit -n > {told}; exec sleep 600"]
+        home = allowed.home("caller-1", [{"name": "caller", "port": 0}])
+        named = ["-proxy", str(home / "proxy.json"), "-register", "-name", "caller", "-service-id", "caller-1"]
+        arguments = [*named, "-upstreams", "backend=app", "-workers", workers, "--", *command]
+        allowed.sidecar("caller-1", 0, arguments, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
+    try:
+        with running([sys.executable, "-c", _ECHO.format(port=port)]):
+            assert wait_until(lambda: answers_plainly(port), 10)
+            assert wait_until(lambda: told.exists() and told.read_text() == "128\n", 10)
+            host, _, found = allowed.upstream("caller-1").partition(":")
+            calls = []
+            try:
+                for _ in range(count):
+                    calls.append(call := socket.create_connection((host, int(found)), 10))
+                    assert call.recv(5) == b"hello"
+            finally:
+                for call in calls:
+                    call.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_redis_cli(allowed: Mesh, tmp_path: Path) -> None:
