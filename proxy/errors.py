@@ -15,6 +15,9 @@ class PortUnavailable(ProxyError):
     """A listening socket could not be bound."""
 
 
+_OURS = frozenset(("closed", "no-descriptors", "not-ready", "too-many-pending"))
+
+
 class BadCertificate(ProxyError):
     """A peer's certificate proves no identity that is acceptable here. ``cause`` is a short label for metrics."""
 
@@ -29,6 +32,11 @@ class ConnectFailed(ProxyError):
     def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
         self.cause = cause
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this sidecar that cannot connect: no peer is to blame, and none would do better."""
+        return self.cause in _OURS
 
 
 class MuxError(ProxyError):

@@ -151,7 +151,10 @@ class Outgoing:
             result = await upstream.pool.connect(instance.key, instance.owner.options.connect_timeout_s)
         except ConnectFailed as error:
             if self._live and self.instance is instance:
-                self._failed(instance, str(error))
+                if error.ours:
+                    self._fail(error.cause, str(error))
+                else:
+                    self._failed(instance, str(error))
             return
         if not self._live or self.instance is not instance:
             if isinstance(result, ForeignChannel):

@@ -12,6 +12,7 @@ import logging
 import ssl
 
 from proxy.balancer import Key
+from proxy.descriptors import OUR_OWN_WANT
 from proxy.errors import BadCertificate, ConnectFailed, StreamClosed
 from proxy.identity import Revoked, TrustBundle, check_expected, check_peer
 from proxy.metrics import Metrics
@@ -252,7 +253,8 @@ class SessionPool:
             raise ConnectFailed(cause, f"handshake with {key.address}:{key.port} failed: {text}") from error
         except OSError as error:
             text = error.strerror or str(error) or type(error).__name__
-            raise ConnectFailed("refused", f"{key.address}:{key.port} cannot be reached: {text}") from error
+            cause = "no-descriptors" if error.errno in OUR_OWN_WANT else "refused"
+            raise ConnectFailed(cause, f"{key.address}:{key.port} cannot be reached: {text}") from error
         finally:
             self._pending -= 1
 

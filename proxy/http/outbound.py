@@ -260,10 +260,12 @@ class OutboundConnection(HttpConnection):
 
     async def _make(self, message: Message, lease: Lease) -> None:
         upstream: Upstream | None = None
+        ours = False
         try:
             upstream = await lease.connect(self)
         except (ConnectFailed, OSError) as error:
             reason = str(error) or type(error).__name__
+            ours = isinstance(error, ConnectFailed) and error.ours
         finally:
             self._outbound.pending -= 1
         if self._done or self._lease is not lease or not self._connecting:
@@ -275,6 +277,8 @@ class OutboundConnection(HttpConnection):
             self._send(message, upstream)
             if message.complete:
                 self._await_response()
+        elif ours:
+            self._reply(503, f"{self._options.service!r}: {reason}", "app-down")
         else:
             reason = reason if upstream is None else "the connection was lost at once"
             lease.failed(reason)

@@ -119,17 +119,20 @@ class OutboundHttp2Connection(Http2Connection):
 
     async def _make(self, exchange: Exchange, call: _Call, lease: Lease) -> None:
         link: Link | None = None
-        reason = ""
+        reason, ours = "", False
         try:
             link = await lease.connect()
         except (ConnectFailed, OSError) as error:
             reason = str(error) or type(error).__name__
+            ours = isinstance(error, ConnectFailed) and error.ours
         finally:
             self._outbound.pending -= 1
         if call.lease is not lease or self._calls.get(exchange.client_id) is not call:
             return
         if link is not None:
             self._launch(exchange, call, link)
+        elif ours:
+            self._answer(exchange, 503, f"{self._options.service!r}: {reason}", "app-down")
         else:
             lease.failed(reason)
             self._again(exchange, call, reason, free=True)
