@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from proxy.logs import BurstLog
-from proxy.poller import ACCEPT, Poller
+from proxy.poller import ACCEPT, Handler, Poller
 
 log = logging.getLogger("lictor.proxy")
 
@@ -21,7 +21,7 @@ Take = Callable[[int, tuple[Any, ...]], None]
 """Called with each connection: its descriptor, which is the callee's from now on, and the other side's address."""
 
 
-class Acceptor:
+class Acceptor(Handler):
     """Gives the connections that come in on ``sock`` to ``take``, from :meth:`start` on."""
 
     def __init__(

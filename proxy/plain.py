@@ -20,12 +20,17 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
-from proxy.poller import READ, READ_WRITE, Poller
+from proxy.poller import READ, READ_WRITE, Handler, Poller
 from proxy.receiver import NOBODY, Receiver
 
 READ_FIRST_BYTES: Final = 16 * 1024
 READ_MAX_BYTES: Final = 256 * 1024
 """A read asks for four times as much whenever the last one was filled, up to this."""
+READ_SMALL_BYTES: Final = 479
+"""What a read asks for where little comes at a time: CPython's own allocator has room for so many at once, where more
+is cut from the heap, and the rest of it given back, for every read."""
+SMALL_READS: Final = 16
+"""So many small reads in a row, and the next one asks for no more."""
 HIGH_BYTES: Final = 64 * 1024
 _WRITEV_PIECES: Final = 16
 LINGER_RESET: Final = struct.pack("ii", 1, 0)
@@ -38,6 +43,7 @@ KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (sock
 
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
+_IN_OUT: Final = select.EPOLLIN | select.EPOLLOUT
 _WRITABLE: Final = select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP
 _read: Final = os.read
 _write: Final = os.write
@@ -51,13 +57,13 @@ Address = tuple[int, tuple[Any, ...]]
 """Family, and address as the family has it."""
 
 
-class PlainTransport:
+class PlainTransport(Handler):
     """A TCP connection. Its protocol is called as asyncio calls it; ``connection_lost`` never from within a call."""
 
     __slots__ = (
         "_addresses", "_eof_in", "_eof_out", "_error", "_fd", "_high", "_low", "_paused", "_poller", "_protocol",
-        "_queue", "_queued", "_read_bytes", "_sends", "_sock", "_state", "_thorough", "_unread",
-        "_watches_writes", "_write_paused", "peername",
+        "_queue", "_queued", "_read_asks", "_read_bytes", "_sends", "_small_reads", "_sock", "_state", "_thorough",
+        "_unread", "_watches_writes", "_write_paused", "peername",
     )  # fmt: skip
 
     def __init__(self, poller: Poller, protocol: Receiver) -> None:
@@ -72,6 +78,10 @@ class PlainTransport:
         """Those that are left to be tried."""
         self._error: Exception | None = None
         self._read_bytes = READ_FIRST_BYTES
+        self._read_asks: Any = self._read_bytes
+        """The same as an object: compiled code would make one for each read."""
+        self._small_reads = 0
+        """How many in a row, up to SMALL_READS."""
         self._paused = False
         self._unread = False
         """Readable while paused: no further event will say so."""
@@ -155,18 +165,26 @@ class PlainTransport:
 
     def on_ready(self, events: int) -> None:
         state = self._state
-        if events == _IN and state == _OPEN and not self._paused and not self._thorough:
+        # A connection that was dialed is told each time that it can be written to as well.
+        if events | _OUT == _IN_OUT and state == _OPEN and not (self._queued or self._paused or self._thorough):
             # By far the most frequent case, in few steps.
             try:
-                data = _read(self._fd, self._read_bytes)
+                data = _read(self._fd, self._read_asks)
             except BlockingIOError:
                 return
             except OSError as error:
                 self.end(error)
                 return
             if data:
-                if len(data) == self._read_bytes:
+                size = len(data)
+                if size == self._read_bytes:
                     self._read_more()
+                elif size >= READ_SMALL_BYTES:
+                    self._small_reads = 0
+                elif self._small_reads < SMALL_READS:
+                    self._small_reads += 1
+                    if self._small_reads == SMALL_READS:
+                        self._read_asks = self._read_bytes = READ_SMALL_BYTES
                 self._protocol.data_received(data)
             else:
                 self._ended_by_peer()
@@ -226,14 +244,18 @@ class PlainTransport:
 
     def _read_more(self) -> None:
         """The last read was filled."""
-        if self._read_bytes < READ_MAX_BYTES:
+        self._small_reads = 0
+        if self._read_bytes == READ_SMALL_BYTES:
+            self._read_bytes = READ_FIRST_BYTES
+        elif self._read_bytes < READ_MAX_BYTES:
             self._read_bytes *= 4
+        self._read_asks = self._read_bytes
         self._poller.again(self)
 
     def _receive(self) -> bytes:
         """Read once; the end and errors are dealt with here."""
         try:
-            data = _read(self._fd, self._read_bytes)
+            data = _read(self._fd, self._read_asks)
         except BlockingIOError:
             return b""
         except OSError as error:

@@ -20,26 +20,34 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final
+
+from proxy.native import mypyc_attr
+from proxy.receiver import Receiver
 
 READ: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 """What every connection is watched for; errors and hang-ups are reported unasked."""
 READ_WRITE: Final = READ | select.EPOLLOUT
 ACCEPT: Final = select.EPOLLIN
 """For listening sockets, level-triggered: what is not accepted now is reported again."""
-BATCH: Final = 64
-"""Events taken at a time. For each wait CPython allocates room for so many: more than a small block costs 0.2 µs."""
+BATCH: Final = 42
+"""Events taken at a time. For each wait CPython allocates room for so many, which takes longer from the heap: its own
+allocator gives up to 512 bytes, and an event takes 12."""
 BATCHES: Final = 256
 """So many in a row, and the loop gets a turn although it has nothing to do: it forgets cancelled timers in it."""
 WAIT_MAX_S: Final = 3600.0
 _IN: Final = select.EPOLLIN
+_monotonic: Final = monotonic
 
 Ready = tuple[int, int]
 """A descriptor, and a mask of EPOLL bits."""
 
 
-class Handler(Protocol):
-    """What is told of events on a descriptor."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Handler:
+    """What is told of events on a descriptor. A class to inherit from, by which compiled code calls it directly."""
+
+    __slots__ = ()
 
     def on_ready(self, events: int) -> None:
         """``events``: a mask of EPOLL bits."""
@@ -51,10 +59,12 @@ class Handler(Protocol):
 class Host:
     """What a sidecar's event loop and the poller that waits in its place tell one another."""
 
-    __slots__ = ("called", "due", "epoll", "leader")
+    __slots__ = ("called", "due", "epoll", "leader", "poll")
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
+        self.poll: Callable[[float, int], list[Ready]] = self.epoll.poll
+        """Bound once."""
         self.called = False
         """Something was scheduled since the loop began to wait: it wants its turn."""
         self.due = 0.0
@@ -86,11 +96,12 @@ class Poller:
         self._host: Host | None = None
         """Set while this poller leads."""
         self._epoll: select.epoll | None = None
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: list[Handler | None] = []
+        """By descriptor."""
         self._again: dict[Handler, None] = {}
         """Those that have more to read than one turn allows."""
-        self.flushes: list[Callable[[], None]] = []
-        """Called at the end of the batch; while ``inside``, appending here is all that :meth:`flush_later` does."""
+        self.flushes: list[Receiver] = []
+        """Flushed at the end of the batch; while ``inside``, appending here is all that :meth:`flush_later` does."""
         self._ends: list[Callable[[], None]] = []
         self.inside = False
         """Whether a batch is being handled, whose end will deal with flushes and ends."""
@@ -103,7 +114,10 @@ class Poller:
         if epoll is None:
             epoll = self._start()
         epoll.register(fd, events)
-        self._handlers[fd] = handler
+        handlers = self._handlers
+        while len(handlers) <= fd:
+            handlers.append(None)
+        handlers[fd] = handler
 
     def change(self, fd: int, events: int) -> None:
         """Watch it for something else; what is the case now is reported anew. Raises OSError."""
@@ -112,12 +126,15 @@ class Poller:
 
     def forget(self, fd: int) -> None:
         """The descriptor is about to be closed, which is what makes the kernel forget it."""
-        self._handlers.pop(fd, None)
+        if 0 <= fd < len(self._handlers):
+            self._handlers[fd] = None
 
     def remove(self, fd: int) -> None:
         """Watch it no longer; it stays open."""
-        if self._handlers.pop(fd, None) is not None and self._epoll is not None:
-            self._epoll.unregister(fd)
+        if 0 <= fd < len(self._handlers) and self._handlers[fd] is not None:
+            self._handlers[fd] = None
+            if self._epoll is not None:
+                self._epoll.unregister(fd)
 
     def now(self) -> float:
         """Return the loop's time, without asking which loop it is: that is a system call in CPython 3.11."""
@@ -133,9 +150,9 @@ class Poller:
         self._again[handler] = None
         self._call_later()
 
-    def flush_later(self, flush: Callable[[], None]) -> None:
-        """Call ``flush`` once the events at hand are handled: it sends what they made."""
-        self.flushes.append(flush)
+    def flush_later(self, receiver: Receiver) -> None:
+        """Flush ``receiver`` once the events at hand are handled: it sends what they made."""
+        self.flushes.append(receiver)
         self._call_later()
 
     def end_later(self, end: Callable[[], None]) -> None:
@@ -150,9 +167,10 @@ class Poller:
         if self._host is not None:
             self._host.leader, self._host = None, None
             if epoll is not None and not epoll.closed:
-                for fd in self._handlers:
-                    with suppress(OSError):  # closed, most likely
-                        epoll.unregister(fd)
+                for fd, handler in enumerate(self._handlers):
+                    if handler is not None:
+                        with suppress(OSError):  # closed, most likely
+                            epoll.unregister(fd)
         elif epoll is not None and self._loop is not None:
             if not self._loop.is_closed():
                 remove_reader: Any = self._loop.remove_reader  # uvloop's returns no bool: compiled, that is an error
@@ -188,26 +206,27 @@ class Poller:
 
     def lead(self, host: Host) -> list[Ready]:
         """Wait and handle events in the loop's place, until it has something to do. Returns events of its own."""
-        epoll, handlers = host.epoll, self._handlers
+        poll, handlers = host.poll, self._handlers
         others: list[Ready] = []
         if self.flushes or self._ends:
             self._settle()
         busy = False
+        now = _monotonic()
         for _ in range(BATCHES):
-            wait_s = 0.0
-            if not self._again and not host.called:
-                wait_s = max(0.0, host.due - monotonic())
-            ready = epoll.poll(wait_s, BATCH)
+            wait_s = host.due - now
+            if wait_s < 0.0 or self._again or host.called:
+                wait_s = 0.0
+            ready = poll(wait_s, BATCH)
             if busy and wait_s > 0.0 and ready:
                 # More has come since, as a rule: what is handled together leaves together.
-                ready += epoll.poll(0, BATCH)
+                ready += poll(0.0, BATCH)
             busy = len(ready) > 1
             self.inside = True
             try:
                 if self._again:
                     self._handle_again()
                 for fd, events in ready:
-                    handler = handlers.get(fd)
+                    handler = handlers[fd] if fd < len(handlers) else None
                     if handler is None:
                         others.append((fd, events))
                         continue
@@ -219,7 +238,8 @@ class Poller:
                     self._settle()
             finally:
                 self.inside = False
-            if others or host.called or self._host is None or monotonic() >= host.due:
+            now = _monotonic()
+            if others or host.called or self._host is None or now >= host.due:
                 break
         return others
 
@@ -236,7 +256,7 @@ class Poller:
                 self._handle_again()
             if self._epoll is not None:
                 for fd, events in self._epoll.poll(0, BATCH):
-                    found = handlers.get(fd)
+                    found = handlers[fd] if fd < len(handlers) else None
                     if found is not None:
                         try:
                             found.on_ready(events)
@@ -270,12 +290,19 @@ class Poller:
         try:
             while self.flushes or self._ends:
                 # Flushes first: what ends may make frames that are to go out with the others.
-                calls, self.flushes = self.flushes, []
-                if not calls:
-                    calls, self._ends = self._ends, []
-                for call in calls:
+                flushes = self.flushes
+                if flushes:
+                    self.flushes = []
+                    for receiver in flushes:
+                        try:
+                            receiver.flush()
+                        except Exception as error:  # noqa: BLE001 - as above
+                            self._report("the end of a connection's turn failed", error)
+                    continue
+                ends, self._ends = self._ends, []
+                for end in ends:
                     try:
-                        call()
+                        end()
                     except Exception as error:  # noqa: BLE001 - as above
                         self._report("the end of a connection's turn failed", error)
         finally:

@@ -52,6 +52,10 @@ class Receiver:
     def resume_writing(self) -> None:
         """It has taken most of it."""
 
+    def flush(self) -> None:
+        """The batch of events is over in which this was put down for it (:class:`~proxy.poller.Poller`): what they
+        made is to be sent."""
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone; None: in good order."""
 

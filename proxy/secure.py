@@ -33,6 +33,8 @@ class SecureTransport(Receiver):
         "_decrypt",
         "_done",
         "_encrypt",
+        "_encrypted",
+        "_in_record",
         "_incoming",
         "_object",
         "_outgoing",
@@ -40,6 +42,7 @@ class SecureTransport(Receiver):
         "_peer_ended",
         "_plain",
         "_protocol",
+        "_put",
         "_shaking",
         "_wrote_eof",
     )  # fmt: skip
@@ -47,7 +50,11 @@ class SecureTransport(Receiver):
     def __init__(self, poller: Poller, protocol: Receiver, context: ssl.SSLContext, *, server: bool) -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
-        self._decrypt, self._encrypt = self._object.read, self._object.write
+        # What SSLObject's own methods are made of: a frame of Python's each would cost as much as a small record.
+        inner: Any = getattr(self._object, "_sslobj", self._object)
+        self._decrypt, self._encrypt = inner.read, inner.write
+        self._encrypted = self._outgoing.read
+        self._put = self._incoming.write
         self._protocol = protocol
         self._plain = PlainTransport(poller, self)
         self._shaking = True
@@ -55,6 +62,8 @@ class SecureTransport(Receiver):
         self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
         """How it ended, for :meth:`handshake`, which may be called after that; None once it has told of a failure."""
         self._closing = False
+        self._in_record = True
+        """A part of a record may have come, and wait for its rest in OpenSSL."""
         self._peer_ended = self._wrote_eof = False
         self._parting: asyncio.TimerHandle | None = None
 
@@ -117,21 +126,29 @@ class SecureTransport(Receiver):
         self._shake()
 
     def data_received(self, data: bytes) -> None:
-        incoming = self._incoming
-        incoming.write(data)
+        self._put(data)
         if self._shaking:
             self._shake()
             return
         if self._closing:
             return
         ended = False
+        size = len(data)
         try:
-            clear = self._decrypt(RECORD_BYTES)
-            if not clear:
-                ended = True
-            elif incoming.pending:
-                clear, ended = self._decrypt_all(clear)
+            if size > 5 and data[3] << 8 | data[4] == size - 5 and not self._in_record:
+                # One record, by the length it says (RFC 8446, section 5.1): what is in it is no longer than it.
+                clear = self._decrypt(size)
+                ended = not clear
+            else:
+                clear = self._decrypt(RECORD_BYTES)
+                if not clear:
+                    ended = True
+                elif self._incoming.pending:
+                    clear, ended = self._decrypt_all(clear)
+                else:
+                    self._in_record = False
         except ssl.SSLWantReadError:
+            self._in_record = True
             self._send()  # less than a record, or a key update, which is to be answered
             return
         except ssl.SSLZeroReturnError:  # an empty read, when both have ended their side
@@ -152,7 +169,9 @@ class SecureTransport(Receiver):
                 data = self._decrypt(RECORD_BYTES)
                 pieces.append(data)
                 ended = not data
+            self._in_record = False
         except ssl.SSLWantReadError:
+            self._in_record = True
             self._send()
         except ssl.SSLZeroReturnError:
             ended = True
@@ -216,7 +235,7 @@ class SecureTransport(Receiver):
         except ssl.SSLError as error:
             self._broken(error)
             return
-        self._plain.write(self._outgoing.read())
+        self._plain.write(self._encrypted())
 
     def _send(self) -> None:
         if self._outgoing.pending:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
@@ -35,7 +35,7 @@ _DATA: Final = frames.DATA << 24
 
 
 def _nothing() -> None:
-    """Nobody is to be woken any more."""
+    """Nobody is to be told any more."""
 
 
 class StreamOwner(Protocol):
@@ -55,14 +55,17 @@ class MuxStream:
     """One stream. ``peer`` gets what arrives; ``owner`` is told of its fate."""
 
     __slots__ = (
-        "_core", "_credit", "_window", "accepted", "closed", "data_sent", "fin_in", "fin_out", "fin_wanted",
-        "id", "owner", "peer", "pending", "service",
+        "_core", "_credit", "_header", "_header_size", "_window", "accepted", "closed", "data_sent", "fin_in",
+        "fin_out", "fin_wanted", "id", "owner", "peer", "pending", "service",
     )  # fmt: skip
 
     def __init__(self, core: MuxCore, stream_id: int, service: str, peer: Channel, owner: StreamOwner | None) -> None:
         self._core = core
         self._credit = SendCredit()
         self._window = ReceiveWindow(core.growth, core.memory)
+        self._header = b""
+        """Of the last piece of data that was sent, and for how long a piece it is."""
+        self._header_size = -1
         self.id = stream_id
         self.service = service
         self.peer = peer
@@ -97,9 +100,12 @@ class MuxStream:
             return
         credit.left -= size
         self.data_sent = True
-        # As core.send_data, without a call: this is every piece of data in the common case.
+        # As core.send_data, without a call: this is every piece of data in the common case. Pieces are often as long
+        # as the one before.
+        if size != self._header_size:
+            self._header_size, self._header = size, _header(_DATA | size, self.id)
         out = core.out
-        out.append(_header(_DATA | size, self.id))
+        out.append(self._header)
         out.append(data)
         core.out_bytes += size + frames.HEADER_BYTES
         if len(out) == 2:
@@ -193,8 +199,9 @@ class MuxStream:
             # As ReceiveWindow.received where nothing is to be granted yet: nearly all data is such.
             window.left -= size
             window.held += size
-            peer = self.peer
-            # Told by name, it is a call to compiled code, and not a search for a method.
+            # Told by name, it is a call to compiled code, and not a search for a method; told of a Channel, which
+            # Face alone is not, it would be one.
+            peer: Any = self.peer
             if isinstance(peer, Face):
                 peer.write(payload)
             else:
@@ -245,7 +252,6 @@ class MuxCore:
         self,
         *,
         acceptor: Callable[[MuxStream], None] | None,
-        wake: Callable[[], None],
         max_streams: int = MAX_STREAMS,
         memory: MemoryBudget | None = None,
     ) -> None:
@@ -266,19 +272,32 @@ class MuxCore:
         self.on_pong: Callable[[], None] = _nothing
         self.max_streams = max_streams
         self._acceptor = acceptor
-        self.wake = wake
-        """Called when there is something to send, or the session is over."""
         self._parser = frames.FrameParser()
         self._last_id = -1
         self.waiting: dict[MuxStream, None] = {}
         """Streams with something to send and credit for it, in turn order."""
+
+    def wake(self) -> None:
+        """There is something to send, or the session is over; for the shell, which overrides it."""
 
     # From the shell
 
     def receive(self, data: bytes) -> None:
         """Take bytes from the peer. Raises :class:`MuxError`; the session must then end."""
         streams = self.streams
-        for kind, stream_id, payload in self._parser.feed(data):
+        parser = self._parser
+        only = parser.only_data_for(data)
+        if only:
+            # By far the most frequent case, in few steps.
+            stream = streams.get(only)
+            if stream is not None:
+                stream.on_data(frames.without_header(data))
+            else:
+                self._check_known(frames.DATA, only)
+            if self.waiting and not self.blocked:
+                self.wake()
+            return
+        for kind, stream_id, payload in parser.feed(data):
             if kind == frames.DATA:
                 stream = streams.get(stream_id)
                 if stream is not None:
@@ -347,7 +366,7 @@ class MuxCore:
 
     def release(self) -> None:
         """The session is over: let go of the shell."""
-        self.wake = self.on_pong = _nothing
+        self.on_pong = _nothing
         self._acceptor = None
 
     # From streams

@@ -130,6 +130,16 @@ class FrameParser:
         """Bytes kept for the next call; at most a header and a short payload."""
         return len(self._tail)
 
+    def only_data_for(self, data: bytes) -> int:
+        """Return the id of a stream when ``data`` is one whole DATA frame for it and nothing else, else 0: then
+        :meth:`feed` is to look at it."""
+        size = len(data)
+        if size <= HEADER_BYTES or data[0] != DATA or self._data_left or self._tail:
+            return 0
+        if data[1] << 16 | data[2] << 8 | data[3] != size - HEADER_BYTES:
+            return 0
+        return data[4] << 24 | data[5] << 16 | data[6] << 8 | data[7]
+
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames (and pieces of DATA) that ``data`` completes. Raises :class:`MuxError`."""
         if self._tail:
@@ -171,6 +181,11 @@ class FrameParser:
         if position < end:
             self._tail = data[position:]
         return frames
+
+
+def without_header(data: bytes) -> bytes | memoryview:
+    """Return the payload of a frame that is all of ``data``."""
+    return _slice(data, HEADER_BYTES, len(data))
 
 
 def _slice(data: bytes, start: int, stop: int) -> bytes | memoryview:

@@ -41,6 +41,28 @@ def _nothing_lost(session: MuxSession, error: Exception | None) -> None:
     """What a session that was lost already calls."""
 
 
+class SessionCore(MuxCore):
+    """The core of a session that is told when there is something to send."""
+
+    def __init__(
+        self,
+        session: MuxSession,
+        acceptor: Callable[[MuxStream], None] | None,
+        max_streams: int,
+        memory: MemoryBudget | None,
+    ) -> None:
+        super().__init__(acceptor=acceptor, max_streams=max_streams, memory=memory)
+        self._session: MuxSession | None = session
+
+    def wake(self) -> None:
+        if self._session is not None:
+            self._session.schedule()
+
+    def release(self) -> None:
+        super().release()
+        self._session = None
+
+
 class MuxSession(Receiver):
     """One session. Ends by :meth:`close`, :meth:`kill`, or with its connection; ``on_lost`` is called once."""
 
@@ -65,7 +87,7 @@ class MuxSession(Receiver):
         """The peer for logs: address and service."""
         self.closed = False
         accept = None if acceptor is None else lambda stream: acceptor(self, stream)
-        self.core = MuxCore(acceptor=accept, wake=self._schedule, max_streams=max_streams, memory=memory)
+        self.core: MuxCore = SessionCore(self, accept, max_streams, memory)
         self.core.on_pong = self._pong
         self.core.growth.window_max = NEAR_WINDOW_BYTES
         self.round_trip_s = float("inf")
@@ -112,7 +134,7 @@ class MuxSession(Receiver):
 
     def resume_writing(self) -> None:
         self.core.blocked = False
-        self._flush()
+        self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
@@ -153,21 +175,22 @@ class MuxSession(Receiver):
 
     # Output
 
-    def _schedule(self) -> None:
+    def schedule(self) -> None:
+        """See to it that what the core has made is sent soon."""
         if self._flush_due:
             return
         self._flush_due = True
         poller = self._poller
         if poller is not None and poller.inside:
-            poller.flushes.append(self._flush)
+            poller.flushes.append(self)
         elif len(self.core.streams) <= FEW_STREAMS:
-            self._flush()
+            self.flush()
         elif poller is not None:
-            poller.flush_later(self._flush)
+            poller.flush_later(self)
         else:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         # Stays due while it runs: what is written meanwhile is sent by the loop below.
         self._flush_due = True
         transport, core = self._transport, self.core
@@ -179,7 +202,9 @@ class MuxSession(Receiver):
                     out, size = core.out, core.out_bytes
                     core.out, core.out_bytes = [], 0
                     if size <= JOIN_BYTES:
-                        joined = b"".join(out)
+                        first = out[0]
+                        # A frame of data and nothing else, most often: its header and itself.
+                        joined = first + out[1] if len(out) == 2 and isinstance(first, bytes) else b"".join(out)
                         # Told by name, it is a call to compiled code, and not a search for a method.
                         if isinstance(transport, SecureTransport):
                             transport.write(joined)

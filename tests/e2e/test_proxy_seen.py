@@ -45,7 +45,7 @@ async def test_connections_and_bytes_are_counted_for_each_pair_of_services(mesh:
     for member, direction, sent, received in ((client, "outbound", 3, 6), (server, "inbound", 6, 3)):
         about = {"direction": direction, **pair}
         assert value(member, "lictor_connections_total", **about) == 1
-        assert value(member, "lictor_connections_active", **about) == 0
+        await until(lambda: value(member, "lictor_connections_active", **about) == 0)  # noqa: B023
         await until(lambda: value(member, "lictor_app_sent_bytes_total", **about) == sent)  # noqa: B023
         assert value(member, "lictor_app_received_bytes_total", **about) == received
 

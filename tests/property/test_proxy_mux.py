@@ -68,7 +68,7 @@ def test_any_bytes_give_frames_or_an_error(chunks: list[bytes]) -> None:
 
 @given(st.lists(st.binary(max_size=300), max_size=20), st.booleans())
 def test_any_bytes_leave_a_core_alive_or_end_it_with_an_error(chunks: list[bytes], accepting: bool) -> None:
-    core = MuxCore(acceptor=(lambda stream: stream.accept()) if accepting else None, wake=lambda: None)
+    core = MuxCore(acceptor=(lambda stream: stream.accept()) if accepting else None)
     with contextlib.suppress(MuxError):
         for chunk in chunks:
             core.receive(chunk)
@@ -149,8 +149,8 @@ class Wire:
 
     def __init__(self) -> None:
         self.servers: list[Side] = []
-        self.client = MuxCore(acceptor=None, wake=lambda: None)
-        self.server = MuxCore(acceptor=self._accept, wake=lambda: None)
+        self.client = MuxCore(acceptor=None)
+        self.server = MuxCore(acceptor=self._accept)
         self.flying: dict[MuxCore, bytearray] = {self.client: bytearray(), self.server: bytearray()}
 
     def _accept(self, stream: MuxStream) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from proxy.event_loop import SidecarLoop
-from proxy.poller import BATCHES, READ, Poller
+from proxy.poller import BATCHES, READ, Handler, Poller
+from proxy.receiver import Receiver
 from tests.support.sidecars import until
 
 LONG_S = 60.0
@@ -49,7 +50,7 @@ def on_own_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[[], 
     return run
 
 
-class Pair:
+class Pair(Handler):
     """A watched socket, which calls ``told`` for each event, and the other end, to which a test writes."""
 
     def __init__(self, poller: Poller) -> None:
@@ -323,12 +324,16 @@ async def test_what_was_put_off_outside_of_a_batch_is_done_before_the_next_wait(
     order: list[str] = []
     ended = asyncio.Event()
 
+    class Flushed(Receiver):
+        def flush(self) -> None:
+            order.append("flush")
+
     def end() -> None:
         order.append("end")
         ended.set()
 
     pair.poller.end_later(end)
-    pair.poller.flush_later(lambda: order.append("flush"))
+    pair.poller.flush_later(Flushed())
     await ended.wait()
     assert order == ["flush", "end"]
 
