@@ -51,7 +51,7 @@ def compile_permission(permission: Permission) -> CompiledPermission:
         if permission.action not in (ALLOW, DENY):
             raise InvalidPermission(f"action {permission.action!r} is neither allow nor deny")
         allow = permission.action == ALLOW
-        path = _path_condition(permission.http)
+        path = _path_condition(permission.http, every=allow)
         headers = tuple(_header_condition(match, every=allow) for match in permission.http.header)
     except InvalidPermission as error:
         return CompiledPermission(False, frozenset(), (), problem=str(error))
@@ -64,21 +64,34 @@ def check_permission(permission: Permission) -> str:
     return compile_permission(permission).problem
 
 
-def _path_condition(http: HTTPMatch) -> Condition | None:
+def _path_condition(http: HTTPMatch, *, every: bool) -> Condition | None:
+    """``every``: all readings of a path must be covered, not only one of them."""
     given = [name for name in ("path_exact", "path_prefix", "path_regex") if getattr(http, name)]
     if len(given) > 1:
         raise InvalidPermission(f"only one of {', '.join(given)} can be set")
     if http.path_exact:
         exact = http.path_exact if http.path_exact == "*" else _rule_path(http.path_exact)
-        return lambda request: request.path == exact
+        if every or ";" in exact:
+            return lambda request: request.path == exact
+        return lambda request: request.path == exact or request.bare_path == exact
     if http.path_prefix == "/":
         return lambda request: request.path[:1] == "/"
     if http.path_prefix:
         prefix = _rule_path(http.path_prefix)
-        return lambda request: request.path.startswith(prefix)
+        if ";" in prefix:
+            return lambda request: request.path.startswith(prefix)
+        if every:
+            return lambda request: (
+                request.path.startswith(prefix) and (not request.bare_path or request.bare_path.startswith(prefix))
+            )
+        return lambda request: request.path.startswith(prefix) or request.bare_path.startswith(prefix)
     if http.path_regex:
         fullmatch = _regex(http.path_regex)
-        return lambda request: fullmatch(request.path)
+        if ";" in http.path_regex:
+            return lambda request: fullmatch(request.path)
+        if every:
+            return lambda request: fullmatch(request.path) and (not request.bare_path or fullmatch(request.bare_path))
+        return lambda request: fullmatch(request.path) or (bool(request.bare_path) and fullmatch(request.bare_path))
     return None
 
 

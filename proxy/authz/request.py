@@ -10,6 +10,9 @@ A permission is only as good as the agreement between sidecar and app about what
    backslash or control character, a bare backslash or ``#``, a broken escape, escapes that do not decode to UTF-8,
    a dot, slash or backslash escaped twice, a dot segment with a parameter (``/..;x/``), one that climbs above the
    root, a byte that is not ASCII.
+4. A segment's parameters (what follows a ``;`` in it) are part of the path to some apps, and not to others. Where
+   there are any, an ``allow`` must cover both readings, and a ``deny`` covers either; a rule that has a ``;`` itself
+   means the path as it is.
 
 The rule applies where permissions do; without them a path is passed on untouched.
 """
@@ -26,6 +29,8 @@ _LEGAL = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/%\"<>\[\]^`{|}\-]*")
 _BROKEN_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 _TWICE = re.compile(r"%(?:2[eEfF]|5[cC])")
+_PARAMETERS = re.compile(r";[^/]*")
+_SLASHES = re.compile(r"/{2,}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
@@ -82,7 +87,7 @@ def _reduce_escape(match: re.Match[str]) -> str:
 class Request:
     """What permissions can see of a request. Read-only for its users; the path's reading is kept once made."""
 
-    __slots__ = ("_encoded", "_matched", "_problem", "headers", "method", "target")
+    __slots__ = ("_bare", "_encoded", "_matched", "_problem", "headers", "method", "target")
 
     def __init__(self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         """``target`` is the path with or without query; ``headers`` are in order, names in lower case."""
@@ -90,6 +95,7 @@ class Request:
         self.target = target
         self.headers = headers
         self._matched: str | None = None
+        self._bare = ""
         self._encoded = ""
         self._problem = ""
 
@@ -111,6 +117,9 @@ class Request:
             self._matched, self._encoded = normal_path(path)
         except AmbiguousPath as error:
             self._matched, self._problem = "", str(error)
+        else:
+            if ";" in self._matched:
+                self._bare = _SLASHES.sub("/", _PARAMETERS.sub("", self._matched))
 
     @property
     def path(self) -> str:
@@ -118,6 +127,13 @@ class Request:
         if self._matched is None:
             self._read()
         return self._matched or ""
+
+    @property
+    def bare_path(self) -> str:
+        """The path as apps read it that know parameters of segments; empty when it has none."""
+        if self._matched is None:
+            self._read()
+        return self._bare
 
     @property
     def ambiguity(self) -> str:

@@ -45,6 +45,8 @@ _NOT_IN_TRAILERS: Final = frozenset(
         b"proxy-authorization", b"proxy-authenticate", FORWARDED_CERT,
     )
 )  # fmt: skip
+NOT_BY_UNDERSCORE: Final = frozenset((b"content-length", b"transfer-encoding", FORWARDED_CERT))
+"""CGI-like apps take ``_`` for ``-``: identity and framing must not be forged that way."""
 HOST_VALUE: Final = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
 _ORDINARY_CONNECTION: Final = (b",keep-alive", b",close")
@@ -58,8 +60,9 @@ NAMES: Final[dict[bytes, tuple[bytes, int]]] = {}
 def classify(name: bytes) -> tuple[bytes, int]:
     """Return a field name, which must be a token, in lower case, and what kind it is."""
     lower = name.lower()
-    # CGI-like apps take "_" for "-": the identity must not be forged that way either.
-    kind = DROP if lower.replace(b"_", b"-") == FORWARDED_CERT else _KINDS.get(lower, PLAIN)
+    kind = _KINDS.get(lower, PLAIN)
+    if b"_" in lower and lower.replace(b"_", b"-") in NOT_BY_UNDERSCORE:
+        kind = DROP
     if len(NAMES) < 4096 and len(name) <= 64:
         NAMES[name] = (lower, kind)
     return lower, kind

@@ -10,7 +10,7 @@ import re
 
 from proxy.authz import Request
 from proxy.http.errors import BadRequest
-from proxy.http.head import FORWARDED_CERT, IDEMPOTENT, Field
+from proxy.http.head import FORWARDED_CERT, IDEMPOTENT, NOT_BY_UNDERSCORE, Field
 
 _GRPC = b"application/grpc"
 _GRPC_STATUS = {400: 13, 403: 7, 502: 14, 503: 14, 504: 4, 500: 13}
@@ -74,7 +74,7 @@ def read_request(headers: list[Field]) -> RequestHead:
                 raise BadRequest(400, "an extended CONNECT is not served here")
         elif name == b"host":
             host = value
-        elif name in _DROP or name.replace(b"_", b"-") == FORWARDED_CERT:
+        elif name in _DROP or _forges(name):
             continue
         else:
             if name == b"content-type":
@@ -100,8 +100,13 @@ def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
         (bytes(name), bytes(value))
         for name, value in headers
         if (response and name == b":status")
-        or (name[:1] != b":" and name not in _DROP and name.replace(b"_", b"-") != FORWARDED_CERT)
+        or (name[:1] != b":" and name not in _DROP and not _forges(name))
     ]
+
+
+def _forges(name: bytes) -> bool:
+    """Whether a field could be taken for the caller's identity, or, behind a gateway, for a message's framing."""
+    return name == FORWARDED_CERT or (b"_" in name and name.replace(b"_", b"-") in NOT_BY_UNDERSCORE)
 
 
 def grpc_status_of(status: int) -> bytes:

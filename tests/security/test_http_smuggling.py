@@ -227,6 +227,18 @@ async def test_hop_by_hop_fields_cannot_carry_a_header_past_a_permission() -> No
         assert r.app.seen[0].header("x-role") == ["admin"]
 
 
+async def test_names_that_gateways_take_for_those_of_framing_do_not_reach_an_app() -> None:
+    """To CGI-like servers ``Transfer_Encoding`` may be ``Transfer-Encoding``: they would read another body."""
+    names = ("Transfer_Encoding: chunked", "content_length: 31", "TRANSFER_encoding: identity")
+    async with rig(policy=POLICY) as r:
+        head = "POST / HTTP/1.1\r\nHost: a\r\n" + "".join(f"{name}\r\n" for name in names) + "X_Other: 1\r\n"
+        data = await r.exchange(head.encode() + b"Content-Length: 5\r\n\r\n0\r\n\r\n")
+        assert data.startswith(b"HTTP/1.1 200 ")
+        (seen,) = r.app.seen
+        assert (seen.body, seen.header("x_other")) == (b"0\r\n\r\n", ["1"])
+        assert [name for name, _ in seen.headers if "_" in name] == ["X_Other"]
+
+
 @pytest.mark.parametrize("decided", [True, False])
 async def test_a_trailer_cannot_carry_a_header_past_a_permission(decided: bool) -> None:
     """Some apps merge trailers into the headers; what permissions decided on must stay what the app sees."""

@@ -224,6 +224,38 @@ def test_normal_form(target: str, path: str, forwarded: str) -> None:
     assert (request.ambiguity, request.path, request.forward_target) == ("", path, forwarded)
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/;/admin",
+        "/;x/admin",
+        "/admin;x",
+        "/admin;a=b/keys",
+        "/x/..;/admin",
+        "/x;/../admin;/",
+        "/;;//admin",
+        "/admin%3Bx",
+    ],
+)
+def test_a_parameter_of_a_segment_gets_around_no_path_rule(target: str) -> None:
+    """Servlet containers route without what follows a ``;``, others with it: a rule holds for both readings."""
+    for denied in (deny(path_prefix="/admin"), deny(path_regex="/admin(/.*)?")):
+        assert not ask([l7(denied, allow(path_prefix="/"))], "GET", target)
+    assert not ask([l7(allow(path_prefix="/public"))], "GET", target)
+
+
+def test_a_parameter_of_a_segment_takes_no_permission_away() -> None:
+    rules = [l7(deny(path_exact="/public/secret"), allow(path_prefix="/public"), allow(path_exact="/a;v=1/b"))]
+    assert ask(rules, "GET", "/public/page;jsessionid=1")
+    assert ask(rules, "GET", "/public;v=2/page")
+    assert ask(rules, "GET", "/a;v=1/b"), "a rule that speaks of a parameter means the path as it is"
+    assert not ask(rules, "GET", "/a;v=2/b")
+    assert not ask(rules, "GET", "/public/secret;jsessionid=1")
+    assert not ask(rules, "GET", "/publi;x=1c/page")
+    assert Request("GET", "/a;v=1/b;/;c/").bare_path == "/a/b/"
+    assert Request("GET", "/a/b").bare_path == ""
+
+
 def test_rule_paths_are_read_like_request_paths() -> None:
     for written in ("/a b", "/a%20b"):
         assert ask([l7(allow(path_exact=written))], "GET", "/a%20b")
