@@ -99,8 +99,7 @@ def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
     return [
         (bytes(name), bytes(value))
         for name, value in headers
-        if (response and name == b":status")
-        or (name[:1] != b":" and name not in _DROP and not _forges(name))
+        if (response and name == b":status") or (name[:1] != b":" and name not in _DROP and not _forges(name))
     ]
 
 

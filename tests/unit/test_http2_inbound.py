@@ -118,7 +118,9 @@ async def setting(
 
 async def test_a_request_and_its_answer() -> None:
     async with setting() as s:
-        forged = [(name, "forged") for name in ("x-forwarded-client-cert", "x_forwarded_client-cert", "content_length")]
+        forged = [
+            (name, "forged") for name in ("x-forwarded-client-cert", "x_forwarded_client-cert", "content_length")
+        ]
         stream_id = s.request("/a?b", *forged, ("x_other", "1"))
         await s.step()
         (app,) = s.apps
