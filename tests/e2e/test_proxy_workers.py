@@ -17,7 +17,7 @@ from proxy.metrics import Metrics, merged
 from proxy.sidecar import SidecarOptions
 from proxy.workers import WorkerGroup
 from tests.support.loops import with_mesh
-from tests.support.sidecars import Member, Mesh, echo, hang_up, until
+from tests.support.sidecars import Member, Mesh, echo, hang_up, naming, until
 
 
 async def group_pair(mesh: Mesh, *, client_workers: int = 0, server_workers: int = 0) -> tuple[Member, Member]:
@@ -101,6 +101,44 @@ async def test_workers_that_die_are_replaced_by_ones_that_know_all_and_drain_end
     await asyncio.wait_for(draining, 20)
     assert pids
     assert [pid for pid in pids if os.path.exists(f"/proc/{pid}")] == []  # noqa: ASYNC240
+
+
+async def test_a_worker_that_dies_takes_its_own_connections_alone_and_the_next_one_knows_what_changed_meanwhile() -> (
+    None
+):
+    async with Mesh() as mesh:
+        client, server = await group_pair(mesh, client_workers=2)
+        group = client.group
+        assert group is not None
+        held = [await client.dial() for _ in range(40)]
+        for reader, writer in held:
+            writer.write(b"one\n")
+            assert await asyncio.wait_for(reader.readline(), 10) == b"one\n"
+        await group.snapshot()
+        victim = group._workers[0]
+        lost = victim.report.live_calls
+        assert 0 < lost < 40
+        kept_pid = group.pids[1]
+        os.kill(victim.process.pid, signal.SIGKILL)
+        await until(lambda: victim.gone)
+        other = await mesh.app(naming("other"))
+        moved = await mesh.member("backend", "backend-2", port=other.port)
+        await moved.allow("web")
+        dropped = 0
+        for reader, writer in held:
+            try:
+                writer.write(b"two\n")
+                dropped += await asyncio.wait_for(reader.readline(), 10) != b"two\n"
+            except ConnectionError:
+                dropped += 1
+        assert dropped == lost
+        await client.route("backend", server.endpoint, moved.endpoint)
+        await until(lambda: group.ready, 60)
+        assert (group.restarts, group.pids[1]) == (1, kept_pid)
+        await client.route("backend", moved.endpoint)  # which ends what still goes to the other instance
+        assert {await client.ask() for _ in range(20)} == {b"other\n"}
+        for _, writer in held:
+            writer.close()
 
 
 @with_mesh
