@@ -42,7 +42,7 @@ class HttpConnection(Intake):
         self._upstream: Upstream | None = None
         self._started = self._loop.time()
         self._asked_at = NEVER
-        """When the active request had come whole."""
+        """When the active request had come whole; kept where there is a limit to what follows."""
         self._answered = 0
         """Bytes of the active request's response; counted where somebody is told."""
 
@@ -102,10 +102,12 @@ class HttpConnection(Intake):
 
     def _await_response(self) -> None:
         """The request has come whole."""
-        if self._asked_at == NEVER:
-            self._asked_at = self._loop.time()
-        self.deadline = self._finish_by()
-        self._side.heed(self.deadline)
+        limit_s = self._limit_s()
+        if limit_s:
+            if self._asked_at == NEVER:
+                self._asked_at = self._loop.time()
+            self.deadline = self._asked_at + limit_s
+            self._side.heed(self.deadline)
 
     def _limit_s(self) -> float:
         """How long the response may take to come, all of it; 0: for ever."""

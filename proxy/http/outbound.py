@@ -346,6 +346,7 @@ class OutboundConnection(HttpConnection):
             super()._timed_out(message)
 
     def _await_response(self) -> None:
+        self.deadline = NEVER
         super()._await_response()
         try_s = self._outbound.outbound.try_timeout_s
         if try_s:
@@ -353,7 +354,8 @@ class OutboundConnection(HttpConnection):
         self._respond_by = self.deadline
         if self._idle_s:
             self.deadline = min(self.deadline, self._active_at + self._idle_s)
-        self._side.heed(self.deadline)
+        if self.deadline != NEVER:
+            self._side.heed(self.deadline)
 
     def _let_go(self, upstream: Upstream) -> None:
         self._upstream = None
