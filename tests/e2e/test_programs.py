@@ -68,9 +68,8 @@ while True:
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_sidecar_holds_more_connections_than_the_usual_limit_and_leaves_its_program_that_limit(
-    allowed: Mesh, tmp_path: Path, workers: str
+    allowed: Mesh, tmp_path: Path
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2000:
@@ -82,7 +81,7 @@ def test_a_sidecar_holds_more_connections_than_the_usual_limit_and_leaves_its_pr
         command = ["sh", "-c", f"ulimit -n > {told}; exec sleep 600"]
         home = allowed.home("caller-1", [{"name": "caller", "port": 0}])
         named = ["-proxy", str(home / "proxy.json"), "-register", "-name", "caller", "-service-id", "caller-1"]
-        arguments = [*named, "-upstreams", "backend=app", "-workers", workers, "--", *command]
+        arguments = [*named, "-upstreams", "backend=app", "-workers", "2", "--", *command]
         allowed.sidecar("caller-1", 0, arguments, {})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
