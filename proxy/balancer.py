@@ -22,6 +22,8 @@ LEAST_REQUEST, ROUND_ROBIN, RANDOM = "least_request", "round_robin", "random"
 RING_HASH, MAGLEV = "ring_hash", "maglev"
 POLICIES = (LEAST_REQUEST, ROUND_ROBIN, RANDOM, RING_HASH, MAGLEV)
 AVOID_S = 1.0
+SILENCES_TO_EJECT = 5
+"""Requests in a row that an instance took and did not answer, after which it is ejected."""
 OVERFLOW = 1.4
 """While 1/1.4 (71 %) of the near instances are usable they get all calls; below that, farther ones get a share."""
 WARM_SHARE_MIN = 0.1
@@ -33,7 +35,7 @@ class Instance:
 
     __slots__ = (
         "active", "avoid_until", "ejected_until", "ejections", "endpoint", "failures", "key", "owner", "picks",
-        "since",
+        "silences", "since",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, owner: Balancer, since: float) -> None:
@@ -46,6 +48,8 @@ class Instance:
         """Connections in progress and established."""
         self.failures = 0
         """Consecutive failures to connect."""
+        self.silences = 0
+        """Consecutive requests that it took and did not answer, where answers are not judged."""
         self.ejections = 0
         """Consecutive ejections; sets the back-off."""
         self.ejected_until = 0.0
@@ -207,12 +211,26 @@ class Balancer:
 
     def answered(self, instance: Instance, status: int, now: float) -> bool:
         """The instance's app answered a request. Returns whether it is ejected by this."""
+        instance.silences = 0
         if not self.options.judges_answers:
             return False
         if status >= 500:
             return self.failed(instance, now)
         instance.failures = 0
         return False
+
+    def silent(self, instance: Instance, now: float) -> bool:
+        """The instance took a request and did not answer it. Returns whether it is ejected by this.
+
+        One request that no app survives, or that takes too long, must not take the instances from all others.
+        """
+        if self.options.judges_answers:
+            return self.answered(instance, 504, now)
+        instance.silences += 1
+        if instance.silences < SILENCES_TO_EJECT:
+            return False
+        instance.silences = 0
+        return instance.ejected_until <= now and self._eject(instance, now)
 
     def failed(self, instance: Instance, now: float) -> bool:
         """The instance could not be reached, or its app could not. Returns whether it is ejected by this."""
@@ -223,6 +241,11 @@ class Balancer:
         if instance.failures < options.failures_to_eject:
             return False
         instance.failures = 0 if options.judges_answers else instance.failures
+        return self._eject(instance, now)
+
+    def _eject(self, instance: Instance, now: float) -> bool:
+        """Leave the instance out for a while, if one more may be."""
+        options = self.options
         if not self._may_eject(now):
             return False
         if options.judges_answers:

@@ -148,8 +148,12 @@ class InstanceUse:
         instance.active += 1
 
     def failed(self, reason: str) -> None:
-        """The instance could not be reached or did not answer."""
+        """The instance could not be reached."""
         report_failure(self.service, self.instance, reason)
+
+    def silent(self, reason: str) -> None:
+        """The instance took the request and did not answer it."""
+        report_silence(self.service, self.instance, reason)
 
     def answered(self, status: int) -> None:
         """The instance's app gave an answer with this HTTP status, or one that says the same."""
@@ -180,6 +184,9 @@ class LoopbackUse:
     def failed(self, reason: str) -> None:
         """As :meth:`InstanceUse.failed`."""
 
+    def silent(self, reason: str) -> None:
+        """As :meth:`InstanceUse.silent`."""
+
     def answered(self, status: int) -> None:
         """As :meth:`InstanceUse.answered`."""
 
@@ -189,8 +196,14 @@ class LoopbackUse:
 
 
 def report_failure(service: Service, instance: Instance, reason: str) -> None:
-    """The instance could not be reached or did not answer: it may be left out for a while."""
+    """The instance could not be reached: it may be left out for a while."""
     if instance.owner.failed(instance, service.pool.poller.now()):
+        _report_ejection(service, instance, reason)
+
+
+def report_silence(service: Service, instance: Instance, reason: str) -> None:
+    """The instance took a request and did not answer it: if it answers none, it may be left out for a while."""
+    if instance.owner.silent(instance, service.pool.poller.now()):
         _report_ejection(service, instance, reason)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from proxy.balancer import Instance
-from proxy.choosing import aim_at, choose, is_retiring, report_answer, report_failure, report_refusal
+from proxy.choosing import aim_at, choose, is_retiring, report_answer, report_failure, report_refusal, report_silence
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http import HttpOptions, OutboundOptions
 from proxy.http.head import RequestHead
@@ -153,8 +153,11 @@ class InstanceLease:
     def failed(self, reason: str) -> None:
         report_failure(self.service, self.instance, reason)
 
+    def silent(self, reason: str) -> None:
+        report_silence(self.service, self.instance, reason)
+
     def answered(self, status: int) -> None:
-        if self.instance.owner.options.judges_answers:
+        if self.instance.owner.options.judges_answers or self.instance.silences:
             report_answer(self.service, self.instance, status)
 
     def refusal(self, refused: StreamRefused) -> tuple[int, str] | None:
@@ -229,6 +232,9 @@ class LoopbackLease:
 
     def failed(self, reason: str) -> None:
         """As :meth:`InstanceLease.failed`."""
+
+    def silent(self, reason: str) -> None:
+        """As :meth:`InstanceLease.silent`."""
 
     def answered(self, status: int) -> None:
         """As :meth:`InstanceLease.answered`."""

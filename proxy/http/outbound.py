@@ -38,7 +38,11 @@ class Lease(Protocol):
         ...
 
     def failed(self, reason: str) -> None:
-        """The instance could not be reached or did not answer."""
+        """The instance could not be reached."""
+        ...
+
+    def silent(self, reason: str) -> None:
+        """The instance took the request and did not answer it."""
         ...
 
     def answered(self, status: int) -> None:
@@ -320,7 +324,7 @@ class OutboundConnection(HttpConnection):
             self._drop_lease()  # not the instance's fault
             return False
         if upstream.served == 1:
-            lease.failed(str(error) if error else "closed the connection")
+            lease.silent(str(error) if error else "closed the connection")
         repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)
         if upstream.heard or not repeatable or self._replay is None:
             self._drop_lease()
@@ -335,7 +339,7 @@ class OutboundConnection(HttpConnection):
         lease, head = self._lease, message.head
         assert head is not None
         if lease is not None:
-            lease.failed("did not answer in time")
+            lease.silent("did not answer in time")
         self._drop_lease()
         repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)
         may = not self._is_over() and repeatable and self._may_attempt()

@@ -26,7 +26,11 @@ class Lease(Protocol):
         ...
 
     def failed(self, reason: str) -> None:
-        """The instance could not be reached or did not answer."""
+        """The instance could not be reached."""
+        ...
+
+    def silent(self, reason: str) -> None:
+        """The instance took the request and did not answer it."""
         ...
 
     def answered(self, status: int) -> None:

@@ -226,7 +226,7 @@ class OutboundHttp2Connection(Http2Connection):
                 self._answer(exchange, 504, text, "timeout")
             return
         if call.lease is not None:
-            call.lease.failed("did not answer in time")
+            call.lease.silent("did not answer in time")
         may = self._repeatable(exchange, call) and self._may_attempt(exchange, call)
         if may and self._outbound.fleet.may_retry():
             self._forget_link(exchange, ErrorCodes.CANCEL)
@@ -319,7 +319,7 @@ class OutboundHttp2Connection(Http2Connection):
                 self._again(exchange, call, reason, free=True)
             return
         if call.lease is not None:
-            call.lease.answered(502)
+            call.lease.silent(reason)
         if self._repeatable(exchange, call) and self._may_attempt(exchange, call):
             self._again(exchange, call, reason, anew=True)
         else:

@@ -116,6 +116,24 @@ async def test_an_idempotent_request_survives_an_app_that_dies_of_it(mesh: Mesh)
 
 
 @with_mesh
+async def test_one_request_that_no_app_survives_takes_no_instance_from_the_others(mesh: Mesh) -> None:
+    async def answer(app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if seen.target == "/poison":
+            writer.transport.abort()
+        elif seen.target == "/slow":
+            await asyncio.Event().wait()
+        else:
+            await simple(b"ok")(app, seen, reader, writer)
+
+    config = {"try_timeout_ms": 200, "max_attempts": 2}
+    client, _ = await fleet(mesh, App(answer=answer), App(answer=answer), config=config)
+    answers = await ask(client, get(), get("/poison"), get(), get("/slow"), get(), get("/poison"), get())
+    assert [status for status, _ in answers] == [200, 503, 200, 504, 200, 503, 200]
+    instances = client.sidecar._upstreams["backend"].balancer.instances.values()
+    assert [instance.ejections for instance in instances] == [0, 0]
+
+
+@with_mesh
 async def test_denied_by_the_destination(mesh: Mesh) -> None:
     client, servers = await fleet(mesh, App())
     await servers[0].push(intentions=())

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.balancer import POLICIES, RANDOM, ROUND_ROBIN, Balancer, BalancerOptions, RetryBudget
+from proxy.balancer import POLICIES, RANDOM, ROUND_ROBIN, SILENCES_TO_EJECT, Balancer, BalancerOptions, RetryBudget
 from raftstate.model.sidecar import Endpoint
 
 
@@ -100,6 +100,20 @@ def test_all_ejected_still_gives_the_one_whose_time_is_up_first() -> None:
     made.failed(first, 0.5)
     assert made.pick(0.6) is second
     assert made.pick(0.6, {second.key}) is first
+
+
+def test_requests_that_are_not_answered_eject_only_when_none_is_for_a_while() -> None:
+    made = balancer(*endpoints(2))
+    one, other = made.instances.values()
+    for _ in range(3):
+        assert not any(made.silent(one, 0.0) for _ in range(SILENCES_TO_EJECT - 1))
+        made.answered(one, 500, 0.0)  # it speaks
+    assert [made.silent(one, 0.0) for _ in range(SILENCES_TO_EJECT)][-1]
+    assert set(picks(made, 50, now=0.5)) == {other.key.instance}
+    assert len(picks(made, 50, now=1.5)) == 2
+    judged = balancer(*endpoints(2), judges_answers=True, failures_to_eject=2)
+    bad = next(iter(judged.instances.values()))
+    assert [judged.silent(bad, 0.0), judged.answered(bad, 500, 0.0)] == [False, True], "as an answer of 504"
 
 
 def test_where_all_are_ejected_for_their_answers_none_gets_the_load_of_all() -> None:

@@ -70,6 +70,9 @@ class Lease:
     def failed(self, reason: str) -> None:
         self.fleet.failures.append((self.key, reason))
 
+    def silent(self, reason: str) -> None:
+        self.fleet.silences.append((self.key, reason))
+
     def answered(self, status: int) -> None:
         self.fleet.statuses.append((self.key, status))
 
@@ -92,6 +95,7 @@ class Fleet:
         self.down: set[Hashable] = set()
         self.live: list[Lease] = []
         self.failures: list[tuple[Hashable, str]] = []
+        self.silences: list[tuple[Hashable, str]] = []
         self.statuses: list[tuple[Hashable, int]] = []
         self.budget = 100
 
