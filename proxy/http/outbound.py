@@ -133,8 +133,6 @@ class OutboundConnection(HttpConnection):
         problem = side.fleet.unavailable()
         if not problem and side.in_flight >= side.outbound.requests_max:
             problem = f"has {side.in_flight} requests in flight already"
-        if not problem and side.pending >= side.outbound.pending_max:
-            problem = f"has {side.pending} requests waiting for a connection already"
         if problem:
             self._reply(503, f"{self._options.service!r}: {problem}", "app-down")
             return
@@ -217,6 +215,9 @@ class OutboundConnection(HttpConnection):
             self._send(message, upstream)
             if message.complete:
                 self._await_response()
+        elif self._outbound.pending >= self._outbound.outbound.pending_max:
+            problem = f"has {self._outbound.pending} requests waiting for a connection already"
+            self._reply(503, f"{self._options.service!r}: {problem}", "app-down")
         else:
             self._connecting = True
             self._outbound.pending += 1

@@ -77,8 +77,6 @@ class OutboundHttp2Connection(Http2Connection):
         problem = side.fleet.unavailable()
         if not problem and side.in_flight >= side.outbound.requests_max:
             problem = f"has {side.in_flight} requests in flight already"
-        if not problem and side.pending >= side.outbound.pending_max:
-            problem = f"has {side.pending} requests waiting for a connection already"
         if problem:
             self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
             return
@@ -113,6 +111,9 @@ class OutboundHttp2Connection(Http2Connection):
         link = lease.link()
         if link is not None:
             self._launch(exchange, call, link)
+        elif self._outbound.pending >= self._outbound.outbound.pending_max:
+            problem = f"has {self._outbound.pending} requests waiting for a connection already"
+            self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
         else:
             self._outbound.pending += 1
             self._side.tasks.spawn(self._make(exchange, call, lease))

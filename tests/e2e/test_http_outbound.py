@@ -210,6 +210,12 @@ async def test_too_many_requests_that_await_a_connection_are_turned_away(mesh: M
     assert upstream.http.pending == 0
     await client.route("backend", server.endpoint, protocol="http", config=config)
     assert (await ask(client, get()))[0][0] == 200
+    # Who needs none that is still to be made is not pending.
+    config = {**config, "limits": {"max_pending_requests": 0}}
+    await client.route("backend", server.endpoint, protocol="http", config=config)
+    assert (await ask(client, get()))[0][0] == 200
+    await client.route("backend", nobody, protocol="http", config=config)
+    assert (await ask(client, get()))[0][0] == 503
 
 
 @with_mesh
