@@ -38,6 +38,8 @@ HANDSHAKE_TIMEOUT_S = 10.0
 MAX_HANDSHAKES = 512
 """Handshakes at a time; beyond it connections wait in the kernel's backlog."""
 MAX_CONNECTIONS = 20_000
+SOURCES_MAX = 256
+"""Services whose failed handshakes are counted by name; the rest are ``other``."""
 
 
 def bind(host: str, port: int, first_free_from: int = 0, *, shared: bool = False) -> socket.socket:
@@ -164,6 +166,7 @@ class PublicListener:
         self._poller = desk.poller
         self._acceptor = Acceptor(self._poller, sock, self._taken)
         self._handshakes = 0
+        self._failed_sources: set[str] = set()
         self._closed = False
 
     def start(self) -> None:
@@ -207,13 +210,15 @@ class PublicListener:
         except (ssl.SSLError, OSError) as error:
             self._failed(address, *explain_handshake_failure(error))
             return
+        source = ""
         try:
             proof = proof_of(transport.get_extra_info("ssl_object"))
+            source = proof.identity.service
             if problem := self._problem(proof):
                 raise BadCertificate(problem[0], problem[1])
         except BadCertificate as error:
             transport.abort()
-            self._failed(address, error.cause, str(error))
+            self._failed(address, error.cause, str(error), source)
             return
         if proof.alpn == ALPN:
             self._begin_session(transport, caller, proof, address)
@@ -245,8 +250,16 @@ class PublicListener:
             session.connection_lost(None)
         self._metrics.count("lictor_sessions_opened_total", direction="inbound")
 
-    def _failed(self, address: str, cause: str, text: str) -> None:
-        self._metrics.count("lictor_handshake_failures_total", direction="inbound", cause=cause)
+    def _failed(self, address: str, cause: str, text: str, source: str = "") -> None:
+        """``source``: the service that the peer's certificate names, which TLS has verified; empty if none was."""
+        me = self._config.self
+        if source and source not in self._failed_sources:
+            if len(self._failed_sources) >= SOURCES_MAX:
+                source = "other"
+            else:
+                self._failed_sources.add(source)
+        pair = {"source": source, "destination": me.service if me is not None else ""}
+        self._metrics.count("lictor_handshake_failures_total", direction="inbound", **pair, cause=cause)
         self._log.warning(f"public listener closed a connection from {address}: {text}")
 
     def _problem(self, proof: PeerProof) -> tuple[str, str] | None:

@@ -246,17 +246,24 @@ class SessionPool:
             async with asyncio.timeout(timeout_s):
                 return await self._handshake(key, offer_mux=offer_mux, http2=http2)
         except TimeoutError as error:
+            self._count_failure(key, "timeout")
             raise ConnectFailed("timeout", f"{key.address}:{key.port} did not answer in {timeout_s:g} s") from error
         except (ssl.SSLError, BadCertificate) as error:
             cause, text = explain_handshake_failure(error)
-            self._metrics.count("lictor_handshake_failures_total", direction="outbound", cause=cause)
+            self._count_failure(key, cause)
             raise ConnectFailed(cause, f"handshake with {key.address}:{key.port} failed: {text}") from error
         except OSError as error:
+            if isinstance(error, ConnectionAbortedError | ConnectionResetError | BrokenPipeError):
+                self._count_failure(key, "closed")
             text = error.strerror or str(error) or type(error).__name__
             cause = "no-descriptors" if error.errno in OUR_OWN_WANT else "refused"
             raise ConnectFailed(cause, f"{key.address}:{key.port} cannot be reached: {text}") from error
         finally:
             self._pending -= 1
+
+    def _count_failure(self, key: Key, cause: str) -> None:
+        pair = {"source": self._material.identity.service if self._material else "", "destination": key.service}
+        self._metrics.count("lictor_handshake_failures_total", direction="outbound", **pair, cause=cause)
 
     async def _handshake(self, key: Key, *, offer_mux: bool, http2: bool) -> MuxSession | ForeignChannel:
         material = self._material

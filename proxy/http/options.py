@@ -8,6 +8,13 @@ from typing import Protocol
 
 LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the latency histogram's buckets; the last bucket has none."""
+METHODS = frozenset({
+    "ACL", "BASELINE-CONTROL", "BIND", "CHECKIN", "CHECKOUT", "CONNECT", "COPY", "DELETE", "GET", "HEAD", "LABEL",
+    "LINK", "LOCK", "MERGE", "MKACTIVITY", "MKCALENDAR", "MKCOL", "MKREDIRECTREF", "MKWORKSPACE", "MOVE", "OPTIONS",
+    "ORDERPATCH", "PATCH", "POST", "PROPFIND", "PROPPATCH", "PURGE", "PUT", "QUERY", "REBIND", "REPORT", "SEARCH",
+    "TRACE", "UNBIND", "UNCHECKOUT", "UNLINK", "UNLOCK", "UPDATE", "UPDATEREDIRECTREF", "VERSION-CONTROL",
+})  # fmt: skip
+"""Methods that are counted by name (IANA's registry, and ``PURGE``): callers choose them, so the rest are ``other``."""
 GRPC_METHODS_MAX = 256
 """gRPC methods that are counted by name between two services; callers choose the names, so the rest are ``other``."""
 GRPC_METHOD_BYTES_MAX = 256
@@ -85,7 +92,11 @@ class HttpCounters:
 
     def request(self, method: str, code: int, seconds: float, origin: str) -> None:
         key = (method, code, origin)
-        self.requests[key] = self.requests.get(key, 0) + 1
+        count = self.requests.get(key, 0)
+        if not count and method and method not in METHODS:
+            key = ("other", code, origin)
+            count = self.requests.get(key, 0)
+        self.requests[key] = count + 1
         self.latency_buckets[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.latency_sum_s += seconds
         self.latency_count += 1

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import datetime
 import ssl
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
 import pytest
 
+from proxy import listeners
 from proxy.mux import ALPN, frames
 from raftstate.model.connect import Leaf, Revocation
 from tests.support.certs import TestCA
@@ -38,10 +40,21 @@ async def knock(port: int, tls: ssl.SSLContext | None, data: bytes = b"GET / HTT
 
 
 def failures(member: Member, direction: str = "inbound") -> dict[str, int]:
+    """Failed handshakes by their cause."""
+    found: Counter[str] = Counter()
+    for (source, destination, cause), count in failures_of_pairs(member, direction).items():
+        assert destination == "backend"
+        assert source == "web" if direction == "outbound" else source in ("", "web")
+        found[cause] += count
+    return dict(found)
+
+
+def failures_of_pairs(member: Member, direction: str = "inbound") -> dict[tuple[str, str, str], int]:
+    """Failed handshakes by source, destination and cause."""
     return {
-        dict(labels)["cause"]: count
+        (has["source"], has["destination"], has["cause"]): count
         for (name, labels), count in member.sidecar.metrics.counters.items()
-        if name == "lictor_handshake_failures_total" and dict(labels)["direction"] == direction
+        if name == "lictor_handshake_failures_total" and (has := dict(labels))["direction"] == direction
     }
 
 
@@ -121,8 +134,53 @@ async def test_revoked_client_is_closed_in_the_handshake(mesh: Mesh) -> None:
     await server.revoke(Revocation("serial", leaf.serial_number))
     tls = context(leaf, mesh.ca.root_pem)
     assert await knock(server.ports.public_port, tls) == b""
-    await until(lambda: failures(server) == {"revoked": 1})
+    await until(lambda: failures_of_pairs(server) == {("web", "backend", "revoked"): 1})
     assert app.connections == 0
+
+
+@with_mesh
+async def test_who_can_make_certificates_for_any_name_fills_no_memory_with_names(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listeners, "SOURCES_MAX", 2)
+    _, server, _ = await mesh.pair()
+    names = ("one", "two", "three", "four", "one")
+    await server.revoke(*(Revocation("service", name) for name in set(names)))
+    for name in names:
+        assert await knock(server.ports.public_port, context(mesh.ca.leaf(name, "x"), mesh.ca.root_pem)) == b""
+    await until(lambda: sum(failures_of_pairs(server).values()) == 5)
+    assert failures_of_pairs(server) == {
+        ("one", "backend", "revoked"): 2,
+        ("two", "backend", "revoked"): 1,
+        ("other", "backend", "revoked"): 2,
+    }
+
+
+@with_mesh
+async def test_whom_no_authority_of_ours_has_named_is_counted_without_a_name(mesh: Mesh) -> None:
+    _, server, _ = await mesh.pair()
+    stranger = TestCA("evil").leaf("web", "web-1")
+    assert await knock(server.ports.public_port, context(stranger, mesh.ca.root_pem)) == b""
+    await until(lambda: bool(failures_of_pairs(server)))
+    assert failures_of_pairs(server) == {("", "backend", "untrusted-certificate"): 1}
+
+
+@pytest.mark.parametrize("peer", ["hangs up", "says nothing"])
+@with_mesh
+async def test_a_peer_that_does_not_shake_hands_is_counted_for_its_service(mesh: Mesh, peer: str) -> None:
+    async def no_peer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if peer == "says nothing":
+            await reader.read()
+        writer.close()
+
+    client, server, _ = await mesh.pair()
+    listener = await asyncio.start_server(no_peer, "127.0.0.1", 0)
+    endpoint = msgspec.structs.replace(server.endpoint, port=listener.sockets[0].getsockname()[1])
+    await client.route("backend", endpoint, config={"connect_timeout_ms": 200})
+    assert await client.ask(b"secret\n") == b""
+    cause = "closed" if peer == "hangs up" else "timeout"
+    assert set(failures_of_pairs(client, "outbound")) == {("web", "backend", cause)}
+    listener.close()
 
 
 @with_mesh
