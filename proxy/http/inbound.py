@@ -17,6 +17,8 @@ from proxy.http.parser import Message
 from proxy.http.replies import denial
 from proxy.http.side import HttpSide
 from proxy.http.upstream import Upstream
+from proxy.mux import frames
+from proxy.mux.core import MuxStream
 from proxy.stream import Channel, Data
 from raftstate.model.identity import Identity
 
@@ -155,6 +157,12 @@ class InboundConnection(HttpConnection):
             self._side.burst_log.warning(f"app of {service!r} cannot be reached: {error}")
         if self._done or self._active is not message or not self._connecting:
             upstream.close()
+            return
+        if problem and isinstance(self._channel, MuxStream):
+            # Another instance may have an app that can be reached, and nothing of this request has reached ours.
+            self._count(503, "app-down")
+            self._channel.reset(frames.APP_DOWN, f"app {problem}")
+            self._finish()
             return
         if problem:
             self._reply(503, f"{service!r} {problem}", "app-down")

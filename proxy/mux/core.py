@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from proxy.errors import MuxError, StreamClosed
+from proxy.errors import MuxError, StreamClosed, StreamRefused
 from proxy.mux import frames
 from proxy.mux.flow import GrowthBudget, MemoryBudget, ReceiveWindow, SendCredit
 from proxy.receiver import Face
@@ -426,7 +426,9 @@ class MuxCore:
             code, text = frames.decode_coded(payload)
             peer = stream.peer
             self.forget(stream)
-            peer.abort(StreamClosed(f"{frames.CODE_NAMES.get(code, code)}: {text}"))
+            reason = f"{frames.CODE_NAMES.get(code, code)}: {text}"
+            # An accepted stream's app may go: nothing of what was under way has reached it.
+            peer.abort(StreamRefused(code, reason) if code == frames.APP_DOWN else StreamClosed(reason))
         elif self._acceptor is not None or stream.accepted:
             raise MuxError(f"admission frame {kind} out of place on stream {stream_id}")
         elif kind == frames.ACCEPT:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.support.http_filter import Answer, App, Seen, simple
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Member, Mesh, hang_up, until
@@ -76,6 +77,31 @@ async def test_any_request_goes_elsewhere_when_an_app_is_down(mesh: Mesh) -> Non
     answers = await ask(client, *[post(b"x" * 1000) for _ in range(10)])
     assert answers == [(200, b"1")] * 10
     assert [seen.body for seen in apps[1].seen] == [b"x" * 1000] * 10
+
+
+@with_mesh
+async def test_any_request_goes_elsewhere_when_an_app_behind_permissions_is_down(mesh: Mesh) -> None:
+    """Its sidecar has accepted the streams that are kept, and is the first to learn that there is no app any more."""
+    apps = [App(answer=simple(b"0")), App(answer=simple(b"1"))]
+    client, servers = await fleet(mesh, *apps, config={"load_balancer": "round_robin"})
+    permissions = (Permission("deny", HTTPMatch(path_prefix="/evil")), Permission("allow", HTTPMatch()))
+    for server in servers:
+        await server.push(
+            intentions=(Intention(source_name="web", destination_name="backend", permissions=permissions),)
+        )
+    await ask(client, *[get() for _ in range(6)])
+    assert {len(app.seen) for app in apps} == {3}
+    await mesh.apps[0].stop()
+    answers = await ask(client, *[post(b"x" * 1000) for _ in range(5)], *[get() for _ in range(5)])
+    assert answers == [(200, b"1")] * 10
+    first, _ = client.sidecar._upstreams["backend"].balancer.instances.values()
+    assert first.ejections
+    await servers[1].sidecar.close()
+    (answer,) = await ask(client, get())
+    assert answer[0] == 503
+    app = await mesh.app(App(answer=simple(b"2")).handle)
+    await servers[0].push(self=msgspec.structs.replace(servers[0].sidecar.config.self, local_port=app.port))
+    assert await ask(client, post(b"x")) == [(200, b"2")]
 
 
 @with_mesh
