@@ -14,7 +14,7 @@ METHODS = frozenset({
     "ORDERPATCH", "PATCH", "POST", "PROPFIND", "PROPPATCH", "PURGE", "PUT", "QUERY", "REBIND", "REPORT", "SEARCH",
     "TRACE", "UNBIND", "UNCHECKOUT", "UNLINK", "UNLOCK", "UPDATE", "UPDATEREDIRECTREF", "VERSION-CONTROL",
 })  # fmt: skip
-"""Methods that are counted by name (IANA's registry, and ``PURGE``): callers choose them, so the rest are ``other``."""
+"""Methods counted by name (IANA's registry, and ``PURGE``): callers choose them, so the rest are ``other``."""
 GRPC_METHODS_MAX = 256
 """gRPC methods that are counted by name between two services; callers choose the names, so the rest are ``other``."""
 GRPC_METHOD_BYTES_MAX = 256
