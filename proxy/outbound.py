@@ -23,7 +23,7 @@ from proxy.outbound_http2 import Http2AppConnection, Http2Fleet
 from proxy.outgoing import AppConnection, Outgoing, Waiting
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
-from proxy.upstream_settings import UpstreamSettings, resolver_of
+from proxy.upstream_settings import UpstreamSettings, ignored_settings, resolver_of
 from raftstate.model.plan import HTTP_PROTOCOLS, target_id
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream, key_of
 
@@ -74,6 +74,9 @@ class Upstream:
         """Take the upstream's new state; connections to instances that went are ended. Returns those instances."""
         before, self.spec, self.me = self.spec, spec, me
         if spec is not None:
+            if before is None or before.config != spec.config:
+                for text in ignored_settings(spec.config)[:20]:
+                    log.warning("upstream %s: nothing acts on the setting %s", self.name, text[:300])
             self.settings = UpstreamSettings(spec.config, me, http=spec.protocol in HTTP_PROTOCOLS)
             self.http_options = options_of(spec.service or self.name, spec.config)
             for side in self._http_sides():

@@ -16,8 +16,18 @@ MAX_EJECTION_S = 300.0
 EJECTION_PERCENT_MAX = 10
 
 
+_NUMBERS = frozenset(
+    (
+        "connect_timeout_ms", "failures_to_eject", "max_attempts", "panic_threshold", "request_timeout_ms",
+        "slow_start_ms", "try_timeout_ms",
+    )
+)  # fmt: skip
+_PARTS = frozenset(("limits", "passive_health_check"))
+_KNOWN = _NUMBERS | _PARTS | {"load_balancer", "locality", "protocol"}
+
+
 class UpstreamSettings:
-    """What an upstream's ``config`` says, with defaults; unknown keys are left to others (Consul has many)."""
+    """What an upstream's ``config`` says, with defaults. What it says in vain: :func:`ignored_settings`."""
 
     def __init__(self, config: Mapping[str, object], me: SidecarSelf | None, *, http: bool = False) -> None:
         """``http``: the upstream's calls are requests, whose answers can be judged."""
@@ -60,6 +70,23 @@ class UpstreamSettings:
         if "connect_timeout_ms" not in self._config:
             options = options._replace(connect_timeout_s=node.connect_timeout_s)
         return options
+
+
+def ignored_settings(config: Mapping[str, object]) -> list[str]:
+    """Return what of an upstream's ``config`` is not acted on, with the reasons; a registration checks nothing."""
+    found = [f"{key} (known: {', '.join(sorted(_KNOWN))})" for key in config if key not in _KNOWN]
+    for key in _NUMBERS & config.keys():
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            found.append(f"{key}: {value!r} is no number of 0 or more")
+    for key in _PARTS & config.keys():
+        if not isinstance(config[key], Mapping):
+            found.append(f"{key}: it must be an object")
+    if (policy := config.get("load_balancer")) and policy not in POLICIES:
+        found.append(f"load_balancer: {policy!r} is none of {', '.join(POLICIES)}")
+    if (locality := config.get("locality")) and locality not in ("node", "zone"):
+        found.append(f"locality: {locality!r} is neither node nor zone")
+    return found
 
 
 def resolver_of(plan: Plan | None, target: str) -> ResolverNode | None:
