@@ -9,6 +9,7 @@ from node.xds import plan, rbac, types
 from node.xds.settings import ClusterSettings, bounds, own_bounds, own_connect_timeout, seconds
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
+from raftstate.model.caller_name import caller_name
 from raftstate.model.plan import CONNECT_TIMEOUT_S
 from raftstate.model.sidecar import Endpoint, SidecarUpstream
 
@@ -149,18 +150,23 @@ def secret(name: str) -> Rule:
     return {"name": name, "sds_config": types.ADS}
 
 
-def _tls_to(service: str, snapshot: Snapshot) -> Rule:
+def peer_of(service: str, snapshot: Snapshot) -> Rule:
+    """Return the way to judge a peer that must be of a service."""
     uri = rbac.spiffe_uri(service, snapshot)
+    return {
+        "combined_validation_context": {
+            "default_validation_context": {"match_typed_subject_alt_names": _uris([{"exact": uri}])},
+            "validation_context_sds_secret_config": secret(types.TRUST_SECRET),
+        }
+    }
+
+
+def _tls_to(service: str, snapshot: Snapshot) -> Rule:
+    own = snapshot.self
     context = typed(
         "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-        common_tls_context=common_tls(
-            {
-                "combined_validation_context": {
-                    "default_validation_context": {"match_typed_subject_alt_names": _uris([{"exact": uri}])},
-                    "validation_context_sds_secret_config": secret(types.TRUST_SECRET),
-                }
-            }
-        ),
+        common_tls_context=common_tls(peer_of(service, snapshot)),
+        sni=caller_name(own.service, own.service_id),
         # A resumed session would skip the certificate check, and so outlive a revocation or a rotation.
         max_session_keys=0,
     )

@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from node.xds import rbac, types
-from node.xds.clusters import cluster_name, common_tls, secret
+from node.xds.callers import Chain
+from node.xds.clusters import cluster_name, common_tls, peer_of, secret
 from node.xds.plan import DEFAULT_RETRY, http_routes, tcp_way
 from node.xds.settings import own_request_timeout
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, address, is_http, typed
+from raftstate.model.caller_name import caller_name, service_domain
 from raftstate.model.sidecar import SidecarUpstream
 
 HTTP2_PROTOCOLS = frozenset({"http2", "grpc"})
+SHARED_FOR = "5s"
+"""How long callers that are not told apart keep a connection for their next request."""
+LINGER = "0.1s"
+"""How long Envoy waits for the other side to close a connection whose answer was cut; its default is 1 s."""
 WEBSOCKET = [{"upgrade_type": "websocket"}]
 
 
-def public_listener(snapshot: Snapshot, access: rbac.Access, *, http: bool, generation: int) -> Rule:
-    """Return the listener that other sidecars call.
-
-    ``generation`` grows when something was withdrawn. It is the filter chain's name: Envoy then drains the chain that
-    went, and with it the connections that were admitted before.
-    """
+def public_listener(snapshot: Snapshot, access: rbac.Access, chains: Sequence[Chain], *, http: bool) -> Rule:
+    """Return the listener that other sidecars call, with a filter chain for each caller that is told apart."""
     own = snapshot.self
-    context = common_tls({"validation_context_sds_secret_config": secret(types.INBOUND_TRUST_SECRET)})
+    host = own.config.get("bind_address")
+    return {
+        "name": types.PUBLIC_LISTENER,
+        "address": address(host if isinstance(host, str) and host else own.public_address, own.public_port),
+        "traffic_direction": "INBOUND",
+        "listener_filters": [_tls_inspector()],
+        "filter_chains": [_chain(one, snapshot, access, http=http) for one in chains],
+    }
+
+
+def _chain(chain: Chain, snapshot: Snapshot, access: rbac.Access, *, http: bool) -> Rule:
+    """Return a caller's filter chain: found by the server name it gives, and closed to every other's certificate."""
+    service, instance = chain.caller
+    filters = [_peer_state(), _discovered(types.REVOKED_RBAC, types.NETWORK_RBAC_TYPE)]
+    if service:
+        validation = peer_of(service, snapshot)
+        names = [caller_name(service, instance) if instance else f"*.{service_domain(service)}"]
+        match: Rule = {"filter_chain_match": {"server_names": names}}
+    else:
+        validation = {"validation_context_sds_secret_config": secret(types.INBOUND_TRUST_SECRET)}
+        match = {}
+    if instance:
+        filters.append(_only(service, instance))
+    if http:
+        filters.append(_inbound_http(snapshot, access, shared=not instance))
+    else:
+        filters += [
+            _discovered(types.NETWORK_RBAC, types.NETWORK_RBAC_TYPE),
+            _tcp_proxy(types.LOCAL_APP, _stats(instance)),
+        ]
+    context = common_tls(validation)
     if http:
         # gRPC clients insist on the answer; to an app that speaks HTTP/1.1 alone, HTTP/2 is not offered.
-        context["alpn_protocols"] = ["h2", "http/1.1"] if own.protocol in HTTP2_PROTOCOLS else ["http/1.1"]
+        http2 = snapshot.self.protocol in HTTP2_PROTOCOLS
+        context["alpn_protocols"] = ["h2", "http/1.1"] if http2 else ["http/1.1"]
     tls = typed(
         "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
         common_tls_context=context,
@@ -34,29 +68,47 @@ def public_listener(snapshot: Snapshot, access: rbac.Access, *, http: bool, gene
         disable_stateless_session_resumption=True,
         disable_stateful_session_resumption=True,
     )
-    filters = [_peer_state(), _discovered(types.REVOKED_RBAC, types.NETWORK_RBAC_TYPE)]
-    if http:
-        filters.append(_inbound_http(snapshot, access))
-    else:
-        filters += [_discovered(types.NETWORK_RBAC, types.NETWORK_RBAC_TYPE), _tcp_proxy(types.LOCAL_APP, "inbound")]
-    host = own.config.get("bind_address")
+    who = ":".join(part for part in chain.caller if part) or "everyone else"
     return {
-        "name": types.PUBLIC_LISTENER,
-        "address": address(host if isinstance(host, str) and host else own.public_address, own.public_port),
-        "traffic_direction": "INBOUND",
-        "filter_chains": [
-            {
-                "name": f"mtls-{generation}",
-                "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls},
-                "transport_socket_connect_timeout": "10s",
-                "filters": filters,
-            }
-        ],
+        "name": f"{who} #{chain.generation}",
+        **match,
+        "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls},
+        "transport_socket_connect_timeout": "10s",
+        "filters": filters,
     }
 
 
-def upstream_listener(upstream: SidecarUpstream) -> Rule:
-    """Return the listener that the app calls to reach an upstream."""
+def _stats(told_apart: object) -> str:
+    """Return under which name connections are counted: those that share a chain with other callers' by themselves."""
+    return "inbound" if told_apart else "inbound_shared"
+
+
+def _only(service: str, instance: str) -> Rule:
+    """Return the filter that keeps others of the service out of an instance's chain: they would outlive in there
+    what withdraws them."""
+    policy = {"permissions": [{"any": True}], "principals": [rbac.instance_is(service, instance)]}
+    config = typed(
+        "envoy.extensions.filters.network.rbac.v3.RBAC",
+        stat_prefix="caller",
+        rules={"action": "ALLOW", "policies": {"caller": policy}},
+    )
+    return {"name": "caller", "typed_config": config}
+
+
+def _tls_inspector() -> Rule:
+    """Return the filter that reads the server name before a chain is chosen."""
+    return {
+        "name": "envoy.filters.listener.tls_inspector",
+        "typed_config": typed("envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector"),
+    }
+
+
+def upstream_listener(upstream: SidecarUpstream, generation: int = 0) -> Rule:
+    """Return the listener that the app calls to reach an upstream.
+
+    ``generation`` grows when an instance was revoked to which calls may be under way: Envoy ends no connection
+    because of where it leads, so all that go through the filter chain of before are ended.
+    """
     name = cluster_name(upstream)
     if is_http(upstream.protocol):
         http = _http(name, {"rds": {"config_source": types.ADS, "route_config_name": name}}, [])
@@ -67,7 +119,7 @@ def upstream_listener(upstream: SidecarUpstream) -> Rule:
         "name": name,
         "address": address(upstream.bind_address or "127.0.0.1", upstream.bind_port),
         "traffic_direction": "OUTBOUND",
-        "filter_chains": [{"filters": [http]}],
+        "filter_chains": [{"name": f"calls #{generation}", "filters": [http]}],
     }
 
 
@@ -135,7 +187,12 @@ def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
 
 
-def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
+def _inbound_http(snapshot: Snapshot, access: rbac.Access, *, shared: bool) -> Rule:
+    """Return the connection manager before the app. ``shared``: of a chain that may hold several instances' calls.
+
+    Those leave it when they can, with no request cut: an instance that has been told apart since has a chain of its
+    own, in which nothing ends that is withdrawn from others.
+    """
     timeout = {"timeout": own_request_timeout(snapshot.self)}
     routes = {"route_config": _route_table("inbound", types.LOCAL_APP, timeout)}
     denial = json.dumps({"error": f"destination {snapshot.self.service!r} denies this request"}) + "\n"
@@ -165,9 +222,15 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access) -> Rule:
             ]
         },
     }
+    options: Rule = {}
     if access.headers:
-        more["common_http_protocol_options"] = {"headers_with_underscores_action": "REJECT_REQUEST"}
-    return _http("inbound", routes, [_discovered(_http_rbac(access), types.HTTP_RBAC_TYPE)], more)
+        options["headers_with_underscores_action"] = "REJECT_REQUEST"
+    if shared:
+        options["max_connection_duration"] = SHARED_FOR
+        more["http1_safe_max_connection_duration"] = True
+    if options:
+        more["common_http_protocol_options"] = options
+    return _http(_stats(not shared), routes, [_discovered(_http_rbac(access), types.HTTP_RBAC_TYPE)], more)
 
 
 def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = None) -> Rule:
@@ -180,6 +243,7 @@ def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = No
         stat_prefix=prefix,
         codec_type="AUTO",
         stream_idle_timeout="0s",
+        delayed_close_timeout=LINGER,
         skip_xff_append=True,
         server_header_transformation="PASS_THROUGH",
         generate_request_id=False,

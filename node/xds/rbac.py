@@ -20,7 +20,7 @@ from node.xds.permissions import permission_rules, uses_headers
 from node.xds.snapshot import Snapshot
 from raftstate.model.connect import Revocation
 from raftstate.model.identity import SpiffeId
-from raftstate.model.intention import ALLOW, DENY, WILDCARD, Intention, precedence
+from raftstate.model.intention import ALLOW, DENY, WILDCARD, Intention, Permission, precedence
 
 Rule = dict[str, Any]
 Source = tuple[str, str]
@@ -43,32 +43,57 @@ class Access(msgspec.Struct, frozen=True):
     """SPIFFE ids that some policy may admit; None when anyone of the trust domain may come."""
 
 
-def access(snapshot: Snapshot) -> Access:
-    """Compile the intentions on this instance."""
-    decided: list[Source] = []
-    policies: dict[str, Rule] = {}
-    sources: set[str] | None = set()
-    http = headers = False
+class Decision(msgspec.Struct, frozen=True):
+    """What one of the intentions that decide says of its source."""
+
+    source: Source
+    allowed: tuple[Rule, ...]
+    """RBAC permissions of which one must hold; none when the source is denied."""
+    permissions: tuple[Permission, ...]
+    shadows: tuple[Source, ...]
+    """Sources within this one that an intention of higher precedence decides."""
+
+
+def decisions(snapshot: Snapshot) -> list[Decision]:
+    """Return what decides about callers, in the order in which the first that covers a caller decides about them."""
+    found: list[Decision] = []
+    decided: dict[Source, None] = {}
+    by_service: dict[str, list[Source]] = {}
     rules = [(_source(one), _action(one), one.permissions) for one in _applying(snapshot)]
     if snapshot.default_allow:
         rules.append((ANYONE, ALLOW, ()))
     for source, action, permissions in rules:
-        if any(_covers(earlier, source) for earlier in decided):
+        service, instance = source
+        if source in decided or (service, "") in decided or ANYONE in decided:
             continue
-        http, headers = http or bool(permissions), headers or uses_headers(permissions)
-        shadows = [earlier for earlier in decided if _covers(source, earlier)]
-        decided.append(source)
+        shadows = tuple(decided) if source == ANYONE else () if instance else tuple(by_service.get(service, ()))
+        decided[source] = None
+        by_service.setdefault(service, []).append(source)
         allowed = permission_rules(permissions) if permissions and action != DENY else [{"any": True}]
-        if action == DENY or not allowed:
+        if action == DENY:
+            allowed = []
+        found.append(Decision(source, tuple(allowed), permissions, shadows))
+    return found
+
+
+def access(snapshot: Snapshot) -> Access:
+    """Compile the intentions on this instance."""
+    policies: dict[str, Rule] = {}
+    sources: set[str] | None = set()
+    http = headers = False
+    for one in decisions(snapshot):
+        http, headers = http or bool(one.permissions), headers or uses_headers(one.permissions)
+        if not one.allowed:
             continue
-        policies[_label(source)] = {
-            "permissions": allowed,
-            "principals": [_except(principal(source, snapshot), [principal(one, snapshot) for one in shadows])],
+        shadows = [principal(source, snapshot) for source in one.shadows]
+        policies[_label(one.source)] = {
+            "permissions": list(one.allowed),
+            "principals": [_except(principal(one.source, snapshot), shadows)],
         }
-        if source == ANYONE:
+        if one.source == ANYONE:
             sources = None
         elif sources is not None:
-            sources.add(spiffe_uri(source[0], snapshot))
+            sources.add(spiffe_uri(one.source[0], snapshot))
     return Access(policies, http, headers, None if sources is None else tuple(sorted(sources)))
 
 
@@ -102,7 +127,7 @@ def principal(source: Source, snapshot: Snapshot) -> Rule:
     named = _uri_is(spiffe_uri(service, snapshot))
     if not instance:
         return named
-    return {"and_ids": {"ids": [named, _state(SUBJECT_KEY, {"exact": subject(service, instance)})]}}
+    return {"and_ids": {"ids": [named, instance_is(service, instance)]}}
 
 
 def spiffe_uri(service: str, snapshot: Snapshot) -> str:
@@ -144,11 +169,6 @@ def _source(one: Intention) -> Source:
     return (one.source_service, one.source_name) if one.source_service else (one.source_name, "")
 
 
-def _covers(wide: Source, narrow: Source) -> bool:
-    """Whether everyone in ``narrow`` is in ``wide``."""
-    return wide in (ANYONE, narrow) or (wide[0] == narrow[0] and not wide[1])
-
-
 def _label(source: Source) -> str:
     return f"{source[0]}:{source[1]}" if source[1] else source[0]
 
@@ -174,6 +194,11 @@ def _revoked_principals(one: Revocation, snapshot: Snapshot) -> list[Rule]:
         uid = x509.Name([x509.NameAttribute(NameOID.USER_ID, one.value)]).rfc4514_string()
         return [_state(SUBJECT_KEY, {"prefix": uid + ",CN="}), _state(SUBJECT_KEY, {"exact": uid})]
     return []
+
+
+def instance_is(service: str, instance: str) -> Rule:
+    """Return the RBAC principal of whoever's certificate is that instance's, by its subject alone."""
+    return _state(SUBJECT_KEY, {"exact": subject(service, instance)})
 
 
 def _uri_is(uri: str) -> Rule:

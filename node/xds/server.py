@@ -25,6 +25,7 @@ from node.http.agent_services import definition_of, registration_needs
 from node.http.errors import BadRequest
 from node.tokens import AccessControl
 from node.xds import messages
+from node.xds.known import KnownCallers
 from node.xds.session import Session
 
 log = logging.getLogger("lictor.xds")
@@ -98,7 +99,12 @@ class XdsServer:
             withdrawn = await self._permit(_token(context), definition)
             async with self._agent.streams.hold(definition, "of Envoy") as feed:
                 log.info("Envoy of %s follows its configuration", first.node.id)
-                await _Stream(first, requests, context, feed, withdrawn).run()
+                stream = _Stream(first, requests, context, feed, self._is_gone(first.node.id), withdrawn)
+                known = KnownCallers(self._agent.views, stream.look_anew)
+                try:
+                    await stream.run(known)
+                finally:
+                    known.close()
         except (NodeError, BadDefinition) as error:
             log.warning("Envoy of %s is turned away: %s", first.node.id or "?", error)
             code = next((name for kind, name in _CODES if isinstance(error, kind)), "UNAVAILABLE")
@@ -118,6 +124,10 @@ class XdsServer:
             raise Refused(lacks(bearer, lacking), http_status=403)
         hashed = access.hash_for(token)
         return lambda: access.tokens.until_withdrawn(hashed, lambda held: first_lacking(held, needs) is None)
+
+    def _is_gone(self, sidecar_id: str) -> Callable[[], bool]:
+        """Return what tells whether the sidecar is registered no more."""
+        return lambda: sidecar_id not in self._agent.local.services
 
     def _definition(self, first: Any) -> ServiceDefinition:
         """Return the registration of the sidecar that a first request speaks for. Raises NodeError."""
@@ -150,17 +160,23 @@ class _Stream:
         requests: AsyncIterator[Any],
         context: Any,
         feed: SidecarFeed,
+        deregistered: Callable[[], bool],
         withdrawn: Withdrawn | None = None,
     ) -> None:
         self._first, self._requests, self._context, self._feed = first, requests, context, feed
+        self._deregistered = deregistered
         self._withdrawn = withdrawn
         self._session = Session(first.node.id)
         self._wake = asyncio.Event()
 
-    async def run(self) -> None:
+    def look_anew(self) -> None:
+        """Be told that an instance of a caller has come or gone."""
+        self._wake.set()
+
+    async def run(self, known: KnownCallers) -> None:
         """Serve until either side ends."""
         self._session.request(self._first)
-        work = [self._read(), self._follow(), self._write()]
+        work = [self._read(), self._follow(), self._write(known)]
         if self._withdrawn is not None:
             work.append(self._until_withdrawn(self._withdrawn))
         parts = [asyncio.ensure_future(part) for part in work]
@@ -172,6 +188,9 @@ class _Stream:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+        if self._deregistered():
+            for response in self._session.closed():
+                await self._context.write(response)
 
     async def _until_withdrawn(self, withdrawn: Withdrawn) -> None:
         log.warning("Envoy of %s gets nothing more: %s", self._first.node.id, await withdrawn())
@@ -186,10 +205,13 @@ class _Stream:
             if self._session.update(update):
                 self._wake.set()
 
-    async def _write(self) -> None:
+    async def _write(self, known: KnownCallers) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            services, anyone = self._session.callers
+            known.follow(services, everyone=anyone)
+            self._session.know(known.instances(), known.services())
             for response in self._session.responses():
                 await self._context.write(response)
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from node.xds import messages, types
+from node.xds.callers import Chains, Verdicts
 from node.xds.delta import Push, Subscriber
-from node.xds.resources import Guard, Resources, guard, resources, version_of
+from node.xds.resources import Resources, resources, version_of
 from node.xds.snapshot import Merge
+from node.xds.ways import Ways
 from raftstate.model.sidecar import SidecarUpdate
 
 log = logging.getLogger("lictor.xds")
 
-GENERATION_DIGITS_MAX = 15
-"""Ours never get so long; Python refuses to read numbers of thousands of digits."""
+STATE_ENDS = "|"
+"""In a listener's version: between what a later stream goes on from, and what tells the content."""
 
 
 class Session:
@@ -26,10 +29,10 @@ class Session:
         self._subscriber = Subscriber()
         self._resources: Resources = {}
         self._versions: dict[str, dict[str, str]] = {}
-        self._guard: Guard | None = None
-        self._generation = 0
-        self._known_before = ""
-        """Guard's digest that Envoy had from an earlier stream."""
+        self._chains, self._ways = Chains(), Ways()
+        self._verdicts: Verdicts | None = None
+        self._instances: Mapping[str, Sequence[str]] = {}
+        self._services: Sequence[str] = ()
         self.refused = 0
         """Resources that Envoy did not take."""
 
@@ -39,8 +42,8 @@ class Session:
         if request.response_nonce:
             self._answered(request)
         initial = dict(request.initial_resource_versions)
-        if url == types.LISTENER and (had := initial.get(types.PUBLIC_LISTENER)):
-            self._resume(had)
+        if url == types.LISTENER and initial:
+            self._resume(initial)
         self._subscriber.request(url, request.resource_names_subscribe, request.resource_names_unsubscribe, initial)
 
     def _answered(self, request: Any) -> None:
@@ -56,51 +59,55 @@ class Session:
             self._sidecar_id, kind, names, request.error_detail.message,
         )  # fmt: skip
 
-    def _resume(self, version: str) -> None:
-        """Go on from the generation that Envoy has: connections that are still allowed survive the agent's restart.
-
-        What was withdrawn while no agent was there shows by the guard's digest, and ends them.
-        """
-        generation, _, rest = version.partition(".")
-        before = rest.partition(".")[0]
-        known = generation.isascii() and generation.isdigit() and len(generation) <= GENERATION_DIGITS_MAX
-        if known and before:
-            self._generation, self._known_before = int(generation), before
-            self._judge()
-
-    def _judge(self) -> None:
-        if self._guard is not None and self._known_before:
-            if self._guard.digest() != self._known_before:
-                self._generation += 1
-            self._known_before = ""
-            self._compile()
+    def _resume(self, versions: Mapping[str, str]) -> None:
+        """Go on from the filter chains that Envoy has from an earlier stream."""
+        for name, version in versions.items():
+            state, _, _ = version.rpartition(STATE_ENDS)
+            if name == types.PUBLIC_LISTENER:
+                self._chains.resume(state)
+            elif state:
+                self._ways.resume(name, state)
+        self._compile()
 
     def update(self, update: SidecarUpdate) -> bool:
         """Take an update of the sidecar's stream; return whether something is to be sent perhaps."""
         if not self._merge.apply(update):
             return False
-        snapshot = self._merge.snapshot()
-        if snapshot is None:
-            return False
-        now = guard(snapshot)
-        if self._guard is not None and now.withdraws(self._guard):
-            self._generation += 1
-        self._guard = now
-        self._judge()
         self._compile()
-        return True
+        return bool(self._resources)
+
+    def know(self, instances: Mapping[str, Sequence[str]], services: Sequence[str]) -> bool:
+        """Take the instances, by service, that are known of the callers, and the services that there are.
+
+        Returns whether something is to be sent perhaps.
+        """
+        if (instances, services) == (self._instances, self._services):
+            return False
+        self._instances, self._services = instances, services
+        self._compile()
+        return bool(self._resources)
+
+    @property
+    def callers(self) -> tuple[list[str], bool]:
+        """The services that intentions let in by name, and whether others may come too: whom to know of."""
+        return ([], False) if self._verdicts is None else (self._verdicts.services(), self._verdicts.anyone)
 
     def _compile(self) -> None:
         snapshot = self._merge.snapshot()
-        if snapshot is None or self._guard is None:
+        if snapshot is None:
             return
-        self._resources = resources(snapshot, self._generation)
+        self._verdicts = Verdicts(snapshot)
+        self._chains.follow(self._verdicts, self._instances, self._services)
+        self._ways.follow(snapshot)
+        generations = self._ways.generations
+        self._resources = resources(snapshot, self._chains.all(), generations)
         self._versions = {
             url: {name: version_of(one) for name, one in rows.items()} for url, rows in self._resources.items()
         }
         listeners = self._versions[types.LISTENER]
-        public = listeners[types.PUBLIC_LISTENER]
-        listeners[types.PUBLIC_LISTENER] = f"{self._generation}.{self._guard.digest()}.{public}"
+        for name, version in listeners.items():
+            state = self._chains.state() if name == types.PUBLIC_LISTENER else self._ways.state(name)
+            listeners[name] = f"{state}{STATE_ENDS}{version}"
 
     def responses(self) -> list[Any]:
         """Return the ``DeltaDiscoveryResponse`` messages to send now, in order. None while nothing is known."""
@@ -108,6 +115,12 @@ class Session:
             return []
         pushes = (self._subscriber.push(url, self._versions[url]) for url in types.PUSH_ORDER)
         return [self._response(push) for push in pushes if push is not None]
+
+    def closed(self) -> list[Any]:
+        """Return the messages that end all calls to the instance, because it is registered no more."""
+        for rows in (self._resources, self._versions):
+            rows.get(types.LISTENER, {}).pop(types.PUBLIC_LISTENER, None)
+        return self.responses()
 
     def _response(self, push: Push) -> Any:
         rows, versions = self._resources[push.type_url], self._versions[push.type_url]

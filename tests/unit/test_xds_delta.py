@@ -88,21 +88,32 @@ def test_every_resource_is_a_message_that_envoy_knows() -> None:
         assert names[types.ROUTES] == ["upstream:api"]
 
 
-def listener_version(session: Session) -> str:
-    session.request(request(types.LISTENER))
-    (response,) = session.responses()
-    return str(next(row.version for row in response.resources if row.name == types.PUBLIC_LISTENER))
+def public(session: Session, initial: dict[str, str] | None = None) -> tuple[str, set[str]]:
+    """Ask for listeners; return what is sent of the public one: its version and the names of its filter chains."""
+    session.request(request(types.LISTENER, initial_resource_versions=initial or {}))
+    return sent_public(session)
 
 
-def test_a_withdrawal_replaces_the_listener_and_a_grant_does_not() -> None:
+def sent_public(session: Session) -> tuple[str, set[str]]:
+    rows = [row for one in session.responses() for row in one.resources if row.name == types.PUBLIC_LISTENER]
+    if not rows:
+        return "", set()
+    listener = messages.listener_pb2.Listener.FromString(rows[0].resource.value)
+    return rows[0].version, {chain.name for chain in listener.filter_chains}
+
+
+def test_a_withdrawal_replaces_filter_chains_and_a_grant_does_not() -> None:
     session = Session("x")
     session.update(whole(make_snapshot()))
-    first = listener_version(session)
-    assert first.startswith("0.")
+    _, before = public(session)
     session.update(SidecarUpdate(version=2, intentions=(ALLOW,)))
+    _, granted = sent_public(session)
+    assert before < granted
     session.update(SidecarUpdate(version=3, intentions=()))
-    (response,) = session.responses()
-    assert response.resources[0].version.startswith("1.")
+    session.update(SidecarUpdate(version=4, intentions=(ALLOW,)))
+    _, after = sent_public(session)
+    assert len(after) == len(granted)
+    assert not after & granted, "though what is allowed now is what was allowed before"
 
 
 def test_an_agents_restart_disturbs_nothing_unless_something_was_withdrawn_meanwhile() -> None:
@@ -110,9 +121,8 @@ def test_an_agents_restart_disturbs_nothing_unless_something_was_withdrawn_meanw
     session.update(whole(make_snapshot(ALLOW)))
     session.update(SidecarUpdate(version=2, intentions=()))
     session.update(SidecarUpdate(version=3, intentions=(ALLOW,)))
-    version = listener_version(session)
-    assert version.startswith("1.")
-    for intentions, first in (((ALLOW,), "1."), ((), "2.")):
+    version, chains = public(session)
+    for intentions in ((ALLOW,), ()):
         for early in (True, False):  # the sidecar's update may come before Envoy's request or after it
             again = Session("x")
             if early:
@@ -120,8 +130,12 @@ def test_an_agents_restart_disturbs_nothing_unless_something_was_withdrawn_meanw
             again.request(request(types.LISTENER, initial_resource_versions={types.PUBLIC_LISTENER: version}))
             if not early:
                 again.update(whole(make_snapshot(*intentions)))
-            versions = [row.version for one in again.responses() for row in one.resources if row.name == "public"]
-            assert versions == [] if first == "1." else versions[0].startswith(first)
+            _, now = sent_public(again)
+            if intentions:
+                assert now == set()
+            else:
+                assert now
+                assert not now & chains
 
 
 def test_a_refusal_is_logged_with_envoys_words(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from node.xds import rbac, types
-from node.xds.resources import guard, resources
+from node.xds.resources import resources
 from proxy.authz import compile_policy
 from proxy.authz.request import Request
 from raftstate.model.connect import Revocation
@@ -117,22 +117,6 @@ def test_a_name_cannot_pass_for_an_instance() -> None:
     denied = rbac.revoked(make_snapshot(revocations=(Revocation("instance", "web-1"),)))
     assert not admits(denied, Identity("x,UID=web-1", "other"))
     assert not admits(denied, Identity("web", "web-1,CN=web"))
-
-
-def test_only_a_withdrawal_begins_a_new_generation() -> None:
-    allow = Intention("web", "backend", action="allow")
-    more = Intention("api", "backend", action="allow")
-    deny = Intention("api", "backend", action="deny")
-    old = guard(make_snapshot(allow))
-    assert not guard(make_snapshot(allow, more)).withdraws(old)
-    assert not guard(make_snapshot(allow, deny)).withdraws(old)
-    assert not guard(make_snapshot(allow, roots=("ROOT", "NEW"))).withdraws(old)
-    assert guard(make_snapshot()).withdraws(old)
-    assert guard(make_snapshot(allow, revocations=(Revocation("service", "web"),))).withdraws(old)
-    assert guard(make_snapshot(allow, roots=("NEW",))).withdraws(old)
-    changed = resources(make_snapshot(allow, more), 3)[types.LISTENER]
-    assert changed == resources(make_snapshot(allow), 3)[types.LISTENER]
-    assert changed != resources(make_snapshot(allow), 4)[types.LISTENER]
 
 
 def test_a_policy_of_requests_meets_only_listeners_that_read_them_its_way() -> None:
