@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from proxy.metric_names import HELP
+
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -104,6 +106,8 @@ class Snapshot(msgspec.Struct):
         for name, samples in sorted(series.items(), key=lambda each: (_family(each[0]), each[0])):
             if _family(name) != family:
                 family = _family(name)
+                if family in HELP:
+                    lines.append(f"# HELP {family} {HELP[family]}")
                 lines.append(f"# TYPE {family} {_type(name)}")
             lines.extend(f"{name}{_labels(labels)} {_number(value)}" for labels, value in samples)
         return "\n".join(lines) + "\n"

@@ -231,6 +231,20 @@ async def force_leave(ctx: Context, request: web.Request) -> web.StreamResponse:
     return empty()
 
 
+_GAUGES = {
+    "lictor.agent.services": "Services registered at this agent.",
+    "lictor.agent.checks": "Checks registered at this agent.",
+    "lictor.agent.unsynced": "Services and checks that the servers do not know as this agent does.",
+    "lictor.agent.views": "Answers that this agent keeps up to date for those who ask it.",
+    "lictor.agent.sidecar_streams": "Sidecars that this agent configures.",
+    "lictor.process.tasks": "Tasks of the event loop.",
+    "lictor.process.cpu_seconds": "Processor time used since the start.",
+    "lictor.process.rss_bytes_max": "Greatest resident memory since the start.",
+    "lictor.process.uptime_seconds": "Time since the start.",
+}
+"""What this agent's figures are."""
+
+
 @routes.add("GET", "/v1/agent/metrics", answer=AgentMetrics, text="text/plain")
 async def metrics(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Figures of this agent, as JSON or with ``?format=prometheus`` as text."""
@@ -250,7 +264,7 @@ async def metrics(ctx: Context, request: web.Request) -> web.StreamResponse:
         lines = []
         for name, value in gauges.items():
             flat = name.replace(".", "_")
-            lines.append(f"# TYPE {flat} gauge\n{flat} {value:.10g}\n")
+            lines.append(f"# HELP {flat} {_GAUGES[name]}\n# TYPE {flat} gauge\n{flat} {value:.10g}\n")
         return web.Response(text="".join(lines), content_type="text/plain", charset="utf-8")
     body = {
         "Timestamp": time.strftime("%Y-%m-%d %H:%M:%S +0000 UTC", time.gmtime()),

@@ -97,8 +97,8 @@ async def test_latencies_are_a_histogram_to_prometheus(mesh: Mesh) -> None:
     assert types["lictor_http_requests_total"] == "counter"
     assert types["lictor_ready"] == "gauge"
     # What belongs to one metric stands together, behind its type.
-    (latency,) = [part for part in text.split("# TYPE ") if part.startswith("lictor_http_request_seconds ")]
-    names = [line.partition("{")[0].removeprefix("lictor_http_request_seconds_") for line in latency.splitlines()[1:]]
+    (latency,) = [part for part in text.split("# HELP ") if part.startswith("lictor_http_request_seconds ")]
+    names = [line.partition("{")[0].removeprefix("lictor_http_request_seconds_") for line in latency.splitlines()[2:]]
     assert names == ["bucket"] * 15 + ["count", "sum"]
     assert text.count("lictor_http_request_seconds_") == 17
 

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import gzip
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +362,15 @@ async def test_agent_self_members_status(tmp_path: Path) -> None:
         assert me["Member"] in await node.get("/v1/agent/members")
         assert me["Stats"]["consul"]["leader_addr"] == await node.get("/v1/status/leader")
         assert await node.get("/v1/status/peers") == ["127.0.0.1:8300"]
-        assert (await text(node, "GET", "/v1/agent/metrics?format=prometheus"))[1].startswith("# TYPE lictor")
+        page = (await text(node, "GET", "/v1/agent/metrics?format=prometheus"))[1]
+        assert page.startswith("# HELP lictor_agent_services Services registered at this agent.\n# TYPE lictor_agent")
+        assert page.count("# HELP ") == page.count("# TYPE ") == 9
+        promtool = shutil.which("promtool")
+        if promtool is not None:
+            checked = await asyncio.to_thread(
+                subprocess.run, [promtool, "check", "metrics"], input=page.encode(), capture_output=True, check=False
+            )
+            assert (checked.returncode, checked.stdout + checked.stderr) == (0, b"")
         assert (await text(node, "GET", "/v1/agent/monitor?loglevel=loud"))[0] == 400
 
 
