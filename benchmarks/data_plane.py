@@ -6,6 +6,7 @@
 The ``-http`` pairs speak HTTP on both sides and decide each request by method and path. In ``lictor-to-envoy`` the
 calling side is a Lictor sidecar and the called one an Envoy: one TLS connection for each of the app's. The pairs
 ``lictor-uvloop`` and ``lictor-http-uvloop`` run on uvloop in place of a sidecar's own event loop.
+``lictor-2-workers`` has two workers a side; ``lictor-logged`` and ``lictor-http-logged`` write an access log.
 
 Needs nginx, haproxy, wrk and curl on the PATH, and the extra ``lictor[envoy]``. Client, both proxies and server share
 the machine's cores, so rates say little by themselves; compare within a run, and look at CPU seconds. Rounds are
@@ -69,12 +70,18 @@ class Target:
     def cpu_s(self) -> float:
         total = 0.0
         for process in self.processes:
-            times = psutil.Process(process.pid).cpu_times()
-            total += times.user + times.system
+            top = psutil.Process(process.pid)
+            for each in (top, *top.children(recursive=True)):
+                times = each.cpu_times()
+                total += times.user + times.system
         return total
 
     def rss_kib(self) -> list[int]:
-        return [psutil.Process(process.pid).memory_info().rss // 1024 for process in self.processes]
+        found = []
+        for process in self.processes:
+            top = psutil.Process(process.pid)
+            found.append(sum(each.memory_info().rss for each in (top, *top.children(recursive=True))) // 1024)
+        return found
 
 
 # Lictor
@@ -95,14 +102,17 @@ async def run_sidecar(path: str) -> None:
     import msgspec
 
     from proxy.sidecar import Sidecar, SidecarOptions
+    from proxy.workers import WorkerGroup
     from raftstate.model.sidecar import SidecarUpdate
 
     spec = json.loads(Path(path).read_text())  # noqa: ASYNC240 - nothing runs yet
-    sidecar = Sidecar(
-        SidecarOptions(
-            public_port=spec["public_port"], upstreams=tuple(tuple(upstream) for upstream in spec["upstreams"])
-        )
+    options = SidecarOptions(
+        public_port=spec["public_port"],
+        upstreams=tuple(tuple(upstream) for upstream in spec["upstreams"]),
+        access_log=spec["access_log"],
     )
+    workers = spec["workers"]
+    sidecar = Sidecar(options) if workers == 1 else WorkerGroup(options, workers)
     await sidecar.bind()
     update = msgspec.convert(spec["update"], SidecarUpdate)
 
@@ -122,8 +132,11 @@ def lictor(
     http: bool = False,
     envoy_peer: bool = False,
     loop: str = "sidecar",
+    workers: int = 1,
+    access_log: bool = False,
 ) -> Target:
-    """A pair on that event loop; with ``envoy_peer`` an Envoy takes the place of the called one."""
+    """A pair on that event loop; with ``envoy_peer`` an Envoy takes the place of the called one. Each side has so
+    many ``workers``, and writes an ``access_log``."""
     import msgspec
 
     from raftstate.model.intention import HTTPMatch, Intention, Permission
@@ -160,9 +173,14 @@ def lictor(
         processes.append(envoy_config.start(directory, f"{name}-server", config))
     for side, (port, upstreams, first) in specs.items():
         path = directory / f"{name}-{side}.json"
-        path.write_text(
-            json.dumps({"public_port": port, "upstreams": upstreams, "update": msgspec.to_builtins(first)})
-        )
+        spec = {
+            "public_port": port,
+            "upstreams": upstreams,
+            "update": msgspec.to_builtins(first),
+            "workers": workers,
+            "access_log": f"{directory}/{name}-{side}.log" if access_log else "",
+        }
+        path.write_text(json.dumps(spec))
         command = [sys.executable, __file__, "--sidecar", str(path), "--loop", loop]
         processes.append(subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1]))
     wait_for(upstream)
@@ -357,7 +375,10 @@ MAKERS: dict[str, Callable[..., Target]] = {
     "envoy": envoy,
     "lictor-to-envoy": partial(lictor, name="lictor-to-envoy", envoy_peer=True),
     "lictor-uvloop": partial(lictor, name="lictor-uvloop", loop="uvloop"),
+    "lictor-2-workers": partial(lictor, name="lictor-2-workers", workers=2),
+    "lictor-logged": partial(lictor, name="lictor-logged", access_log=True),
     "lictor-http": partial(lictor, name="lictor-http", http=True),
+    "lictor-http-logged": partial(lictor, name="lictor-http-logged", http=True, access_log=True),
     "lictor-http-uvloop": partial(lictor, name="lictor-http-uvloop", http=True, loop="uvloop"),
     "haproxy-http": partial(haproxy, name="haproxy-http", http=True),
     "envoy-http": partial(envoy, name="envoy-http", http=True),
