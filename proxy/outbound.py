@@ -203,6 +203,7 @@ class Upstream:
             if deadline > now:
                 break
             call.accept_timed_out()
+        self._fleet.tick(now)
         self._http2_fleet.tick(now)
 
     def sweep(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from proxy.balancer import Instance
 from proxy.choosing import aim_at, choose, is_retiring, report_answer, report_failure, report_refusal, report_silence
-from proxy.errors import ConnectFailed, StreamRefused
+from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http import HttpOptions, OutboundOptions
 from proxy.http.head import RequestHead
 from proxy.http.outbound import Aim, Lease
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 IDLE_MAX = 32
 """Streams kept open to one instance between requests."""
 IDLE_S = 60.0
+ACCEPT_TIMEOUT_S = 10.0
+"""How long an instance's sidecar may take to accept a stream."""
 
 
 def _number(source: Mapping[str, object], key: str, default: float) -> float:
@@ -57,6 +59,9 @@ class ServiceFleet:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.idle: dict[Hashable, deque[tuple[float, Upstream]]] = {}
+        self.accept_timeout_s = ACCEPT_TIMEOUT_S
+        self.opening: dict[_StreamFate, float] = {}
+        """Streams that are to be accepted, and until when, the oldest first."""
 
     def unavailable(self) -> str:
         """Return why nothing can be sent now, or ``""``."""
@@ -99,6 +104,15 @@ class ServiceFleet:
         upstream.attach(self)
         while len(idle) > IDLE_MAX or (idle and idle[0][0] < now - IDLE_S):
             idle.popleft()[1].close()
+
+    def tick(self, now: float) -> None:
+        """Give up on streams that were not accepted in time. Called every second."""
+        while self.opening:
+            fate, deadline = next(iter(self.opening.items()))
+            if deadline > now:
+                break
+            del self.opening[fate]
+            fate.give_up()
 
     def sweep(self) -> None:
         """Close what was idle for long. Called now and then."""
@@ -184,8 +198,10 @@ class InstanceLease:
 
     def _open_stream(self, session: MuxSession, owner: Owner) -> Upstream:
         upstream = Upstream(owner, self.service.http_options.http, self.service.pool.memory)
-        fate = _StreamFate(self.instance, upstream)
+        fleet = self._fleet
+        fate = _StreamFate(fleet, self.instance, upstream)
         upstream.channel = session.core.open(self.instance.key.service, upstream, fate)
+        fleet.opening[fate] = self.service.pool.poller.now() + fleet.accept_timeout_s
         return upstream
 
     def done(self, upstream: Upstream | None) -> None:
@@ -204,20 +220,29 @@ class InstanceLease:
 class _StreamFate:
     """Turns a mux stream's fate into its Upstream's."""
 
-    __slots__ = ("_instance", "_upstream")
+    __slots__ = ("_fleet", "_instance", "_upstream")
 
-    def __init__(self, instance: Instance, upstream: Upstream) -> None:
+    def __init__(self, fleet: ServiceFleet, instance: Instance, upstream: Upstream) -> None:
+        self._fleet = fleet
         self._instance = instance
         self._upstream = upstream
 
+    def give_up(self) -> None:
+        """The instance neither accepted nor refused in time."""
+        text = "the instance did not accept in time"
+        report_failure(self._fleet.service, self._instance, text)
+        self._upstream.abort(StreamClosed(text))
+
     def stream_accepted(self, stream: MuxStream) -> None:
+        self._fleet.opening.pop(self, None)
         self._instance.owner.succeeded(self._instance)
 
     def stream_refused(self, stream: MuxStream, code: int, text: str) -> None:
+        self._fleet.opening.pop(self, None)
         self._upstream.abort(StreamRefused(code, f"{self._instance.key.instance}: {text}"))
 
     def stream_closed(self, stream: MuxStream) -> None:
-        pass  # the channel's peer, the Upstream, is told
+        self._fleet.opening.pop(self, None)  # the channel's peer, the Upstream, is told
 
 
 class LoopbackLease:

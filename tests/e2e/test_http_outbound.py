@@ -105,6 +105,24 @@ async def test_any_request_goes_elsewhere_when_an_app_behind_permissions_is_down
 
 
 @with_mesh
+async def test_an_instance_that_takes_a_session_and_then_no_stream_is_given_up_on(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped: the kernel still takes what is sent."""
+    client, servers = await fleet(mesh, App(), App(answer=simple(b"1")), config={"load_balancer": "round_robin"})
+    monkeypatch.setattr(servers[0].sidecar._desk, "admit_stream", lambda stream, *more: None)
+    upstream = client.sidecar._upstreams["backend"]
+    upstream._fleet.accept_timeout_s = 0.2
+    assert await ask(client, get(), get()) == [(200, b"1")] * 2
+    first, _ = upstream.balancer.instances.values()
+    assert first.ejections
+    await client.route("backend", servers[0].endpoint, protocol="http")
+    assert [status for status, _ in await ask(client, post(b"x"))] == [502], "it may be seen yet"
+    assert upstream.http.in_flight == first.active == 0
+    assert not upstream._fleet.opening
+
+
+@with_mesh
 async def test_any_request_goes_elsewhere_when_a_sidecar_is_gone(mesh: Mesh) -> None:
     apps = [App(answer=simple(b"0")), App(answer=simple(b"1"))]
     client, servers = await fleet(mesh, *apps)
