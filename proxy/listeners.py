@@ -12,13 +12,14 @@ import logging
 import os
 import socket
 import ssl
+import time
 from typing import Any
 
 from proxy.acceptor import Acceptor
 from proxy.call import Call
 from proxy.config import Configuration
 from proxy.errors import BadCertificate, PortUnavailable, StreamClosed
-from proxy.identity import check_peer
+from proxy.identity import check_peer, check_trusted
 from proxy.inbound import HTTP2_PROTOCOLS, Desk
 from proxy.logs import BurstLog
 from proxy.metrics import Metrics
@@ -201,7 +202,12 @@ class PublicListener:
         caller = ForeignCaller(self)
         me = self._config.self
         speaks_http2 = me is not None and me.protocol in HTTP2_PROTOCOLS
-        context = material.server_http2 if speaks_http2 else material.server
+        try:
+            context = (material.server_http2 if speaks_http2 else material.server).current()
+        except OSError as error:
+            os.close(fd)
+            self._failed(address, "no-context", f"no TLS context could be made: {error}")
+            return
         transport = SecureTransport(self._poller, caller, context, server=True)
         try:
             transport.accepted(fd, peername)
@@ -214,12 +220,12 @@ class PublicListener:
         try:
             proof = proof_of(transport.get_extra_info("ssl_object"))
             source = proof.identity.service
-            if problem := self._problem(proof):
-                raise BadCertificate(problem[0], problem[1])
+            self._check(proof)
         except BadCertificate as error:
             transport.abort()
             self._failed(address, error.cause, str(error), source)
             return
+        self._metrics.count("lictor_handshakes_total", direction="inbound", resumed="yes" if proof.resumed else "no")
         if proof.alpn == ALPN:
             self._begin_session(transport, caller, proof, address)
         elif not caller.lost:
@@ -262,6 +268,15 @@ class PublicListener:
         self._metrics.count("lictor_handshake_failures_total", direction="inbound", **pair, cause=cause)
         self._log.warning(f"public listener closed a connection from {address}: {text}")
 
+    def _check(self, proof: PeerProof) -> None:
+        """Raise :class:`BadCertificate` unless a call may begin with this proof. One that was resumed proves no more
+        than what was so when it was first made; so all of it is asked again."""
+        if problem := self._problem(proof):
+            raise BadCertificate(problem[0], problem[1])
+        material = self._config.material
+        if material is not None:
+            check_trusted(proof.chain_der, material.bundle, time.time())
+
     def _problem(self, proof: PeerProof) -> tuple[str, str] | None:
         """Why a connection made with this proof may not go on."""
         config = self._config
@@ -281,7 +296,10 @@ class PublicListener:
     # Withdrawal and end
 
     def recheck(self) -> None:
-        """Trust or revocations changed: end at once the sessions and foreign calls that may not go on."""
+        """Trust or revocations changed: end at once the sessions and foreign calls that may not go on, and let nobody
+        resume one."""
+        if self._config.material is not None:
+            self._config.material.forget_sessions()
         for session, proof in list(self.sessions.items()):
             if problem := self._problem(proof):
                 self._metrics.count("lictor_cut_total", direction="inbound", reason=problem[0])

@@ -3,6 +3,9 @@ foreign ones. Which of the two a peer is, its answer to our ALPN tells.
 
 A session belongs to the pair (our identity now, the endpoint's identity). When our leaf is renewed, sessions made
 with the old one take no new streams and end with their last one.
+
+Connections to a foreign peer resume its TLS sessions (:mod:`proxy.resumption`): not to be confused with our mux
+sessions, which are called sessions everywhere else here.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 
 from proxy.balancer import Key
 from proxy.descriptors import OUR_OWN_WANT
 from proxy.errors import BadCertificate, ConnectFailed, StreamClosed
-from proxy.identity import Revoked, TrustBundle, check_expected, check_peer
+from proxy.identity import Revoked, TrustBundle, Window, check_expected, check_peer, check_trusted
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
@@ -23,10 +27,12 @@ from proxy.mux.session import MuxSession
 from proxy.plain import numeric, resolve
 from proxy.poller import Poller
 from proxy.relay import SocketChannel
+from proxy.resumption import Place, SessionCache
 from proxy.secure import SecureTransport
 from proxy.stream import Channel
 from proxy.tasks import Tasks
 from proxy.tls import PeerProof, TlsMaterial, explain_handshake_failure, proof_of
+from raftstate.model.caller_name import caller_name
 
 log = logging.getLogger("lictor.proxy.outbound")
 
@@ -42,7 +48,7 @@ FOREIGN_MEMORY_S = 60.0
 class ForeignChannel(SocketChannel):
     """One TLS connection to a foreign sidecar, for one app connection. Keeps what arrives before it is joined."""
 
-    __slots__ = ("early", "early_eof", "joined", "lost", "pool")
+    __slots__ = ("at", "early", "early_eof", "joined", "lost", "pool", "resumable")
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +57,9 @@ class ForeignChannel(SocketChannel):
         self.joined = False
         self.lost = False
         self.pool: dict[ForeignChannel, PeerProof] = {}
+        self.at: Place | None = None
+        self.resumable: SessionCache | None = None
+        """Takes its TLS session at its end, for the next connection to :attr:`at`."""
 
     def data_received(self, data: bytes) -> None:
         if self.joined:
@@ -67,6 +76,9 @@ class ForeignChannel(SocketChannel):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self.pool.pop(self, None)
+        if self.resumable is not None and self.at is not None:
+            self.resumable.ended(self.at, self)
+            self.resumable = None
         super().connection_lost(exc)
 
     def attach(self, peer: Channel) -> None:
@@ -121,12 +133,15 @@ class SessionPool:
         self._live: dict[MuxSession, tuple[Key, PeerProof]] = {}
         """All sessions, those that take no more streams too."""
         self._foreign: dict[ForeignChannel, PeerProof] = {}
+        self._resumable = SessionCache()
         self._pending = 0
 
     # Configuration
 
     def use(self, material: TlsMaterial | None, trust_domain: str, revoked: Revoked) -> None:
-        """Take new TLS material, trust domain or revocations; end the sessions that these no longer allow."""
+        """Take new TLS material, trust domain or revocations; end the sessions that these no longer allow, and resume
+        none that was made before."""
+        self._resumable.clear()
         renew: list[Key] = []
         if material is not self._material:
             if material is not None:
@@ -174,6 +189,7 @@ class SessionPool:
     def drop(self, key: Key, reason: str) -> None:
         """The endpoint is gone from the catalog: end its sessions and their streams."""
         self._peers.pop(key, None)
+        self._resumable.drop(key)
         for session, (at, _) in list(self._live.items()):
             if at == key:
                 session.kill(StreamClosed(reason))
@@ -270,26 +286,39 @@ class SessionPool:
         if material is None:
             raise ConnectFailed("not-ready", "no certificate yet")
         channel = ForeignChannel()
+        # With mux offered the peer may be a Lictor sidecar, which is dialed too seldom to gain by it.
+        place = None if offer_mux else (key, http2)
+        kept = self._resumable.take(place) if place is not None else None
         context = material.client_for(mux=offer_mux, http2=http2)
         address = numeric(key.address, key.port)
         addresses = await resolve(key.address, key.port) if address is None else [address]
-        transport = SecureTransport(self.poller, channel, context, server=False)
+        transport = SecureTransport(
+            self.poller,
+            channel,
+            context,
+            server=False,
+            server_name=caller_name(material.identity.service, material.identity.instance),
+            session=kept.session if kept is not None else None,
+        )
         transport.connect(addresses)
         await transport.handshake()
         try:
-            proof = proof_of(transport.get_extra_info("ssl_object"))
-            check_peer(proof.identity, self._trust_domain, self._revoked)
-            check_expected(proof.identity, key.service, key.instance)
-            if material is not self._material and not (self._material and self._still_trusts(proof)):
-                raise BadCertificate("rotated", "trust changed during the handshake")
+            ssl_object = transport.get_extra_info("ssl_object")
+            proof = proof_of(ssl_object, kept.origin.chain_der if kept is not None else ())
+            window = self._check(proof, key)
         except BadCertificate:
             transport.abort()
             raise
+        self._metrics.count("lictor_handshakes_total", direction="outbound", resumed="yes" if proof.resumed else "no")
         peer = self._peers.setdefault(key, _Peer())
         if proof.alpn != ALPN:
             peer.foreign_until = asyncio.get_running_loop().time() + FOREIGN_MEMORY_S
             self._foreign[channel] = proof
             channel.pool = self._foreign
+            if place is not None and material is self._material:
+                before = kept if proof.resumed else None
+                self._resumable.watch(place, channel, proof.chain_der, window.until_s, before)
+                channel.at, channel.resumable = place, self._resumable
             return channel
         session = MuxSession(
             identity=proof.identity,
@@ -312,8 +341,15 @@ class SessionPool:
         self._metrics.count("lictor_sessions_opened_total", direction="outbound")
         return session
 
-    def _still_trusts(self, proof: PeerProof) -> bool:
-        return self._material is not None and self._material.bundle.leads_here(proof.chain_der)
+    def _check(self, proof: PeerProof, key: Key) -> Window:
+        """Return how long what was proved is valid. Raise :class:`BadCertificate` unless the peer is the instance
+        that was dialed, in force and trusted as things are now: they may have changed since the handshake began, and
+        a resumed one has verified nothing."""
+        check_peer(proof.identity, self._trust_domain, self._revoked)
+        check_expected(proof.identity, key.service, key.instance)
+        if self._material is None:
+            raise BadCertificate("not-ready", "our own certificate was withdrawn during the handshake")
+        return check_trusted(proof.chain_der, self._material.bundle, time.time())
 
     def _lost(self, session: MuxSession, error: Exception | None) -> None:
         key, _ = self._live.pop(session)
@@ -344,6 +380,7 @@ class SessionPool:
     def close(self) -> None:
         """End everything at once."""
         self._peers.clear()
+        self._resumable.clear()
         for session in list(self._live):
             session.kill(StreamClosed("the sidecar is stopping"))
         for channel in list(self._foreign):

@@ -47,9 +47,25 @@ class SecureTransport(Receiver):
         "_wrote_eof",
     )  # fmt: skip
 
-    def __init__(self, poller: Poller, protocol: Receiver, context: ssl.SSLContext, *, server: bool) -> None:
+    def __init__(
+        self,
+        poller: Poller,
+        protocol: Receiver,
+        context: ssl.SSLContext,
+        *,
+        server: bool,
+        server_name: str = "",
+        session: ssl.SSLSession | None = None,
+    ) -> None:
+        """``session``: one of this context's to resume, where the peer still knows it."""
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._object = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
+        self._object = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server,
+            server_hostname=server_name or None,
+            session=session,
+        )
         # What SSLObject's own methods are made of: a frame of Python's each would cost as much as a small record.
         inner: Any = getattr(self._object, "_sslobj", self._object)
         self._decrypt, self._encrypt = inner.read, inner.write

@@ -1,7 +1,8 @@
 """TLS between sidecars: contexts made of a leaf and a trust bundle, and what a finished handshake proves.
 
-TLS 1.3 only, a certificate on both sides. No session tickets: a resumed session would skip the certificate check,
-so a ticket could outlive a revocation or a rotation.
+TLS 1.3 only, a certificate on both sides. Sessions may be resumed (:mod:`proxy.resumption`), but never with a
+material other than theirs; a resumed one proves what its first handshake did, and whoever takes it checks that again.
+There is no early data (0-RTT): Python's ssl module cannot send it, and a context takes none unless it is told to.
 
 A :class:`TlsMaterial` never changes; on a new leaf or bundle the sidecar makes a new one, and handshakes from then
 on use it. Connections made before go on.
@@ -15,6 +16,7 @@ import ssl
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from cryptography import x509
@@ -22,6 +24,7 @@ from cryptography import x509
 from proxy.errors import BadCertificate, BadConfiguration
 from proxy.identity import TrustBundle, identity_of
 from proxy.mux import ALPN
+from proxy.resumption import ServerContext
 from raftstate.model.connect import Leaf
 from raftstate.model.identity import Identity
 
@@ -29,8 +32,8 @@ from raftstate.model.identity import Identity
 class TlsMaterial(NamedTuple):
     """Contexts for both sides, the bundle they trust, and who they speak for."""
 
-    server: ssl.SSLContext
-    server_http2: ssl.SSLContext
+    server: ServerContext
+    server_http2: ServerContext
     """As ``server``, offering HTTP/2 first to a foreign peer: for an app that speaks it."""
     client: ssl.SSLContext
     client_plain: ssl.SSLContext
@@ -52,6 +55,11 @@ class TlsMaterial(NamedTuple):
             return self.client_http2 if mux else self.client_only_http2
         return self.client if mux else self.client_plain
 
+    def forget_sessions(self) -> None:
+        """Let no peer resume a session that it made with us so far."""
+        self.server.forget()
+        self.server_http2.forget()
+
 
 class PeerProof(NamedTuple):
     """What a handshake proved."""
@@ -61,6 +69,8 @@ class PeerProof(NamedTuple):
     """The leaf and the intermediates that the peer sent."""
     alpn: str
     """The application protocol agreed on; empty when none."""
+    resumed: bool = False
+    """The peer showed no certificate now: what is here it proved in an earlier handshake."""
 
     @property
     def sha256(self) -> str:
@@ -82,9 +92,9 @@ def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
     if not len(bundle):
         raise BadConfiguration("the trust bundle is empty; the cluster has no certificate authority yet")
     try:
-        with _as_file(leaf.private_key_pem + "\n" + leaf.cert_pem) as path:
-            server = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "http/1.1"))
-            server_http2 = _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, (ALPN, "h2", "http/1.1"))
+        server = ServerContext(partial(_server_context, leaf, roots_pem, (ALPN, "http/1.1")))
+        server_http2 = ServerContext(partial(_server_context, leaf, roots_pem, (ALPN, "h2", "http/1.1")))
+        with _as_file(leaf) as path:
             client = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN,))
             client_plain = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, ())
             client_http2 = _context(ssl.PROTOCOL_TLS_CLIENT, path, roots_pem, (ALPN, "h2"))
@@ -96,14 +106,19 @@ def make_material(leaf: Leaf, roots_pem: Sequence[str]) -> TlsMaterial:
     return TlsMaterial(server, server_http2, *clients, bundle, identity, *lifetime)
 
 
+def _server_context(leaf: Leaf, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:
+    with _as_file(leaf) as path:
+        return _context(ssl.PROTOCOL_TLS_SERVER, path, roots_pem, alpn)
+
+
 def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[str]) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the peer is known by its SPIFFE id and instance, checked after the handshake
     context.verify_mode = ssl.CERT_REQUIRED
-    context.options |= ssl.OP_NO_TICKET
+    context.options |= ssl.OP_NO_TICKET  # in TLS 1.3: tickets that name a session, and do not carry it
     if protocol == ssl.PROTOCOL_TLS_SERVER:
-        context.num_tickets = 0
+        context.num_tickets = 1  # each resumed connection gets another one
     context.load_verify_locations(cadata="\n".join(roots_pem))
     context.load_cert_chain(path)
     if alpn:
@@ -111,13 +126,23 @@ def _context(protocol: int, path: str, roots_pem: Sequence[str], alpn: Sequence[
     return context
 
 
-def proof_of(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> PeerProof:
-    """Return what a finished handshake proved. Raises :class:`BadCertificate`."""
+def proof_of(ssl_object: ssl.SSLObject | ssl.SSLSocket, shown: Sequence[bytes] = ()) -> PeerProof:
+    """Return what a finished handshake proved. Raises :class:`BadCertificate`.
+
+    ``shown``: the chain that the peer showed when it gave the session that was offered to it now. OpenSSL remembers
+    the leaf; of the rest a client's session, copied by Python, knows nothing.
+    """
     der = ssl_object.getpeercert(binary_form=True)
     if not der:
         raise BadCertificate("no-certificate", "peer showed no certificate")
-    chain = _sent_chain(ssl_object)
-    return PeerProof(identity_of(der), (der, *chain[1:]), ssl_object.selected_alpn_protocol() or "")
+    resumed = bool(ssl_object.session_reused)
+    if resumed and shown:
+        if shown[0] != der:
+            raise BadCertificate("wrong-identity", "a session was resumed that is not the one that was offered")
+        chain = tuple(shown)
+    else:
+        chain = (der, *_sent_chain(ssl_object)[1:])
+    return PeerProof(identity_of(der), chain, ssl_object.selected_alpn_protocol() or "", resumed)
 
 
 def _sent_chain(ssl_object: Any) -> list[bytes]:
@@ -168,8 +193,9 @@ def _first_certificate(pem: str) -> str:
 
 
 @contextmanager
-def _as_file(text: str) -> Iterator[str]:
+def _as_file(leaf: Leaf) -> Iterator[str]:
     """Give the ssl module, which reads keys from files only, a file that nobody else can open."""
+    text = leaf.private_key_pem + "\n" + leaf.cert_pem
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("leaf", os.MFD_CLOEXEC)
         try:

@@ -450,7 +450,7 @@ async def test_a_foreign_peer_is_dialled_with_http2() -> None:
         server: Member = s.servers["b1"]
         material = server.sidecar.config.material
         assert material is not None
-        material.server_http2.set_alpn_protocols(["h2", "http/1.1"])  # as a foreign sidecar offers
+        material.server_http2.current().set_alpn_protocols(["h2", "http/1.1"])  # as a foreign sidecar offers
         await s.caller()
         async with s.channel() as channel:
             assert await counted(channel, 50) == {b"b1": 50}

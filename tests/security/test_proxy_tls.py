@@ -218,21 +218,6 @@ async def test_foreign_client_without_intention_is_closed(mesh: Mesh) -> None:
     assert app.connections == 0
 
 
-@with_mesh
-async def test_no_ticket_is_given_out(mesh: Mesh) -> None:
-    _, server, _ = await mesh.pair()
-    tls = context(mesh.ca.leaf("web", "web-1"), mesh.ca.root_pem)
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.ports.public_port, ssl=tls, server_hostname="")
-    writer.write(b"hello\n")
-    await reader.readline()
-    ssl_object = writer.get_extra_info("ssl_object")
-    assert ssl_object.version() == "TLSv1.3"
-    assert ssl_object.session is None or not ssl_object.session.has_ticket
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-
-
 @pytest.mark.parametrize("wrong", ["service", "instance", "ca", "revoked"])
 @with_mesh
 async def test_dialing_side_demands_the_instance_it_wanted(mesh: Mesh, wrong: str) -> None:
