@@ -116,6 +116,7 @@ class OutboundHttp2Connection(Http2Connection):
             self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
         else:
             self._outbound.pending += 1
+            self._arm(exchange, self._finish_by(exchange, call))
             self._side.tasks.spawn(self._make(exchange, call, lease))
 
     async def _make(self, exchange: Exchange, call: _Call, lease: Lease) -> None:
@@ -226,7 +227,7 @@ class OutboundHttp2Connection(Http2Connection):
                 text = f"{self._options.service!r}: nothing was said for {idle_s:g} s"
                 self._answer(exchange, 504, text, "timeout")
             return
-        if call.lease is not None:
+        if call.lease is not None and exchange.link is not None:
             call.lease.silent("did not answer in time")
         may = self._repeatable(exchange, call) and self._may_attempt(exchange, call)
         if may and self._outbound.fleet.may_retry():

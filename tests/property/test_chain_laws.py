@@ -102,7 +102,7 @@ def followed(plan: Plan, node: str, above: tuple[str, ...] = ()) -> None:
             assert plan.targets[target].id == target
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(entries(), services)
 def test_entries_make_a_plan_that_can_be_followed_or_one_refusal(given_: Entries, service: str) -> None:
     plan = compiled(service, given_)

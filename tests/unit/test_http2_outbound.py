@@ -382,6 +382,27 @@ async def test_a_response_that_does_not_begin_and_a_stream_that_is_silent_are_en
         assert dict(s.client.of(h2.events.TrailersReceived)[0].headers)["grpc-status"] == "4"
 
 
+async def test_the_time_of_a_request_passes_while_a_connection_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = asyncio.Event()
+    connect = Lease.connect
+
+    async def slowly(lease: Lease) -> Link:
+        await made.wait()
+        return await connect(lease)
+
+    monkeypatch.setattr(Lease, "connect", slowly)
+    async with setting("a", aim=Aim(request_timeout_s=0.05)) as s:
+        await s.request()
+        async with asyncio.timeout(5):
+            while not s.statuses():
+                await asyncio.sleep(0.01)
+                await s.step()
+        assert s.statuses() == ["504"]
+        assert s.fleet.silences == [], "nobody is to blame yet"
+        made.set()
+        await s.step()
+
+
 async def test_bytes_are_acknowledged_only_when_they_have_gone_on() -> None:
     async with setting("a") as s:
         stream_id = await s.request(end=False)
