@@ -167,8 +167,9 @@ def _tls_to(service: str, snapshot: Snapshot) -> Rule:
         "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
         common_tls_context=common_tls(peer_of(service, snapshot)),
         sni=caller_name(own.service, own.service_id),
-        # A resumed session would skip the certificate check, and so outlive a revocation or a rotation.
-        max_session_keys=0,
+        # As a client Envoy verifies a resumed session's certificate anew, and forgets sessions with the context that
+        # they were made in. As a server it does not: see listeners.py, and docs/decisions/0025-*.
+        max_session_keys=4,
     )
     return {"name": "envoy.transport_sockets.tls", "typed_config": context}
 
