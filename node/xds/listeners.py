@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from node.xds import rbac, types
 from node.xds.callers import Chain
@@ -39,7 +39,7 @@ def public_listener(snapshot: Snapshot, access: rbac.Access, chains: Sequence[Ch
 def _chain(chain: Chain, snapshot: Snapshot, access: rbac.Access, *, http: bool) -> Rule:
     """Return a caller's filter chain: found by the server name it gives, and closed to every other's certificate."""
     service, instance = chain.caller
-    filters = [_peer_state(), _discovered(types.REVOKED_RBAC, types.NETWORK_RBAC_TYPE)]
+    filters = [_peer_state(), _discovered(_of(types.REVOKED_RBAC, service), types.NETWORK_RBAC_TYPE)]
     if service:
         validation = peer_of(service, snapshot)
         names = [caller_name(service, instance) if instance else f"*.{service_domain(service)}"]
@@ -50,10 +50,10 @@ def _chain(chain: Chain, snapshot: Snapshot, access: rbac.Access, *, http: bool)
     if instance:
         filters.append(_only(service, instance))
     if http:
-        filters.append(_inbound_http(snapshot, access, shared=not instance))
+        filters.append(_inbound_http(snapshot, access, service, shared=not instance))
     else:
         filters += [
-            _discovered(types.NETWORK_RBAC, types.NETWORK_RBAC_TYPE),
+            _discovered(_of(types.NETWORK_RBAC, service), types.NETWORK_RBAC_TYPE),
             _tcp_proxy(types.LOCAL_APP, _stats(instance)),
         ]
     context = common_tls(validation)
@@ -131,18 +131,28 @@ def upstream_routes(upstream: SidecarUpstream) -> Rule:
     return _routes(name, http_routes(upstream.plan, name))
 
 
-def rbac_filters(snapshot: Snapshot, access: rbac.Access) -> dict[str, Rule]:
-    """Return the RBAC filters' configurations: a change of one disturbs no connection."""
-    allow = {"action": "ALLOW", "policies": access.policies}
-    deny = {"action": "DENY", "policies": rbac.revoked(snapshot)}
+def rbac_filters(snapshot: Snapshot, access: rbac.Access, services: Iterable[str]) -> dict[str, Rule]:
+    """Return the RBAC filters' configurations: a change of one disturbs no connection.
+
+    One of each for the chains of each of these services (empty: for everyone else's), with what concerns its callers
+    alone: Envoy builds one for every chain, and hundreds of chains with hundreds of policies each would take it long.
+    """
     network, http = types.NETWORK_RBAC_TYPE, types.HTTP_RBAC_TYPE
-    found = {
-        types.REVOKED_RBAC: {"@type": network, "stat_prefix": "revoked", "rules": deny},
-        _http_rbac(access): {"@type": http, "rules": allow},
-    }
-    if not access.http:
-        found[types.NETWORK_RBAC] = {"@type": network, "stat_prefix": "intentions", "rules": allow}
+    found: dict[str, Rule] = {}
+    for service in services:
+        policies = rbac.policies_for(service, access.decisions, snapshot) if service else access.policies
+        allow = {"action": "ALLOW", "policies": policies}
+        deny = {"action": "DENY", "policies": rbac.revoked(snapshot, service)}
+        found[_of(types.REVOKED_RBAC, service)] = {"@type": network, "stat_prefix": "revoked", "rules": deny}
+        found[_of(_http_rbac(access), service)] = {"@type": http, "rules": allow}
+        if not access.http:
+            config = {"@type": network, "stat_prefix": "intentions", "rules": allow}
+            found[_of(types.NETWORK_RBAC, service)] = config
     return {name: {"name": name, "typed_config": config} for name, config in found.items()}
+
+
+def _of(name: str, service: str) -> str:
+    return f"{name}:{service}" if service else name
 
 
 def _http_rbac(access: rbac.Access) -> str:
@@ -187,7 +197,7 @@ def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
 
 
-def _inbound_http(snapshot: Snapshot, access: rbac.Access, *, shared: bool) -> Rule:
+def _inbound_http(snapshot: Snapshot, access: rbac.Access, service: str, *, shared: bool) -> Rule:
     """Return the connection manager before the app. ``shared``: of a chain that may hold several instances' calls.
 
     Those leave it when they can, with no request cut: an instance that has been told apart since has a chain of its
@@ -230,7 +240,9 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access, *, shared: bool) -> R
         more["http1_safe_max_connection_duration"] = True
     if options:
         more["common_http_protocol_options"] = options
-    return _http(_stats(not shared), routes, [_discovered(_http_rbac(access), types.HTTP_RBAC_TYPE)], more)
+    return _http(
+        _stats(not shared), routes, [_discovered(_of(_http_rbac(access), service), types.HTTP_RBAC_TYPE)], more
+    )
 
 
 def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = None) -> Rule:

@@ -30,6 +30,17 @@ SUBJECT_KEY, SERIAL_KEY = "lictor.peer_subject", "lictor.peer_serial"
 ANYONE: Source = (WILDCARD, "")
 
 
+class Decision(msgspec.Struct, frozen=True):
+    """What one of the intentions that decide says of its source."""
+
+    source: Source
+    allowed: tuple[Rule, ...]
+    """RBAC permissions of which one must hold; none when the source is denied."""
+    permissions: tuple[Permission, ...]
+    shadows: tuple[Source, ...]
+    """Sources within this one that an intention of higher precedence decides."""
+
+
 class Access(msgspec.Struct, frozen=True):
     """Who may call this instance."""
 
@@ -41,17 +52,7 @@ class Access(msgspec.Struct, frozen=True):
     """Whether one looks at their headers."""
     sources: tuple[str, ...] | None
     """SPIFFE ids that some policy may admit; None when anyone of the trust domain may come."""
-
-
-class Decision(msgspec.Struct, frozen=True):
-    """What one of the intentions that decide says of its source."""
-
-    source: Source
-    allowed: tuple[Rule, ...]
-    """RBAC permissions of which one must hold; none when the source is denied."""
-    permissions: tuple[Permission, ...]
-    shadows: tuple[Source, ...]
-    """Sources within this one that an intention of higher precedence decides."""
+    decisions: tuple[Decision, ...] = ()
 
 
 def decisions(snapshot: Snapshot) -> list[Decision]:
@@ -76,31 +77,47 @@ def decisions(snapshot: Snapshot) -> list[Decision]:
     return found
 
 
+def policies_for(service: str, decided: Iterable[Decision], snapshot: Snapshot) -> dict[str, Rule]:
+    """Return RBAC policies, action ALLOW. ``service``: what none but its instances are asked by; empty: anyone."""
+    return {
+        _label(one.source): {
+            "permissions": list(one.allowed),
+            "principals": [
+                _except(
+                    principal(one.source, snapshot),
+                    [principal(source, snapshot) for source in one.shadows if service in ("", source[0])],
+                )
+            ],
+        }
+        for one in decided
+        if one.allowed and (not service or one.source[0] in (service, WILDCARD))
+    }
+
+
 def access(snapshot: Snapshot) -> Access:
     """Compile the intentions on this instance."""
-    policies: dict[str, Rule] = {}
     sources: set[str] | None = set()
     http = headers = False
-    for one in decisions(snapshot):
+    decided = decisions(snapshot)
+    for one in decided:
         http, headers = http or bool(one.permissions), headers or uses_headers(one.permissions)
         if not one.allowed:
             continue
-        shadows = [principal(source, snapshot) for source in one.shadows]
-        policies[_label(one.source)] = {
-            "permissions": list(one.allowed),
-            "principals": [_except(principal(one.source, snapshot), shadows)],
-        }
         if one.source == ANYONE:
             sources = None
         elif sources is not None:
             sources.add(spiffe_uri(one.source[0], snapshot))
-    return Access(policies, http, headers, None if sources is None else tuple(sorted(sources)))
+    policies = policies_for("", decided, snapshot)
+    return Access(policies, http, headers, None if sources is None else tuple(sorted(sources)), tuple(decided))
 
 
-def revoked(snapshot: Snapshot) -> dict[str, Rule]:
-    """Return RBAC policies, action DENY, for the identities that are revoked."""
+def revoked(snapshot: Snapshot, service: str = "") -> dict[str, Rule]:
+    """Return RBAC policies, action DENY, for what is revoked. ``service``: as :func:`policies_for`."""
     policies = {}
     for one in snapshot.revocations:
+        whose = one.value if one.kind == "service" else one.service if one.kind == "instance" else ""
+        if service and whose not in ("", service):
+            continue
         principals = _revoked_principals(one, snapshot)
         if principals:
             policies[f"{one.kind} {one.service}:{one.value}" if one.service else f"{one.kind} {one.value}"] = {

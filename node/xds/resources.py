@@ -30,7 +30,9 @@ def resources(
     found: Resources = {url: {} for url in types.PUSH_ORDER}
     found[types.CLUSTER][types.LOCAL_APP] = clusters.local_app(snapshot)
     found[types.SECRET] = clusters.secrets(snapshot, access, http=http)
-    found[types.EXTENSION] = listeners.rbac_filters(snapshot, access)
+    found[types.EXTENSION] = listeners.rbac_filters(
+        snapshot, access, dict.fromkeys(one.caller.service for one in chains)
+    )
     found[types.LISTENER][types.PUBLIC_LISTENER] = listeners.public_listener(snapshot, access, chains, http=http)
     for upstream in snapshot.upstreams:
         name = clusters.cluster_name(upstream)

@@ -73,6 +73,26 @@ def test_admits_the_same_connections(intentions: list[Intention], default_allow:
 
 
 @settings(deadline=None, max_examples=60)
+@given(intention_lists(l7=False), st.booleans(), st.sampled_from(["web", "api", "other"]))
+def test_a_services_own_chains_admit_of_it_whom_all_policies_admit(
+    intentions: list[Intention], default_allow: bool, service: str
+) -> None:
+    revocations = (
+        Revocation("instance", "web-1"),
+        Revocation("instance", "web-2", service="api"),
+        Revocation("service", "other"),
+    )
+    snapshot = make_snapshot(*intentions, default_allow=default_allow, revocations=revocations)
+    access = rbac.access(snapshot)
+    narrow = rbac.policies_for(service, access.decisions, snapshot)
+    for source in (one for one in SOURCES if one.service == service):
+        assert admits(narrow, source) is admits(access.policies, source)
+        assert admits(rbac.revoked(snapshot, service), source) is admits(rbac.revoked(snapshot), source)
+    others = {other for other in ("web", "api", "other") if other != service}
+    assert not any(f"/svc/{other}" in str(narrow) for other in others), "and nothing of other services"
+
+
+@settings(deadline=None, max_examples=60)
 @given(intention_lists(l7=True), st.booleans())
 def test_never_admits_a_request_that_lictor_refuses(intentions: list[Intention], default_allow: bool) -> None:
     policy = compile_policy(intentions, default_allow)
