@@ -86,6 +86,12 @@ class Subscriber:
         names = self._pending.pop((type_url, nonce), None)
         return None if names is None else Verdict(accepted, names)
 
+    def again(self, type_url: str, names: Iterable[str]) -> None:
+        """Send these once more though the subscriber has them: what uses them is made anew, and awaits them."""
+        if (one := self._types.get(type_url)) is not None:
+            for name in names:
+                one.sent.pop(name, None)
+
     def push(self, type_url: str, versions: Mapping[str, str]) -> Push | None:
         """Return what must be sent for the type to be current, None when nothing; it then counts as sent."""
         one = self._types.get(type_url)

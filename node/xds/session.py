@@ -113,8 +113,17 @@ class Session:
         """Return the ``DeltaDiscoveryResponse`` messages to send now, in order. None while nothing is known."""
         if not self._resources:
             return []
-        pushes = (self._subscriber.push(url, self._versions[url]) for url in types.PUSH_ORDER)
-        return [self._response(push) for push in pushes if push is not None]
+        found = []
+        for url in types.PUSH_ORDER:
+            push = self._subscriber.push(url, self._versions[url])
+            if push is None:
+                continue
+            found.append(self._response(push))
+            if url == types.CLUSTER:
+                # A cluster that changes takes the place of the one before once it is told its instances, and does not
+                # ask for what the other had: Envoy gives up waiting after 15 s only.
+                self._subscriber.again(types.ENDPOINTS, push.send)
+        return found
 
     def closed(self) -> list[Any]:
         """Return the messages that end all calls to the instance, because it is registered no more."""

@@ -382,3 +382,21 @@ def test_calls_to_an_instance_that_is_deregistered_are_ended_by_its_envoy(stage:
                 ends(ones, since)
                 assert {call(store) for _ in range(6)} == {b"two hello\n"}
                 untouched(stage, "store-2", *(one for one in more if not one.ended_at))
+
+
+def test_a_cluster_that_changes_is_in_force_at_once(stage: Mesh) -> None:
+    """Envoy waits for its instances to be told anew, for 15 s when nobody does."""
+    allow(stage, "shop", "store")
+    with echo() as port:
+        stand(stage, ENVOY, "store", port)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store")
+        address = upstream(stage, "shop-1", "store")
+        assert wait_until(lambda: call(address) == b"one hello\n", TIMEOUT_S)
+        since = time.monotonic()
+        limits = {"UpstreamConfig": {"Overrides": [{"Name": "store", "Limits": {"MaxConnections": 0}}]}}
+        stage.api().put("/v1/config", {"Kind": "service-defaults", "Name": "shop", **limits})
+        try:
+            assert wait_until(lambda: call(address) == b"", TIMEOUT_S)
+            assert time.monotonic() - since < 5.0
+        finally:
+            stage.api().write("DELETE", "/v1/config/service-defaults/shop")

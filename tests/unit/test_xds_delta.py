@@ -151,3 +151,16 @@ def test_a_refusal_is_logged_with_envoys_words(caplog: pytest.LogCaptureFixture)
     assert "no such thing" in caplog.text
     assert session.responses() == []
     assert session.refused == 2
+
+
+def test_a_cluster_that_changes_is_told_its_instances_again() -> None:
+    """Envoy awaits them before the new cluster takes the old one's place, and does not ask for them anew."""
+    session = Session("x")
+    session.update(whole(make_snapshot(upstreams=(upstream("db", "tcp", "db-1"), upstream("api", "tcp", "api-1")))))
+    for url in types.PUSH_ORDER:
+        session.request(request(url, *(["upstream:db", "upstream:api"] if url == types.ENDPOINTS else [])))
+    session.responses()
+    changed = msgspec.structs.replace(upstream("db", "tcp", "db-1"), config={"connect_timeout_ms": 1234})
+    session.update(SidecarUpdate(version=2, upstreams=(changed, upstream("api", "tcp", "api-1"))))
+    assert sent(session) == {types.CLUSTER: ["upstream:db"], types.ENDPOINTS: ["upstream:db"]}
+    assert session.responses() == []
