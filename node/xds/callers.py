@@ -23,7 +23,7 @@ from node.xds import rbac
 from node.xds.snapshot import Snapshot
 from raftstate.model.intention import WILDCARD
 
-CHAINS_MAX = 512
+CHAINS_MAX = 256
 """Callers told apart; those beyond share the chain of their service, or that of everyone else."""
 GONE_MAX = 64
 """Of those, instances that are no longer known."""

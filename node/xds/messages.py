@@ -43,7 +43,7 @@ DeltaRequest = discovery_pb2.DeltaDiscoveryRequest
 DeltaResponse = discovery_pb2.DeltaDiscoveryResponse
 
 
-CHAINS_KEPT = 1024
+CHAINS_KEPT = 512
 """Filter chains whose encoded form is remembered: of hundreds in a listener, a change touches a few."""
 
 
