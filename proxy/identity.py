@@ -10,6 +10,7 @@ the subject's UID is Lictor's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from cryptography import x509
@@ -31,6 +32,7 @@ class Window(NamedTuple):
     until_s: float
 
 
+@lru_cache(maxsize=1024)  # the same few peers come again and again
 def identity_of(der: bytes) -> Identity:
     """Return who a leaf certificate speaks for. Raises :class:`BadCertificate`."""
     try:

@@ -18,11 +18,12 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from proxy.balancer import Key
 
-SESSIONS_PER_PEER: Final = 4
-"""Sessions kept for one instance, and as many live connections to it that may still give theirs."""
-MAX_PEERS: Final = 128
+SESSIONS_PER_PEER: Final = 32
+"""Sessions kept for one instance, and as many live connections to it that may still give theirs: with fewer, calls
+that come and go side by side find none left."""
+MAX_PEERS: Final = 32
 """Instances for which sessions are kept; the one not dialed for longest is forgotten first. A session takes about
-8 KiB, so all of them take 4 MiB at most."""
+8 KiB, so all of them take 8 MiB at most."""
 MAX_AGE_S: Final = 1800.0
 """How long after a full handshake the last session that stems from it may be resumed."""
 BARREN: Final = 3
