@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from raftstate.disk import RealDisk
+from raftstate.errors import NotLeader, UnknownOutcome
 from raftstate.journal import Journal
 from raftstate.raft import Member, Members, RaftConfig
 from raftstate.replica import Replica
 from raftstate.snapshots import SnapshotStore
+from raftstate.state.machine import Applied
 from tests.support.raft_machine import RegisterMachine
 
 FAST = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=0.15, election_timeout_max_s=0.3)
@@ -104,6 +106,20 @@ class ReplicaCluster:
                         if replica.is_leader:
                             return replica
                 await asyncio.sleep(0.01)
+
+    async def apply(self, data: bytes, timeout_s: float = 10.0) -> Applied:
+        """Write as a client does: at whoever leads, and again under the same request id when that came to an end.
+
+        All servers share one loop here. When the machine lets that wait for longer than an election timeout, the
+        leader steps down, as it should; a test that is not about the leader need not fail for it.
+        """
+        async with asyncio.timeout(timeout_s):
+            while True:
+                leader = await self.leader(timeout_s)
+                try:
+                    return await leader.apply(data)
+                except (NotLeader, UnknownOutcome):
+                    continue
 
     async def __aenter__(self) -> ReplicaCluster:
         for name in self.names:
