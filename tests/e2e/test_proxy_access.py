@@ -234,3 +234,50 @@ def test_trace_context_of_a_later_version_is_read() -> None:
     found = read_traceparent(f"01-{TRACE}-{PARENT}-01-more".encode())
     assert found is not None
     assert (found.trace_id, found.sampled) == (TRACE, True)
+
+
+HOSTILE = [
+    b'/"},{"code":200,"path":"', b"/%0a%0d{}", b"/\\u0000\\", b"/\xff\xfe\x85", b"/\xe2\x80\xa8<script>",
+    b"/a?token=5ecret",
+]  # fmt: skip
+"""Targets by which a caller might write lines of its own, or what is not for logs."""
+
+
+@with_mesh
+async def test_what_a_caller_sends_forges_no_line_and_no_span(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access, "EXPORT_S", 0.01)
+    collector = Collector()
+    app, path = App(answer=simple(b"hello")), tmp_path / "log"
+    made = await mesh.app(app.handle)
+    options = {"access_log": str(path), "otlp_endpoint": await collector.start()}
+    server = await mesh.member("backend", "backend-1", port=made.port)
+    client = await mesh.member("web", "web-1", upstreams=("backend",), options=options)
+    await server.allow("web")
+    await client.route("backend", server.endpoint, protocol="http")
+    bad = [
+        b"", b"00", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01", f"ff-{TRACE}-{PARENT}-01".encode(),
+        f"00-{TRACE.upper()}-{PARENT}-01".encode(), b'00-"},{"' + b"x" * 4000,
+    ]  # fmt: skip
+    statuses = []
+    for target, parent in zip(HOSTILE, bad, strict=True):
+        head = b"GET %b HTTP/1.1\r\nHost: b\r\ntraceparent: %b\r\ntracestate: a=1,b=2\r\n\r\n" % (target, parent)
+        statuses.append((await ask(client, head))[0][0])
+    served = statuses.count(200)
+    assert served >= 4
+    await until(lambda: len(lines(path)) == len(HOSTILE))
+    for line, status in zip(lines(path), statuses, strict=True):
+        assert line["code"] == status
+        assert (line["source"], line["trace_id"]) == ("web", "")
+        assert "5ecret" not in line["path"]
+    for seen in app.seen:
+        assert seen.header("tracestate") == ["a=1,b=2"]
+    assert [seen.header("traceparent")[0].encode("latin-1") for seen in app.seen] == [
+        parent for parent, status in zip(bad, statuses, strict=True) if status == 200
+    ]
+    traced = f"GET /a HTTP/1.1\r\nHost: b\r\ntraceparent: 00-{TRACE}-{PARENT}-01\r\n\r\n".encode()
+    assert (await ask(client, traced))[0][0] == 200
+    await until(lambda: bool(collector.spans))
+    assert [span["traceId"] for span in collector.spans] == [TRACE], "what is no trace context makes no span"
+    await collector.stop()
