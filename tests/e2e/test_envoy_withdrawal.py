@@ -400,3 +400,27 @@ def test_a_cluster_that_changes_is_in_force_at_once(stage: Mesh) -> None:
             assert time.monotonic() - since < 5.0
         finally:
             stage.api().write("DELETE", "/v1/config/service-defaults/shop")
+
+
+def test_requests_under_way_to_an_instance_that_is_revoked_end(stage: Mesh) -> None:
+    for name in ("site", "news"):
+        allow(stage, "shop", name)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Streaming)) as port:
+        for name in ("site", "news"):
+            stand(stage, ENVOY, name, port, "-protocol", "http")
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "site,news")
+        site, news = (upstream(stage, "shop-1", name) for name in ("site", "news"))
+        for address in (site, news):
+            assert wait_until(lambda at=address: http_call(at, "GET", "/b")[0] == 200, TIMEOUT_S)
+        ours, theirs = _Stream(site, "/stream"), _Stream(news, "/stream")
+        try:
+            stand(stage, ENVOY, "site", port, "-protocol", "http", host=1)
+            since = time.monotonic()
+            stage.lictor("identity", "revoke", "-service-id", "site-1", host=0, quiet=True)
+            ends(ours, since)
+            assert wait_until(lambda: http_call(site, "GET", "/b")[0] == 200, TIMEOUT_S), "the other one answers"
+            untouched(stage, "shop-1", theirs)
+        finally:
+            ours.close()
+            theirs.close()
+            stage.lictor("identity", "restore", "-service-id", "site-1", host=0, quiet=True)
