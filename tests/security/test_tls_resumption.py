@@ -180,6 +180,7 @@ async def towards(mesh: Mesh, kind: str = "") -> tuple[Member, Server, Leaf]:
     client, server, _ = await mesh.pair()
     leaf = peer_leaf(mesh, "backend", kind)
     foreign = await Server(context(leaf, mesh.ca.root_pem, server=True)).start()
+    mesh.apps.append(foreign)  # type: ignore[arg-type]  # stopped with the others, however the test ends
     await client.route("backend", msgspec.structs.replace(server.endpoint, port=foreign.port))
     for _ in range(3):
         assert await client.ask() == b"hi\n"
@@ -198,7 +199,6 @@ async def test_calls_to_a_foreign_peer_resume_its_sessions(mesh: Mesh) -> None:
         assert await client.ask() == b"hi\n"
         await until(lambda: not client.sidecar._pool._foreign)
     assert foreign.resumed[3:] == [True] * 5
-    foreign.stop()
 
 
 @with_mesh
@@ -213,7 +213,6 @@ async def test_a_live_connection_gives_its_session_too(mesh: Mesh) -> None:
     assert foreign.resumed[3:] == [True] * 6
     for writer in held:
         writer.close()
-    foreign.stop()
 
 
 @pytest.mark.parametrize("kind", WITHDRAWALS)
@@ -225,7 +224,6 @@ async def test_no_session_is_resumed_after(mesh: Mesh, kind: str) -> None:
     assert await client.ask() == b""
     assert foreign.heard == b""
     assert not any(foreign.resumed[3:])
-    foreign.stop()
 
 
 @pytest.mark.parametrize("kind", WITHDRAWALS)
@@ -236,7 +234,6 @@ async def test_what_is_resumed_is_checked_as_things_are_at_its_end(mesh: Mesh, k
     assert await client.ask() == b""
     assert foreign.heard == b""
     assert foreign.resumed[3:4] == [True]
-    foreign.stop()
 
 
 @with_mesh
@@ -250,7 +247,6 @@ async def test_an_instance_that_left_the_catalog_and_came_back_is_a_new_one(mesh
         assert await client.ask() == b"hi\n"
         await until(lambda: not client.sidecar._pool._foreign)
     assert foreign.resumed[3:] == [False, False]
-    foreign.stop()
 
 
 @with_mesh
@@ -262,7 +258,6 @@ async def test_an_instance_in_anothers_place_is_not_shown_its_session(mesh: Mesh
     await client.route("backend", msgspec.structs.replace(upstream.endpoints[0], service_id="backend-2"))
     assert await client.ask() == b"hi\n"
     assert foreign.resumed[3:] == [False]
-    foreign.stop()
 
 
 @with_mesh
@@ -271,4 +266,3 @@ async def test_a_peer_that_forgot_the_session_is_called_with_a_full_handshake(me
     foreign.context = context(leaf, mesh.ca.root_pem, server=True)  # as after a restart
     assert await client.ask() == b"hi\n"
     assert foreign.resumed[3:] == [False]
-    foreign.stop()

@@ -90,7 +90,8 @@ class Server:
         self.port = self._listener.sockets[0].getsockname()[1]
         return self
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """Stop to listen."""
         if self._listener is not None:
             self._listener.close()
 
@@ -135,5 +136,3 @@ class Server:
             pass
         finally:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
