@@ -143,6 +143,9 @@ class LocalAgent:
         before = self._saved(service_id)
         await self._register_one(definition, replace_checks, wait_s)
         if sidecar is None:
+            # One that was started beside it: subsets are made of what its row says of the instance.
+            sidecar, replace_checks = self.streams.heir_of(service_id), False
+        if sidecar is None:
             return
         try:
             await self._register_one(sidecar, replace_checks, wait_s)

@@ -52,6 +52,8 @@ class _Live:
     feed: SidecarFeed
     holder: StreamHolder
     instance: str
+    asked: ServiceDefinition
+    """The registration as the sidecar has it, without what it inherits from its instance."""
     answered_at: float
     """Loop time of the last answer."""
     silent: bool = False
@@ -90,10 +92,10 @@ class SidecarStreams:
         """
         sidecar_id = definition.service_id()
         self._require_free(sidecar_id, definition)
-        definition = self._complete(definition)
+        asked, definition = definition, self._complete(definition)
         instance = definition.proxy.destination_service_id if definition.proxy is not None else ""
         feed = SidecarFeed(self._options, self._views, self._leaves, definition.to_row(self._options.node))
-        live = _Live(feed, StreamHolder(pid, time.time()), instance, asyncio.get_running_loop().time())
+        live = _Live(feed, StreamHolder(pid, time.time()), instance, asked, asyncio.get_running_loop().time())
         self._live[sidecar_id] = live
         check_id = stream_check(sidecar_id)
         watch: asyncio.Task[None] | None = None
@@ -194,6 +196,18 @@ class SidecarStreams:
             weights=definition.weights or app.weights,
             locality=definition.locality or app.locality,
         )
+
+    def heir_of(self, instance: str) -> ServiceDefinition | None:
+        """Return the registration of the live sidecar that stands for an instance, without checks, if what it
+        inherits from it has changed."""
+        live = next((one for one in self._live.values() if one.instance == instance), None)
+        if live is None or (known := self._local.services.get(live.asked.service_id())) is None:
+            return None
+        try:
+            now = msgspec.structs.replace(self._complete(live.asked), checks=())
+        except BadDefinition:
+            return None  # the instance is of another service now, for which the sidecar does not stand
+        return now if now.to_row(self._options.node) != known.definition.to_row(self._options.node) else None
 
     def end(self, sidecar_id: str) -> None:
         """End one sidecar's stream, because its registration goes."""

@@ -17,6 +17,8 @@ log = logging.getLogger("lictor.proxy.http")
 NEVER: Final = float("inf")
 SWEEP_S_MIN: Final = 0.02
 """However many deadlines there are, they are looked at no more often."""
+SWEEP_S_EACH: Final = 1e-5
+"""And so much less often for each connection: to look at 10,000 takes 2 ms, which is done each 120 ms then."""
 
 
 class Told(Protocol):
@@ -76,7 +78,7 @@ class HttpSide:
     def heed(self, deadline: float) -> None:
         """A connection that is looked after has a deadline which may be before the next sweep."""
         if deadline < self._sweep_at:
-            self._sweep_by(max(deadline, self.loop.time() + SWEEP_S_MIN))
+            self._sweep_by(max(deadline, self.loop.time() + self._pause_s()))
 
     def drain(self) -> None:
         """Let requests under way end, then close their connections; idle ones at once."""
@@ -107,7 +109,10 @@ class HttpSide:
             connection.expire()
         if self.connections:
             due = min([each.deadline for each in self.connections])
-            self._sweep_by(min(max(due, now + SWEEP_S_MIN), now + self.options.sweep_s))
+            self._sweep_by(min(max(due, now + self._pause_s()), now + self.options.sweep_s))
+
+    def _pause_s(self) -> float:
+        return SWEEP_S_MIN + SWEEP_S_EACH * len(self.connections)
 
 
 AnyFleet = TypeVar("AnyFleet")

@@ -153,6 +153,33 @@ async def test_one_stream_per_sidecar_and_critical_at_its_end(tmp_path: Path) ->
     await made.close()
 
 
+async def test_what_an_instance_says_of_itself_anew_its_running_sidecar_says_too(tmp_path: Path) -> None:
+    sidecar = "echo-server-1-sidecar-proxy"
+    app = {"Name": "echo-server", "Port": 8080, "ID": "echo-server-1"}
+    async with serving(tmp_path) as node:
+        await node.put("/v1/agent/service/register", {**app, "Meta": {"version": "v1"}, "Tags": ["a"]})
+        stream = await open_stream(node, sidecar, SERVER_SIDECAR)
+        await stream.until(lambda known: known.get("Leaf"))
+
+        async def row() -> tuple[Any, ...]:
+            (found,) = await node.get("/v1/health/connect/echo-server")
+            service = found["Service"]
+            checks = {check["CheckID"]: check["Status"] for check in found["Checks"]}
+            return service["ID"], service["Meta"], service["Tags"], checks[f"service:{sidecar}"], len(checks)
+
+        before = await row()
+        assert before[:4] == (sidecar, {"version": "v1"}, ["a"], "passing")
+        await node.put("/v1/agent/service/register", {**app, "Meta": {"version": "v2"}, "Tags": ["b"]})
+        assert await row() == (sidecar, {"version": "v2"}, ["b"], "passing", before[4])
+        kept = node.agent.local.services[sidecar]
+        await node.put("/v1/agent/service/register", {**app, "Meta": {"version": "v2"}, "Tags": ["b"]})
+        assert node.agent.local.services[sidecar] is kept, "nothing was registered that had not changed"
+        # Of another service, for which the sidecar does not stand.
+        await node.put("/v1/agent/service/register", {**app, "Name": "other", "Meta": {"version": "v3"}})
+        assert node.agent.local.services[sidecar] is kept
+        stream.response.close()
+
+
 async def test_stream_needs_its_service_and_ends_with_it(tmp_path: Path) -> None:
     async with serving(tmp_path) as node:
         url = node.url + "/v1/agent/connect/proxy/x-sidecar-proxy/stream"
