@@ -17,9 +17,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -65,7 +65,10 @@ class Entry(NamedTuple):
 
 def trace_of(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return the ``traceparent`` among header fields, or nothing."""
-    return next((value for name, value in fields if name == b"traceparent"), b"")
+    for name, value in fields:
+        if name == b"traceparent":
+            return value
+    return b""
 
 
 def path_of(target: bytes) -> str:
@@ -92,11 +95,8 @@ def read_traceparent(value: bytes) -> Traced | None:
     return Traced(trace_id, parent_id, bool(int(flags, 16) & 1))
 
 
-class Observer(Protocol):
-    """Who is told of calls that have ended."""
-
-    def __call__(self, entry: Entry) -> None:
-        """Take one."""
+Observer = Callable[[Entry], None]
+"""Who is told of calls that have ended."""
 
 
 class _Line(msgspec.Struct, gc=False):
@@ -158,7 +158,7 @@ class AccessLog:
             return os.dup(sys.stdout.fileno())
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
-    def __call__(self, entry: Entry) -> None:
+    def take(self, entry: Entry) -> None:
         """Queue a line."""
         if self._held > LINES_MAX_BYTES:
             self.dropped += 1
@@ -243,7 +243,7 @@ class SpanExporter:
         self._export_task: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
 
-    def __call__(self, entry: Entry) -> None:
+    def take(self, entry: Entry) -> None:
         """Queue a span, if the request is traced and sampled."""
         traced = read_traceparent(entry.traceparent)
         if traced is None or not traced.sampled:
@@ -329,13 +329,13 @@ def _span(entry: Entry, traced: Traced) -> dict[str, object]:
     }
 
 
-class Observers:
-    """All observers there are, as one."""
+def all_of(observers: Sequence[Observer]) -> Observer | None:
+    """Return all of these as one; None when there is none."""
+    if len(observers) < 2:
+        return observers[0] if observers else None
 
-    def __init__(self, observers: Iterable[Observer]) -> None:
-        self._observers = tuple(observers)
-
-    def __call__(self, entry: Entry) -> None:
-        """Tell each."""
-        for observer in self._observers:
+    def tell(entry: Entry) -> None:
+        for observer in observers:
             observer(entry)
+
+    return tell

@@ -20,7 +20,7 @@ from typing import Any
 from proxy import config as sections
 from proxy import http_metrics
 from proxy.acceptor import Acceptor
-from proxy.access import AccessLog, Observers, SpanExporter
+from proxy.access import AccessLog, Observer, SpanExporter, all_of
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
@@ -106,7 +106,7 @@ class Sidecar:
         self._running = False
         self._draining_task: asyncio.Task[None] | None = None
 
-    def _make_observer(self) -> Observers | None:
+    def _make_observer(self) -> Observer | None:
         options = self.options
         if options.access_log:
             try:
@@ -115,8 +115,8 @@ class Sidecar:
                 raise ProxyError(f"the access log {options.access_log} can't be written: {error.strerror}") from error
         if options.otlp_endpoint:
             self._spans = SpanExporter(options.otlp_endpoint, self._service_name, self._tasks)
-        observers = [each for each in (self._log, self._spans) if each is not None]
-        return Observers(observers) if observers else None
+        # Bound methods: an object that is called itself takes CPython a search for how.
+        return all_of([each.take for each in (self._log, self._spans) if each is not None])
 
     def _service_name(self) -> str:
         return self.config.self.service if self.config.self else ""

@@ -123,12 +123,12 @@ async def test_the_log_is_opened_anew_after_it_was_moved_away(mesh: Mesh, tmp_pa
     path, moved = tmp_path / "access.log", tmp_path / "access.log.1"
     tasks = Tasks("test")
     log = AccessLog(str(path), tasks)
-    log(ENTRY)
+    log.take(ENTRY)
     await until(lambda: len(lines(path)) == 1)
     path.rename(moved)
-    log(ENTRY)
+    log.take(ENTRY)
     log.reopen()
-    log(ENTRY)
+    log.take(ENTRY)
     log.close()
     log.close()
     assert (len(lines(moved)), len(lines(path)), log.dropped) == (2, 1, 0)
@@ -141,7 +141,7 @@ async def test_what_does_not_fit_is_dropped_and_counted(tmp_path: Path, monkeypa
     tasks = Tasks("test")
     log = AccessLog(str(tmp_path / "log"), tasks)
     for _ in range(100):
-        log(ENTRY)
+        log.take(ENTRY)
     log.close()
     assert len(lines(tmp_path / "log")) + log.dropped == 100
     assert log.dropped > 80
@@ -152,7 +152,7 @@ async def test_what_does_not_fit_is_dropped_and_counted(tmp_path: Path, monkeypa
     exporter = SpanExporter(await collector.start(), lambda: "db", tasks)
     traced = ENTRY._replace(traceparent=f"00-{TRACE}-{PARENT}-01".encode())
     for _ in range(25):
-        exporter(traced)
+        exporter.take(traced)
     assert exporter.dropped == 15
     await until(lambda: exporter.dropped == 25)
     assert (len(collector.spans), exporter.exported) == (10, 0)
@@ -198,13 +198,13 @@ async def test_a_collector_that_does_not_answer_holds_up_an_end_for_a_bounded_ti
     collector.hold = asyncio.Event()
     exporter = SpanExporter(await collector.start(), lambda: "db", tasks)
     for _ in range(25):
-        exporter(traced_entry())
+        exporter.take(traced_entry())
     loop = asyncio.get_running_loop()
     began = loop.time()
     await exporter.close(0.2)
     assert loop.time() - began < 3.0
     await tasks.close()
-    exporter(traced_entry())
+    exporter.take(traced_entry())
     assert (exporter.exported, exporter.dropped) == (0, 26), "what was lost is counted"
     await exporter.close(0.2)
     assert exporter.dropped == 26
