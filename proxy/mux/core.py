@@ -294,18 +294,16 @@ class MuxCore:
                 stream.on_data(frames.without_header(data))
             else:
                 self._check_known(frames.DATA, only)
-            if self.waiting and not self.blocked:
-                self.wake()
-            return
-        for kind, stream_id, payload in parser.feed(data):
-            if kind == frames.DATA:
-                stream = streams.get(stream_id)
-                if stream is not None:
-                    stream.on_data(payload)
+        else:
+            for kind, stream_id, payload in parser.feed(data):
+                if kind == frames.DATA:
+                    stream = streams.get(stream_id)
+                    if stream is not None:
+                        stream.on_data(payload)
+                    else:
+                        self._check_known(kind, stream_id)
                 else:
-                    self._check_known(kind, stream_id)
-            else:
-                self._receive_control(kind, stream_id, payload)
+                    self._receive_control(kind, stream_id, payload)
         if self.out_bytes > OUT_MAX_BYTES:
             raise MuxError("peer makes us answer but reads nothing")
         if self.waiting and not self.blocked:

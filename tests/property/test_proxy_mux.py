@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
-from proxy.mux.core import OUT_HIGH_BYTES, MuxCore, MuxStream
+from proxy.mux.core import OUT_HIGH_BYTES, OUT_MAX_BYTES, MuxCore, MuxStream
 from proxy.mux.flow import (
     INITIAL_WINDOW_BYTES,
     MAX_WINDOW_BYTES,
@@ -73,6 +73,15 @@ def test_any_bytes_leave_a_core_alive_or_end_it_with_an_error(chunks: list[bytes
         for chunk in chunks:
             core.receive(chunk)
             core.take_output()
+
+
+@pytest.mark.parametrize("data", [b"x", b"x" * 20_000])
+def test_a_peer_that_reads_nothing_is_cut_off_by_a_frame_of_data_too(data: bytes) -> None:
+    core = MuxCore(acceptor=lambda stream: stream.accept())
+    core.receive(frames.frame(frames.OPEN, 1, b"web"))
+    core.send_control(bytes(OUT_MAX_BYTES))
+    with pytest.raises(MuxError, match="reads nothing"):
+        core.receive(frames.header(frames.DATA, 1, len(data)) + data)
 
 
 @given(st.lists(st.tuples(st.integers(1, 300_000), st.booleans()), max_size=40))
