@@ -22,14 +22,10 @@ class Called:
     session: ssl.SSLSession | None = None
 
 
-async def call(
-    port: int, context: ssl.SSLContext, session: ssl.SSLSession | None = None, meanwhile: Meanwhile | None = None
-) -> Called:
-    """Dial, send a line, read the answer and hang up. ``meanwhile`` runs when the server has said all it has to say
-    in the handshake, and we have not answered yet."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing, session=session)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+def _exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO
+) -> Callable[[], Awaitable[None]]:
+    """Return what sends all that TLS has to say and awaits more from the peer. At the end it raises."""
 
     async def more() -> None:
         if outgoing.pending:
@@ -38,6 +34,19 @@ async def call(
         if not data:
             raise ConnectionError("closed")
         incoming.write(data)
+
+    return more
+
+
+async def call(
+    port: int, context: ssl.SSLContext, session: ssl.SSLSession | None = None, meanwhile: Meanwhile | None = None
+) -> Called:
+    """Dial, send a line, read the answer and hang up. ``meanwhile`` runs when the server has said all it has to say
+    in the handshake, and we have not answered yet."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, session=session)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    more = _exchange(reader, writer, incoming, outgoing)
 
     answer, resumed, given = b"", False, None
     try:
@@ -98,14 +107,7 @@ class Server:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = self.context.wrap_bio(incoming, outgoing, server_side=True)
-
-        async def more() -> None:
-            if outgoing.pending:
-                writer.write(outgoing.read())
-            data = await reader.read(65536)
-            if not data:
-                raise ConnectionError("closed")
-            incoming.write(data)
+        more = _exchange(reader, writer, incoming, outgoing)
 
         try:
             await more()
