@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.support_e2e import Mesh, mesh
+from tests.e2e.support_envoy import cleaned, need_envoy
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +24,11 @@ def lictor(cluster: Mesh) -> Iterator[Mesh]:
     for one in reversed(cluster.backgrounds):
         one.end()
     cluster.backgrounds.clear()
+
+
+@pytest.fixture
+def stage(lictor: Mesh) -> Iterator[Mesh]:
+    """The same for tests with Envoys, with no rule that an earlier test wrote."""
+    need_envoy()
+    with cleaned(lictor) as stage:
+        yield stage

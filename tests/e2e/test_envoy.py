@@ -6,7 +6,6 @@ import socket
 import socketserver
 import ssl
 import struct
-from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -24,27 +23,14 @@ from tests.e2e.support_envoy import (
     Web,
     allow,
     call,
-    cleaned,
     echo,
     envoy_admin,
     forbid,
     http_call,
-    need_envoy,
     serving,
     stand,
     upstream,
 )
-
-
-@pytest.fixture(autouse=True)
-def _envoy_is_here() -> None:
-    need_envoy()
-
-
-@pytest.fixture
-def stage(lictor: Mesh) -> Iterator[Mesh]:
-    with cleaned(lictor) as mesh:
-        yield mesh
 
 
 def test_a_caller_who_is_refused_at_once_hears_nothing() -> None:

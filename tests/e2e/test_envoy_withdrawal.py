@@ -28,12 +28,10 @@ from tests.e2e.support_envoy import (
     Web,
     allow,
     call,
-    cleaned,
     echo,
     envoy_admin,
     forbid,
     http_call,
-    need_envoy,
     serving,
     stand,
     upstream,
@@ -41,17 +39,6 @@ from tests.e2e.support_envoy import (
 
 ENDED_S = 2.5
 """A connection ends within Envoy's drain time, 1 s, and what the push takes; the rest is for a busy machine."""
-
-
-@pytest.fixture(autouse=True)
-def _envoy_is_here() -> None:
-    need_envoy()
-
-
-@pytest.fixture
-def stage(lictor: Mesh) -> Iterator[Mesh]:
-    with cleaned(lictor) as mesh:
-        yield mesh
 
 
 class Busy:
