@@ -17,9 +17,6 @@ import pytest
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
 from tests.e2e.support_envoy import TIMEOUT_S, allow, call, echo, http_call, serving, stand, upstream
-from tests.e2e.test_envoy import stage
-
-__all__ = ["stage"]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
