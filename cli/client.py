@@ -132,10 +132,14 @@ class Api:
         params: Mapping[str, str] | None = None,
         *,
         allow_404: bool = False,
+        once: bool = False,
     ) -> Answer:
-        """Write. Sent again until it is known to be applied or the time is up; the request id makes that safe."""
+        """Write. Sent again until it is known to be applied or the time is up; the request id makes that safe.
+
+        `once` is for what twice would undo: it is not sent again where it may have been applied.
+        """
         payload = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        return self._ask(method, path, params or {}, payload, {REQUEST_ID_HEADER: _request_id()}, allow_404)
+        return self._ask(method, path, params or {}, payload, {REQUEST_ID_HEADER: _request_id()}, allow_404, once)
 
     def read_stream(self, path: str) -> Iterator[bytes]:
         """Yield the body of a GET in chunks, such as a snapshot's."""
@@ -169,6 +173,7 @@ class Api:
         body: bytes | None,
         headers: dict[str, str],
         allow_404: bool,
+        once: bool = False,
     ) -> Answer:
         deadline = time.monotonic() + self.wait_s
         pause_s, sent = 0.05, False
@@ -197,7 +202,7 @@ class Api:
                 if not isinstance(problem, NoLeader | OutcomeUnknown | _Busy):
                     raise problem
                 sent = sent or isinstance(problem, OutcomeUnknown)
-            if time.monotonic() + pause_s >= deadline:
+            if time.monotonic() + pause_s >= deadline or (once and sent):
                 if sent and not isinstance(problem, OutcomeUnknown):
                     problem = OutcomeUnknown(f"{problem} (an earlier attempt may have been applied)")
                 raise problem

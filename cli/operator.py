@@ -75,7 +75,7 @@ def recover(args: Args) -> int:
 def transfer(args: Args) -> int:
     """Hand the leadership to another server."""
     params = {"id": args.text("id")} if args.text("id") else {}
-    Api.of(args).write("POST", "/v1/operator/raft/transfer-leader", params=params)
+    Api.of(args).write("POST", "/v1/operator/raft/transfer-leader", params=params, once=not params)
     print("Success" + (f": {args.text('id')} leads now" if args.text("id") else ""))
     return 0
 

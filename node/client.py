@@ -67,9 +67,17 @@ class RpcBackend:
         self.followed = FollowedQueries(self._ask_stale)
 
     async def _repeat(
-        self, attempt: Callable[[ClientConnection, float], Awaitable[bytes]], timeout_s: float, *, write: bool
+        self,
+        attempt: Callable[[ClientConnection, float], Awaitable[bytes]],
+        timeout_s: float,
+        *,
+        write: bool,
+        once: bool = False,
     ) -> bytes:
-        """Make attempts until one is answered for good or the time is up."""
+        """Make attempts until one is answered for good or the time is up.
+
+        With `once` none is made after one whose outcome is unknown.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         open_outcome = False
@@ -84,6 +92,8 @@ class RpcBackend:
             except (Unreachable, TimedOut, UnknownOutcome, Stopped, NoLeader) as error:
                 last = error
                 open_outcome = open_outcome or (write and sent and not isinstance(error, NoLeader))
+                if once and open_outcome:
+                    break
             except Busy as error:
                 last = error
                 busy += 1
@@ -246,11 +256,14 @@ class RpcBackend:
         if verb == "node.servers":
             servers = [{"Node": name, "Address": address} for name, address in self.link.servers.items()]
             return {"Servers": servers, "Connected": self.link.server}
+        if verb == "ca.rotate":
+            params.setdefault("request_id", uuid.uuid4().hex)  # repeated, it rotates once
         body = encode(OperatorRequest(verb, params))
         answer = await self._repeat(
             lambda connection, left_s: connection.call(protocol.OPERATOR, body, left_s),
             OPERATOR_TIMEOUT_S if verb.startswith(("raft.", "ca.")) else QUERY_TIMEOUT_S,
             write=verb.startswith(("raft.add", "raft.remove", "raft.transfer", "ca.", "acl.")),
+            once=verb == "raft.transfer_leader" and not params.get("id"),
         )
         value = msgspec.msgpack.decode(answer)
         if verb == "acl.write":

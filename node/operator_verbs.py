@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,12 @@ import msgspec
 
 from node import protocol
 from node.ca.sealing import SealError
-from node.errors import BadRequest, NoLeader, Refused
+from node.errors import BadRequest, NoLeader, Refused, TimedOut, UnknownOutcome, Unreachable
 from node.faults import FaultFilter
 from node.leader_route import LeaderRoute
 from node.protocol import OperatorRequest, RestoreRequest, encode
 from node.raft_errors import translate
+from node.rpc.client import ClientConnection
 from raftstate.errors import RaftError
 from raftstate.model.wire import to_msgpack
 from raftstate.replica import Replica
@@ -81,13 +83,24 @@ class OperatorVerbs:
             known = ", ".join(sorted((*self._own, *self._leaders)))
             raise BadRequest(f"unknown operator verb {request.verb!r}; known: {known}")
 
-        async def here(left_s: float) -> bytes:
-            return to_msgpack(await verb(request.params))
+        params = dict(request.params)
+        if request.verb == "ca.rotate":
+            params.setdefault("request_id", uuid.uuid4().hex)
 
-        forward = encode(msgspec.structs.replace(request, forwarded=True))
+        async def here(left_s: float) -> bytes:
+            return to_msgpack(await verb(params))
+
+        async def there(leader: ClientConnection, left_s: float) -> bytes:
+            forward = encode(msgspec.structs.replace(request, params=params, forwarded=True))
+            try:
+                return await leader.call(protocol.OPERATOR, forward, left_s)
+            except (Unreachable, TimedOut, UnknownOutcome):
+                params.setdefault("asked", leader.peer.node)
+                raise
+
         return await self._route.run(
             here,
-            lambda leader, left_s: leader.call(protocol.OPERATOR, forward, left_s),
+            there,
             timeout_s=ADD_TIMEOUT_S if request.verb == "raft.add_peer" else OPERATOR_TIMEOUT_S,
             write=request.verb not in READING,
             forwarded=request.forwarded,
@@ -137,7 +150,10 @@ class OperatorVerbs:
         known = [member.id for member in self._replica.members() if member.voter]
         if to is not None and to not in known:
             raise Refused(f"{to!r} is no voter; these are: {', '.join(known)}", http_status=400)
-        if to != self._replica.leader:
+        # An attempt whose answer got lost, as the connection to the old leader ends with its leadership, may have
+        # been the one that moved it: made again at the new leader it would move leadership back.
+        moved = to is None and params.get("asked") not in (None, self._replica.id)
+        if not moved and to != self._replica.leader:
             await self._replica.transfer_leadership(to)
 
     async def _autopilot_health(self, params: dict[str, Any]) -> Any:
@@ -149,7 +165,7 @@ class OperatorVerbs:
         return self._autopilot()
 
     async def _ca_rotate(self, params: dict[str, Any]) -> Any:
-        return await self._authority.rotate()
+        return await self._authority.rotate(request_id=_text(params, "request_id"))
 
     # -- any server's ----------------------------------------------------------------------------------------------
 

@@ -398,8 +398,12 @@ class Replica:
         await self._propose(lambda core, done: core.change_members(lambda all: all.without(server), done), timeout_s)
 
     async def transfer_leadership(self, to: str | None = None, timeout_s: float = 5.0) -> None:
-        """Hand leadership to `to`, or to the most advanced voter. Raises NotLeader, TransferFailed."""
+        """Hand leadership to `to`, or to the most advanced voter; return when another server is known to lead.
+
+        Raises NotLeader, TransferFailed.
+        """
         core = self._running_core()
+        deadline = self._clock() + timeout_s
         result: asyncio.Future[TransferFailed | None] = asyncio.get_running_loop().create_future()
 
         def done(error: TransferFailed | None) -> None:
@@ -415,6 +419,13 @@ class Replica:
             raise TransferFailed(f"leadership was not taken over within {timeout_s:g} s: try again") from None
         if error is not None:
             raise error
+        # It leads no more, which is not yet that anyone else does: the candidate may lose, even to this server.
+        try:
+            leader = await self.wait_leader(max(0.0, deadline - self._clock()))
+        except NoQuorum:
+            raise TransferFailed(f"no server took over within {timeout_s:g} s: see `lictor status`") from None
+        if leader == core.id:
+            raise TransferFailed("the server that was to take over did not win, and this one leads again: try again")
 
     def status(self) -> RaftStatus:
         """This server's view of the cluster, for operators; also after a failure."""

@@ -10,8 +10,8 @@ import asyncio
 import datetime
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from cryptography import x509
 
@@ -33,6 +33,13 @@ RETIRE_MARGIN_S = 3600.0
 """An old root stays this much longer than the longest leaf it may have signed."""
 
 
+class Apply(Protocol):
+    """`Backend.apply`, as much of it as is used here."""
+
+    async def __call__(self, command: Command, *, request_id: str | None = None) -> Applied:
+        """Write through the leader."""
+
+
 def _utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
@@ -49,7 +56,7 @@ class Authority:
         leaf_ttl_s: float,
         ask: Callable[[str, Mapping[str, Any]], Any],
         instance_of: Callable[[str, str], ServiceInstance | None],
-        apply: Callable[[Command], Awaitable[Applied]],
+        apply: Apply,
         now: Callable[[], datetime.datetime] = _utc_now,
     ) -> None:
         self._datacenter, self._trust_domain, self._leaf_ttl_s = datacenter, trust_domain, leaf_ttl_s
@@ -117,17 +124,18 @@ class Authority:
             root = await self._add_root(None)
             log.info("ca: made root %s of trust domain %s", root.id, self._roots().trust_domain)
 
-    async def rotate(self) -> CARoot:
+    async def rotate(self, *, request_id: str | None = None) -> CARoot:
         """Make a new root, cross-signed by the old one, and sign with it from now on.
 
         The old root stays in the bundle until no leaf of it can be alive. Raises Refused when another rotation won.
+        With the `request_id` of an attempt that has rotated already, nothing changes: its root is returned.
         """
         async with self._changing:
-            root = await self._add_root(self._active_signer())
+            root = await self._add_root(self._active_signer(), request_id)
             log.warning("ca: rotated to root %s; the old one stays trusted until its leaves have expired", root.id)
             return root
 
-    async def _add_root(self, old: Signer | None) -> CARoot:
+    async def _add_root(self, old: Signer | None, request_id: str | None = None) -> CARoot:
         trust_domain = self._roots().trust_domain
         now, key = self._now(), new_key()
         root = make_root(trust_domain, key, now)
@@ -140,8 +148,10 @@ class Authority:
             make_active=True,
             expected_active_root_id=old.root.id if old is not None else "",
         )
-        (await self._apply(command)).unwrap()
-        return next((stored for stored in self._roots().roots if stored.id == root.id), root)
+        (await self._apply(command, request_id=request_id)).unwrap()
+        roots = self._roots().roots
+        made = next((stored for stored in roots if stored.id == root.id), None)
+        return made or next((stored for stored in roots if stored.active), root)
 
     async def retire_old_roots(self) -> None:
         """Drop roots whose leaves have all expired. The leader calls it from time to time."""

@@ -11,7 +11,7 @@ from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import Reading, answer, read
 from node.http.respond import json_response
-from node.http.writing import body_as, write
+from node.http.writing import body_as, request_id, write
 from raftstate.model.connect import CAConfig, CARoot, CARoots, Revocation
 from raftstate.model.wire import Wire
 from raftstate.state import commands
@@ -114,7 +114,8 @@ async def set_configuration(ctx: Context, request: web.Request) -> web.StreamRes
 @routes.add("PUT", "/v1/connect/ca/rotate", answer=CARoot)
 async def rotate(ctx: Context, request: web.Request) -> web.StreamResponse:
     """Make a new root, cross-signed by the old one (Lictor's own endpoint)."""
-    return json_response(request, await ctx.backend.operator("ca.rotate", {}))
+    given = request_id(request)
+    return json_response(request, await ctx.backend.operator("ca.rotate", {"request_id": given} if given else {}))
 
 
 def _revocations(reading: Reading) -> list[Revocation]:

@@ -102,6 +102,17 @@ def test_a_write_that_was_sent_and_not_answered_is_unknown_not_failed() -> None:
             Api(fake.address, wait_s=0.3).put("/v1/kv/a", b"x")
 
 
+def test_what_twice_would_undo_is_sent_once() -> None:
+    with agent(lambda n, _: None if n == 1 else (200, b"true")) as fake:
+        with pytest.raises(OutcomeUnknown):
+            Api(fake.address).write("POST", "/v1/operator/raft/transfer-leader", once=True)
+    assert len(fake.requests) == 1
+    script = lambda n, _: (500, b"No cluster leader") if n == 1 else (200, b"true")  # noqa: E731
+    with agent(script) as fake:
+        Api(fake.address).write("POST", "/v1/operator/raft/transfer-leader", once=True)
+    assert len(fake.requests) == 2, "what was not begun is sent again"
+
+
 def test_an_unknown_outcome_stays_unknown_when_the_leader_is_gone_after() -> None:
     script = lambda n, _: None if n == 1 else (500, b"No cluster leader")  # noqa: E731
     with agent(script) as fake:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,11 @@ from raftstate.errors import (
     RaftError,
     SnapshotDamaged,
     TooBusy,
+    TransferFailed,
     UnknownOutcome,
 )
 from raftstate.raft import Members, RaftConfig
+from raftstate.raft_election import CANDIDATE
 from raftstate.replica import Replica
 from tests.support.raft_cluster import FAST, ReplicaCluster
 from tests.support.raft_machine import RegisterMachine, command
@@ -30,6 +32,15 @@ def registers(replica: Replica) -> dict[str, str]:
     machine = replica.machine
     assert isinstance(machine, RegisterMachine)
     return machine.registers
+
+
+async def turns_until(true: Callable[[], bool]) -> None:
+    """Look in every turn of the loop, where what is looked for may be over in the next."""
+    async with asyncio.timeout(5):
+        while True:
+            if true():
+                return
+            await asyncio.sleep(0)
 
 
 async def test_a_write_is_applied_on_every_server(tmp_path: Path) -> None:
@@ -296,10 +307,28 @@ async def test_leadership_moves_without_a_gap(tmp_path: Path) -> None:
         began = loop.time()
         await leader.transfer_leadership(target)
         assert not leader.is_leader
+        assert leader.leader == target, "it is done when another leads, not when this one leads no more"
         new = cluster.replicas[target]
         await new.wait_leader(1)
         await new.apply(command("r1", "k", "v"))
         assert loop.time() - began < FAST.election_timeout_min_s, "a transfer waits for no election timeout"
+
+
+async def test_a_transfer_whose_target_loses_is_not_called_done(tmp_path: Path) -> None:
+    async with ReplicaCluster(tmp_path, 3) as cluster:
+        leader = await cluster.leader()
+        target, other = (name for name in cluster.names if name != leader.id)
+        core = cluster.replicas[target]._running_core()
+        moving = asyncio.ensure_future(leader.transfer_leadership(target))
+        await turns_until(lambda: core.role == CANDIDATE)
+        # It asks for votes and hears none; the other can be elected by nobody, so it is the old leader that returns.
+        cluster.wire.cut |= {(leader.id, target), (other, target), (target, other), (other, leader.id)}
+        await turns_until(lambda: not leader.is_leader)
+        cluster.wire.cut -= {(other, leader.id)}
+        cluster.replicas[other]._running_core()._deadline += 60
+        with pytest.raises(TransferFailed, match="leads again"):
+            await moving
+        cluster.wire.cut.clear()
 
 
 @pytest.mark.parametrize("by_thread", [True, False])
