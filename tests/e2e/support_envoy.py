@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import socketserver
-import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from cli.envoy import find_binary
 from cli.errors import CliError, Refused
 from tests.e2e.support_e2e import Mesh
+from tests.support.apps import QuietHandler, serving
 
 TIMEOUT_S = 20.0
 GREETING = b"welcome\n"
@@ -25,10 +25,12 @@ ENVOY, LICTOR = "envoy", "lictor"
 
 
 def need_envoy() -> None:
-    """Skip the test where Envoy is not installed."""
+    """Skip the test where Envoy is not installed; in CI that is a failure."""
     try:
         find_binary("")
     except CliError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
         pytest.skip(str(error))
 
 
@@ -39,35 +41,11 @@ class _Echo(socketserver.StreamRequestHandler):
             self.wfile.write(b"%s %s" % (self.server.name, line))  # type: ignore[attr-defined]
 
 
-class Web(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
+class Web(QuietHandler):
     def do_GET(self) -> None:
-        body = json.dumps(dict(self.headers.items())).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer(200, json.dumps(dict(self.headers.items())).encode())
 
     do_POST = do_GET
-
-    def log_message(self, *ignored: Any) -> None:
-        pass
-
-
-@contextmanager
-def serving(server: socketserver.TCPServer, name: str = "") -> Iterator[int]:
-    server.name = name.encode()  # type: ignore[attr-defined]
-    server.daemon_threads = True  # type: ignore[attr-defined]
-    server.block_on_close = False  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
 
 
 def echo(name: str = "one") -> Any:

@@ -16,7 +16,8 @@ import pytest
 
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
-from tests.e2e.support_envoy import TIMEOUT_S, allow, call, echo, http_call, serving, stand, upstream
+from tests.e2e.support_envoy import TIMEOUT_S, allow, call, echo, http_call, stand, upstream
+from tests.support.apps import serving
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

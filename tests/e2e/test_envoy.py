@@ -27,10 +27,10 @@ from tests.e2e.support_envoy import (
     envoy_admin,
     forbid,
     http_call,
-    serving,
     stand,
     upstream,
 )
+from tests.support.apps import serving
 
 
 def test_a_caller_who_is_refused_at_once_hears_nothing() -> None:

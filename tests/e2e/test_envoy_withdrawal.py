@@ -32,10 +32,10 @@ from tests.e2e.support_envoy import (
     envoy_admin,
     forbid,
     http_call,
-    serving,
     stand,
     upstream,
 )
+from tests.support.apps import serving
 
 ENDED_S = 2.5
 """A connection ends within Envoy's drain time, 1 s, and what the push takes; the rest is for a busy machine."""

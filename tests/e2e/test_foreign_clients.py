@@ -10,9 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from cli.demo_stage import free_ports, wait_until
 from tests.e2e.support_e2e import Mesh, need, running
 from tests.e2e.support_foreign import Lines, is_root, leader_killed, npm_home
 from tests.e2e.test_dns_haproxy import CONFIG, until_served_by
+from tests.support.apps import QuietHandler, serving_http
 
 
 def dns_port(cluster: Mesh, host: int = 0) -> int:
@@ -29,35 +28,17 @@ def dns_port(cluster: Mesh, host: int = 0) -> int:
     return int(cluster.api(host).get("/v1/agent/self").json()["DebugConfig"]["DNSPort"])
 
 
-@contextmanager
-def app(name: str) -> Iterator[int]:
+def app(name: str) -> AbstractContextManager[int]:
     """Serve the name, and metrics of it, on the port that is given."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
-            metrics = self.path == "/metrics"
-            body = f'app_up{{name="{name}"}} 1\n'.encode() if metrics else name.encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4" if metrics else "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            if self.path == "/metrics":
+                self.answer(200, f'app_up{{name="{name}"}} 1\n'.encode(), "text/plain; version=0.0.4")
+            else:
+                self.answer(200, name.encode())
 
-        def log_message(self, *_: Any) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
+    return serving_http(Handler)
 
 
 def register(cluster: Mesh, host: int, service: str, instance: str, port: int, **more: Any) -> None:

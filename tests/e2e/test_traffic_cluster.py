@@ -4,49 +4,30 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from cli.demo_stage import wait_until
 from cli.hclfile import entry_of
 from tests.e2e.support_e2e import Mesh
+from tests.support.apps import QuietHandler, serving_http
 
 TIMEOUT_S = 15.0
 
 
-@contextmanager
-def shop(name: str) -> Iterator[int]:
+def shop(name: str) -> AbstractContextManager[int]:
     """An HTTP app that answers with its name and what it was asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16  # head and body in one piece, or each answer waits for a delayed ACK
-
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             if self.path == "/hang":
                 time.sleep(3)
             body = json.dumps({"name": name, "path": self.path, "by": self.headers.get("X-Way", "")}).encode()
-            self.send_response(503 if self.path == "/busy" and name == "v1" else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.answer(503 if self.path == "/busy" and name == "v1" else 200, body)
 
-        def log_message(self, *_: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return serving_http(Handler)
 
 
 def get(address: str, path: str = "/", **headers: str) -> tuple[int, dict[str, str]]:
