@@ -20,16 +20,17 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +39,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import data_plane_envoy as envoy_config
+from benchmarks import data_plane_report
+from cli.compiled import is_compiled
 from tests.support.certs import TestCA
 
 CONNECTIONS = 32
@@ -392,6 +395,8 @@ def main() -> None:
     parser.add_argument("--only", default="direct,haproxy,envoy,lictor")
     parser.add_argument("--loads", default="requests,connections,bulk", help="also: latency")
     parser.add_argument("--idle", type=int, default=1000)
+    parser.add_argument("--report", type=Path, help="a Markdown file to put table and picture into")
+    parser.add_argument("--section", default="data-plane", help="their place in it, and the picture's name")
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
     parser.add_argument("--loop", default="sidecar", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -412,22 +417,31 @@ def main() -> None:
         with asyncio.Runner(loop_factory=partial(new_loop, options.loop)) as runner:
             runner.run(run_sidecar(options.sidecar))
         return
+    load = os.getloadavg()[0]
     rounds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as name, running(Path(name), options.only.split(",")) as targets:
         for _ in range(options.rounds):
             for target in targets:
                 for what, value in measure(target, options.seconds, set(options.loads.split(","))).items():
-                    rounds[target.name][what].append(value)
+                    if target.processes or not what.startswith("CPU"):
+                        rounds[target.name][what].append(value)
         for target in targets:
             if target.processes:
                 costs = idle_cost(target, options.idle)
                 rounds[target.name]["KiB per idle connection"] = [max(costs)]
-    columns = list(dict.fromkeys(what for each in rounds.values() for what in each))
-    print("| | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name, values in rounds.items():
-        cells = [f"{statistics.median(values[what]):,.4g}" if what in values else "" for what in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    print(data_plane_report.table(rounds), end="")
+    if options.report:
+        data_plane_report.write(options.report, options.section, rounds, caption(options, load))
+
+
+def caption(options: argparse.Namespace, load: float) -> str:
+    """Say what the figures are and of what machine, for whoever reads them later."""
+    code = "compiled" if is_compiled() else "plain Python"
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}: {options.rounds} rounds of {options.seconds:g} s, interleaved; medians, and "
+        f"the rounds' spread as a line. {os.cpu_count()} cores, {python}, {code}, load average before {load:.1f}."
+    )
 
 
 if __name__ == "__main__":
