@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from node.errors import NodeError, TimedOut, UnknownOutcome, Unreachable
+from node.errors import NodeError, Refused, TimedOut, UnknownOutcome, Unreachable
 from node.leader_route import LeaderRoute
 from node.operator_verbs import OperatorVerbs
 from node.protocol import OperatorRequest
@@ -108,3 +108,13 @@ async def test_a_rotation_made_again_has_the_first_ones_request_id() -> None:
     made, _, leader, authority = verbs("s1", Unreachable())
     await made.run(OperatorRequest("ca.rotate"))
     assert authority.ids == [leader.params[0]["request_id"]]
+
+
+async def test_a_server_that_the_lost_attempt_took_out_is_not_missed() -> None:
+    made, _, leader, _ = verbs("s1", Unreachable())
+    await made.run(OperatorRequest("raft.remove_peer", {"id": "s9"}))
+    assert len(leader.params) == 1
+    made, replica, _, _ = verbs("s1", Unreachable())
+    replica.elect("s1")
+    with pytest.raises(Refused, match="no such server"):
+        await made.run(OperatorRequest("raft.remove_peer", {"id": "s9"}))
