@@ -7,7 +7,7 @@ from typing import Any
 from cli import envoy
 from cli.client import API_FLAGS, Api, quote
 from cli.errors import CliError, UsageError
-from cli.flags import Args, Command, Family, Flag, duration, port, whole
+from cli.flags import Args, Command, Family, Flag, duration, port, ratio, whole
 from cli.proxyfile import MAX_WORKERS, ProxyService, choose, read_proxy_file
 from cli.upstreams import merge, parse_upstreams
 
@@ -84,6 +84,13 @@ def _endpoint(args: Args) -> str:
     return endpoint
 
 
+def _sample(args: Args) -> float:
+    share = args.share("otlp-sample")
+    if share and not args.text("otlp-endpoint"):
+        raise UsageError("lictor connect: -otlp-sample needs -otlp-endpoint, the collector that takes the spans")
+    return share
+
+
 def connect(args: Args) -> int:
     """Run a sidecar until it is told to end, or the child command ends."""
     name, instance, entry = _names(args)
@@ -107,6 +114,7 @@ def connect(args: Args) -> int:
         workers=_workers(args, entry),
         access_log=args.text("access-log"),
         otlp_endpoint=_endpoint(args),
+        otlp_sample=_sample(args),
         command=tuple(args.rest),
     )
     return run_sidecar(plan, api, verbose=args.on("verbose"))
@@ -171,6 +179,8 @@ FAMILIES = {
                      "FILE"),
                 Flag("otlp-endpoint", "send spans of traced requests to this collector, such as http://127.0.0.1:4318",
                      "URL"),
+                Flag("otlp-sample", "trace this part, 0 to 1, of the requests that come without a traceparent (0)",
+                     "RATIO", parse=ratio),
                 Flag("verbose", "log more", switch=True),
                 *API_FLAGS,
             ),

@@ -44,6 +44,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def ratio(text: str) -> float:
+    """Parse a number from 0 to 1. Raises :class:`ValueError`."""
+    if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20}", text, re.ASCII) or float(text) > 1:
+        raise ValueError("a number from 0 to 1, such as 0.01")
+    return float(text)
+
+
 def truth(text: str) -> bool:
     """Parse a boolean as Go's flag package does. Raises :class:`ValueError`."""
     if text in ("1", "t", "T", "true", "True", "TRUE"):
@@ -93,6 +100,10 @@ class Args:
     def seconds(self, name: str, default: float) -> float:
         """Return a flag's duration in seconds."""
         return float(self._values.get(name, default))
+
+    def share(self, name: str) -> float:
+        """Return a flag's number from 0 to 1."""
+        return float(self._values.get(name, 0.0))
 
     def on(self, name: str) -> bool:
         """Return a switch."""

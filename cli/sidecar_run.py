@@ -50,6 +50,7 @@ class SidecarPlan:
     access_log: str = ""
     """File, or ``-``: a line of JSON for each call. SIGHUP opens it anew."""
     otlp_endpoint: str = ""
+    otlp_sample: float = 0.0
     command: tuple[str, ...] = ()
 
     @property
@@ -66,6 +67,7 @@ class SidecarPlan:
             admin_port=self.admin_port,
             access_log=self.access_log,
             otlp_endpoint=self.otlp_endpoint,
+            otlp_sample=self.otlp_sample,
         )
 
     def _bind_port(self, spec: UpstreamSpec) -> int:

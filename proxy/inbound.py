@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 
-from proxy.access import INBOUND, Entry, Observer, path_of, trace_of
+from proxy.access import INBOUND, Entry, Observer, path_of
 from proxy.authz import Decision, Request
 from proxy.call import APP_CONNECT_TIMEOUT_S, AppChannel, Call
 from proxy.config import Configuration
@@ -26,6 +26,7 @@ from proxy.poller import Poller
 from proxy.relay import SocketChannel
 from proxy.stream import NOBODY, Channel, Early
 from proxy.tasks import Tasks
+from proxy.tracing import RequestTrace, Tracer, trace_id_of
 from raftstate.model.identity import Identity, SpiffeId
 
 log = logging.getLogger("lictor.proxy.inbound")
@@ -55,6 +56,8 @@ class Desk:
         """In which HTTP counts what it holds; set before any call is taken."""
         self.observer: Observer | None = None
         """Who is told of calls that have ended; set before any is taken."""
+        self.tracer: Tracer | None = None
+        """Who decides on requests' trace context; set before any is taken."""
         self._http: HttpEntry | None = None
         self._http_counters: dict[str, HttpCounters] = {}
         """By source service."""
@@ -87,6 +90,7 @@ class Desk:
             self._http.http1.memory = self._http.http2.memory = self.memory
             if self.observer is not None:
                 self._http.http1.told = self._http.http2.told = self._told
+            self._http.http1.tracer = self._http.http2.tracer = self.tracer
         self._http.use(options)
         return self._http
 
@@ -119,6 +123,7 @@ class Desk:
         request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
         answer: tuple[int, str, int],
         seconds: float,
+        trace: RequestTrace | None,
     ) -> None:
         me = self._config.self
         if self.observer is None or me is None:
@@ -138,7 +143,8 @@ class Desk:
                 origin,
                 received,
                 seconds,
-                trace_of(fields),
+                trace.trace_id if trace is not None else trace_id_of(fields),
+                trace,
             )
         )
 

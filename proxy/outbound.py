@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Sequence
 
-from proxy.access import OUTBOUND, Entry, Observer, path_of, trace_of
+from proxy.access import OUTBOUND, Entry, Observer, path_of
 from proxy.balancer import Balancer, Key, RetryBudget
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
@@ -23,6 +23,7 @@ from proxy.outbound_http2 import Http2AppConnection, Http2Fleet
 from proxy.outgoing import AppConnection, Outgoing, Waiting
 from proxy.pool import SessionPool
 from proxy.tasks import Tasks
+from proxy.tracing import RequestTrace, Tracer, trace_id_of
 from proxy.upstream_settings import UpstreamSettings, ignored_settings, resolver_of
 from raftstate.model.plan import HTTP_PROTOCOLS, target_id
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpstream, key_of
@@ -64,6 +65,8 @@ class Upstream:
         self._http2: OutboundHttp2 | None = None
         self.observer: Observer | None = None
         """Who is told of calls that have ended; set before any is taken."""
+        self.tracer: Tracer | None = None
+        """Who decides on requests' trace context; set before any is taken."""
         self._unroutable = ""
         self.blocked = ""
         """Why no call may be made at all (our own identity is revoked, draining); empty normally."""
@@ -139,6 +142,7 @@ class Upstream:
             self._http.memory = self.pool.memory
             if self.observer is not None:
                 self._http.told = self._told
+            self._http.tracer = self.tracer
         return self._http
 
     @property
@@ -149,6 +153,7 @@ class Upstream:
             self._http2.memory = self.pool.memory
             if self.observer is not None:
                 self._http2.told = self._told
+            self._http2.tracer = self.tracer
         return self._http2
 
     def _http_sides(self) -> list[OutboundHttp | OutboundHttp2]:
@@ -169,16 +174,19 @@ class Upstream:
         request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
         answer: tuple[int, str, int],
         seconds: float,
+        trace: RequestTrace | None,
     ) -> None:
         me = self.me
         source = (me.service, me.service_id) if me else ("", "")
         method, target, fields = request
         what = (method.decode("latin-1"), path_of(target))
         code, origin, received = answer
-        if self.observer is not None:
-            self.observer(
-                Entry(OUTBOUND, protocol, *source, *party, *what, code, origin, received, seconds, trace_of(fields))
-            )
+        if self.observer is None:
+            return
+        trace_id = trace.trace_id if trace is not None else trace_id_of(fields)
+        self.observer(
+            Entry(OUTBOUND, protocol, *source, *party, *what, code, origin, received, seconds, trace_id, trace)
+        )
 
     def protocol_factory(self) -> AppConnection | HttpAppConnection:
         """Return the protocol of a connection that our app makes."""

@@ -20,7 +20,7 @@ from typing import Any
 from proxy import config as sections
 from proxy import http_metrics
 from proxy.acceptor import Acceptor
-from proxy.access import AccessLog, Observer, SpanExporter, all_of
+from proxy.access import AccessLog, Observer, all_of
 from proxy.admin import AdminServer
 from proxy.config import Configuration
 from proxy.errors import PortUnavailable, ProxyError
@@ -35,7 +35,9 @@ from proxy.outbound import Upstream
 from proxy.plain import PlainTransport
 from proxy.poller import Poller
 from proxy.pool import SessionPool
+from proxy.span_export import REASONS, SpanExporter
 from proxy.tasks import Tasks
+from proxy.tracing import Tracer
 from raftstate.model.sidecar import SidecarUpdate, SidecarUpstream
 
 log = logging.getLogger("lictor.proxy")
@@ -65,6 +67,8 @@ class SidecarOptions:
     """File to which a line of JSON is appended for each call; ``-``: standard output; empty: none."""
     otlp_endpoint: str = ""
     """Base address of an OTLP/HTTP collector to which spans of traced requests go; empty: none."""
+    otlp_sample: float = 0.0
+    """Of the requests that belong to no trace, the part that is to be traced, 0 to 1; 0: no trace begins here."""
     buffer_bytes: int = BUFFER_BYTES
     """What is held at most, in sum, for peers and apps that read slowly; each worker process has its own."""
 
@@ -95,7 +99,9 @@ class Sidecar:
         self._log: AccessLog | None = None
         self._spans: SpanExporter | None = None
         self._observer = self._make_observer()
+        self._tracer = Tracer(self.options.otlp_sample) if self._spans is not None else None
         self._desk.observer = self._observer
+        self._desk.tracer = self._tracer
         self._desk.memory = self._memory
         self._public: PublicListener | None = None
         self._upstreams: dict[str, Upstream] = {}
@@ -114,12 +120,21 @@ class Sidecar:
             except OSError as error:
                 raise ProxyError(f"the access log {options.access_log} can't be written: {error.strerror}") from error
         if options.otlp_endpoint:
-            self._spans = SpanExporter(options.otlp_endpoint, self._service_name, self._tasks)
+            self._spans = SpanExporter(options.otlp_endpoint, self._resource, self._tasks)
         # Bound methods: an object that is called itself takes CPython a search for how.
         return all_of([each.take for each in (self._log, self._spans) if each is not None])
 
-    def _service_name(self) -> str:
-        return self.config.self.service if self.config.self else ""
+    def _resource(self) -> dict[str, str]:
+        """Return whose spans ours are, as OpenTelemetry's conventions call it."""
+        me = self.config.self
+        if me is None:
+            return {}
+        return {
+            "service.name": me.service,
+            "service.instance.id": me.service_id,
+            "lictor.node": me.node,
+            "lictor.datacenter": me.datacenter,
+        }
 
     def reopen_log(self) -> None:
         """Open the access log anew, after it was moved away."""
@@ -264,6 +279,7 @@ class Sidecar:
     def _make_upstream(self, name: str) -> Upstream:
         upstream = Upstream(name, self._pool, self.metrics, self._tasks)
         upstream.observer = self._observer
+        upstream.tracer = self._tracer
         return upstream
 
     def _serve_upstream(self, name: str) -> None:
@@ -351,7 +367,9 @@ class Sidecar:
             gauges["lictor_access_log_dropped_total"] = lambda: [((), access.dropped)]
         if (spans := self._spans) is not None:
             gauges["lictor_spans_exported_total"] = lambda: [((), spans.exported)]
-            gauges["lictor_spans_dropped_total"] = lambda: [((), spans.dropped)]
+            gauges["lictor_spans_dropped_total"] = lambda: [
+                ((("reason", reason),), spans.dropped_by[reason]) for reason in REASONS
+            ]
         gauges["lictor_ready"] = lambda: [((), 1 if self.ready else 0)]
 
     def _http_counters(self) -> Iterable[tuple[Labels, HttpCounters]]:

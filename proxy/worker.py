@@ -29,7 +29,12 @@ class Worker:
     def __init__(self, link: Link, begin: Begin) -> None:
         self._link = link
         self._sidecar = Sidecar(
-            SidecarOptions(shared=True, access_log=begin.access_log, otlp_endpoint=begin.otlp_endpoint)
+            SidecarOptions(
+                shared=True,
+                access_log=begin.access_log,
+                otlp_endpoint=begin.otlp_endpoint,
+                otlp_sample=begin.otlp_sample,
+            )
         )
         self._sidecar.adopt(
             socket.socket(fileno=begin.public_fd),

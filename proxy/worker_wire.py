@@ -29,6 +29,7 @@ class Begin(msgspec.Struct, tag="begin"):
     log_level: int = 20
     access_log: str = ""
     otlp_endpoint: str = ""
+    otlp_sample: float = 0.0
 
 
 class Configure(msgspec.Struct, tag="configure"):

@@ -246,7 +246,7 @@ class WorkerGroup:
         worker.link.send(
             Begin(
                 index, public, upstreams, log_level=level,
-                access_log=options.access_log, otlp_endpoint=options.otlp_endpoint,
+                access_log=options.access_log, otlp_endpoint=options.otlp_endpoint, otlp_sample=options.otlp_sample,
             )
         )  # fmt: skip
         worker.link.send(Configure(self._number, self._whole))

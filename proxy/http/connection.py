@@ -18,12 +18,16 @@ from proxy.http.side import NEVER, HttpSide
 from proxy.http.tunnel import Tunnel
 from proxy.http.upstream import Upstream, joined
 from proxy.stream import Channel, Data
+from proxy.tracing import RequestTrace
 
 
 class HttpConnection(Intake):
     """A client's connection, and the upstream of the request whose turn it is."""
 
-    __slots__ = ("_answered", "_asked_at", "_replay", "_replay_bytes", "_replay_bytes_max", "_started", "_upstream")
+    __slots__ = (
+        "_answered", "_asked_at", "_replay", "_replay_bytes", "_replay_bytes_max", "_started", "_trace", "_tracer",
+        "_upstream",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -45,6 +49,9 @@ class HttpConnection(Intake):
         """When the active request had come whole; kept where there is a limit to what follows."""
         self._answered = 0
         """Bytes of the active request's response; counted where somebody is told."""
+        self._tracer = side.tracer
+        self._trace: RequestTrace | None = None
+        """What is made of the active request's trace context; None: nothing."""
 
     # For subclasses
 
@@ -149,6 +156,7 @@ class HttpConnection(Intake):
 
     def _begin(self, message: Message) -> None:
         self._answered = 0
+        self._trace = None
         self._started = self._loop.time()
         self._asked_at = NEVER
         if message.refusal is not None or message.head is None:
@@ -342,7 +350,8 @@ class HttpConnection(Intake):
         self._stats.request(head.method_name if head is not None else "", status, seconds, origin)
         if self._side.told is not None:
             request = (head.method, head.target, head.fields) if head is not None else (b"", b"", ())
-            self._side.told(self._party(), "http/1.1", request, (status, origin, self._answered), seconds)
+            answer = (status, origin, self._answered)
+            self._side.told(self._party(), "http/1.1", request, answer, seconds, self._trace)
 
     def _drop_upstream(self) -> None:
         upstream, self._upstream = self._upstream, None

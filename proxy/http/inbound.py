@@ -19,6 +19,7 @@ from proxy.http.side import HttpSide
 from proxy.http.upstream import Upstream
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
+from proxy.peername import peername_of
 from proxy.stream import Channel, Data
 from raftstate.model.identity import Identity
 
@@ -116,6 +117,10 @@ class InboundConnection(HttpConnection):
         head = message.head
         assert head is not None
         request = head.request()
+        tracer = self._tracer
+        trace = self._trace = tracer.begin(head.fields) if tracer is not None else None
+        if trace is not None and trace.recorded:
+            trace.peer = peername_of(self._channel)
         try:
             decision = self._decide(request)
         except Exception:  # deny, whatever is wrong
@@ -133,6 +138,8 @@ class InboundConnection(HttpConnection):
             target = request.forward_target.encode("latin-1")
             message.keep_trailers = False
         self._sent_target = target
+        if trace is not None:
+            head.lines = trace.lines(head.fields, head.lines)  # not the fields: what came is what is decided on
         self._launch(message, head.wire(target, self._identity))
 
     def _connect(self, message: Message) -> None:

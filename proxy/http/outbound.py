@@ -130,6 +130,8 @@ class OutboundConnection(HttpConnection):
     def _route(self, message: Message) -> None:
         side, head = self._outbound, message.head
         assert head is not None
+        tracer = self._tracer
+        trace = self._trace = tracer.begin(head.fields) if tracer is not None else None
         problem = side.fleet.unavailable()
         if not problem and side.in_flight >= side.outbound.requests_max:
             problem = f"has {side.in_flight} requests in flight already"
@@ -144,6 +146,8 @@ class OutboundConnection(HttpConnection):
         aim = self._aim = side.fleet.aim(head, self._channel)
         self._idle_s = aim.idle_timeout_s if aim is not None else 0.0
         self._respond_by = NEVER
+        if trace is not None:
+            head.fields, head.lines = trace.fields(head.fields), trace.lines(head.fields, head.lines)
         self._launch(message, head.wire(head.target if aim is None else aim.prepare(head)))
         if self._idle_s and self._active is message:
             self._stir()
@@ -210,6 +214,8 @@ class OutboundConnection(HttpConnection):
             return
         self._attempts += 1
         self._tried.add(lease.key)
+        if self._trace is not None:
+            self._trace.sent_to(lease.key)
         upstream = lease.open(self)
         if upstream is not None:
             self._send(message, upstream)

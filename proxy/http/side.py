@@ -11,6 +11,7 @@ from proxy.http.options import HttpOptions, HttpStats, OutboundOptions
 from proxy.logs import BurstLog
 from proxy.mux.flow import MemoryBudget
 from proxy.tasks import Tasks
+from proxy.tracing import RequestTrace, Tracer
 
 log = logging.getLogger("lictor.proxy.http")
 
@@ -31,9 +32,10 @@ class Told(Protocol):
         request: tuple[bytes, bytes, Sequence[tuple[bytes, bytes]]],
         answer: tuple[int, str, int],
         seconds: float,
+        trace: RequestTrace | None,
     ) -> None:
         """``party``: service and instance of the far side; ``request``: method, target, fields; ``answer``: status
-        (0: none), by whom, bytes."""
+        (0: none), by whom, bytes; ``trace``: what :attr:`HttpSide.tracer` made of the request."""
 
 
 class Kept(Protocol):
@@ -65,6 +67,9 @@ class HttpSide:
         """In which is counted what is held for peers that do not take it; one for the whole process, once set."""
         self.told: Told | None = None
         """Who is told of each request that has ended, beside the counters; None when nobody wants to know."""
+        self.tracer: Tracer | None = None
+        """Who decides on each request's trace context; None: it is passed on as it comes. Set before any connection
+        is served."""
         self.loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_at = NEVER

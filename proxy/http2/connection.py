@@ -266,6 +266,8 @@ class Http2Connection:
         exchange.head_bytes = fields_size(event.headers)
         self._account(exchange)
         if exchange.client_id in self._exchanges:
+            if self._side.tracer is not None:
+                exchange.trace = self._side.tracer.begin(exchange.head.fields, exchange.head.authority)
             self._route(exchange)
 
     def _client_ended(self, half: Half, error: Exception | None) -> None:
@@ -469,8 +471,10 @@ class Http2Connection:
         if head.grpc:
             self._stats.grpc(head.target, exchange.grpc_status if status else b"", origin)
         if self._side.told is not None:
-            request = (head.method, head.target, head.fields)
-            self._side.told(self._party(exchange), "h2", request, (status, origin, exchange.sent), seconds)
+            request, trace = (head.method, head.target, head.fields), exchange.trace
+            if trace is not None and head.grpc:
+                trace.grpc, trace.grpc_status = True, exchange.grpc_status if status else b""
+            self._side.told(self._party(exchange), "h2", request, (status, origin, exchange.sent), seconds, trace)
 
     def _settle(self) -> None:
         if self._done or self._exchanges:

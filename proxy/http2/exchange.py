@@ -13,6 +13,7 @@ from proxy.http.head import Field
 from proxy.http.side import NEVER
 from proxy.http2.half import Half
 from proxy.http2.head import RequestHead
+from proxy.tracing import RequestTrace
 
 if TYPE_CHECKING:
     from proxy.http2.link import Link
@@ -56,7 +57,7 @@ class Exchange:
     __slots__ = (
         "active_at", "asked_at", "client_id", "deadline", "grpc_status", "head", "head_bytes", "headers", "held",
         "keep_trailers", "link", "link_id", "origin", "owner", "replay", "request_ended", "sent", "started", "status",
-        "to_client", "to_link", "turned_away",
+        "to_client", "to_link", "trace", "turned_away",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, client_id: int, head: RequestHead, started: float) -> None:
@@ -88,6 +89,8 @@ class Exchange:
         """What was sent of the request's body, while the request may have to be sent again."""
         self.turned_away = 0
         """How often it was sent to somebody who was leaving."""
+        self.trace: RequestTrace | None = None
+        """What is made of the request's trace context; None: nothing."""
         self.to_link: deque[Part] = deque()
         self.to_client: deque[Part] = deque()
 

@@ -18,6 +18,7 @@ from proxy.http2.exchange import Exchange, Part, Replay
 from proxy.http2.head import grpc_ending, grpc_status_of
 from proxy.http2.link import Link
 from proxy.mux.core import MuxStream
+from proxy.peername import peername_of
 from proxy.stream import Channel
 from raftstate.model.identity import Identity
 
@@ -131,6 +132,8 @@ class InboundHttp2Connection(Http2Connection):
 
     def _route(self, exchange: Exchange) -> None:
         request = exchange.head.request()
+        if exchange.trace is not None:
+            exchange.trace.peer = peername_of(self._client.channel)
         try:
             decision = self._decide(request)
         except Exception:  # deny, whatever is wrong
@@ -148,6 +151,8 @@ class InboundHttp2Connection(Http2Connection):
             target = request.forward_target.encode("latin-1")
             exchange.keep_trailers = False
         exchange.headers = exchange.head.wire(target, self._identity)
+        if exchange.trace is not None:
+            exchange.headers = exchange.trace.fields(exchange.headers)
         exchange.replay = Replay(REPLAY_BYTES)
         self._launch(exchange)
 

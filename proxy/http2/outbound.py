@@ -84,6 +84,8 @@ class OutboundHttp2Connection(Http2Connection):
         aim = side.fleet.aim(head, self._channel)
         call = self._calls[exchange.client_id] = _Call(aim)
         target = head.target
+        if exchange.trace is not None:
+            head.fields = exchange.trace.fields(head.fields)
         if aim is not None:
             head.fields = aim.asked(head.fields)
             target = aim.target(target)
@@ -108,6 +110,8 @@ class OutboundHttp2Connection(Http2Connection):
         call.lease = lease
         call.attempts += 1
         call.tried.add(lease.key)
+        if exchange.trace is not None:
+            exchange.trace.sent_to(lease.key)
         link = lease.link()
         if link is not None:
             self._launch(exchange, call, link)

@@ -235,6 +235,10 @@ class MuxStream:
         self.reset(frames.TOO_MANY, text)
         peer.abort(StreamClosed(text))
 
+    def peername(self) -> object:
+        """Return the address that the session came from, as sockets give it; None when it is not known."""
+        return self._core.peername()
+
     def release(self) -> None:
         """Mark closed and let go of buffers; called by the core once."""
         self.closed = True
@@ -361,6 +365,10 @@ class MuxCore:
                 peer = stream.peer
                 self.forget(stream)
                 peer.abort(error)
+
+    def peername(self) -> object:
+        """Return the peer's address, as sockets give it; None when it is not known."""
+        return None
 
     def release(self) -> None:
         """The session is over: let go of the shell."""

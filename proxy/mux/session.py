@@ -58,6 +58,9 @@ class SessionCore(MuxCore):
         if self._session is not None:
             self._session.schedule()
 
+    def peername(self) -> object:
+        return self._session.peername() if self._session is not None else None
+
     def release(self) -> None:
         super().release()
         self._session = None
@@ -107,6 +110,10 @@ class MuxSession(Receiver):
         self._timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
         self._idle_since: float | None = None
+
+    def peername(self) -> object:
+        """Return the address that the session came from, as sockets give it; None when it is not known."""
+        return self._transport.get_extra_info("peername") if self._transport is not None else None
 
     # Receiver
 

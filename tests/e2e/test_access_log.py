@@ -18,6 +18,7 @@ from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
 from tests.e2e.support_envoy import TIMEOUT_S, allow, call, echo, http_call, stand, upstream
 from tests.support.apps import serving
+from tests.support.otlp import decode
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def _settled(address: str, log: Path, moved: Path) -> bool:
 
 class _Collector(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))  # type: ignore[attr-defined]
+        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))  # type: ignore[attr-defined]
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -82,7 +83,7 @@ class _Site(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def collecting() -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def collecting() -> Iterator[tuple[int, list[bytes]]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Collector)
     server.bodies = []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -123,6 +124,7 @@ def test_spans_of_the_last_second_reach_the_collector_when_a_sidecar_is_told_to_
         sidecar = next(one for one in stage.backgrounds if one.name == "site-1")
         sidecar.process.send_signal(signal.SIGTERM)
         assert sidecar.process.wait(TIMEOUT_S) == 0
-        spans = [one for body in bodies for one in body["resourceSpans"][0]["scopeSpans"][0]["spans"]]
-        assert [span["traceId"] for span in spans] == [TRACE]
+        spans = [one for body in bodies for one in decode(body)]
+        assert [span.trace_id for _, span in spans] == [TRACE]
+        assert [resource["service.instance.id"] for resource, _ in spans] == ["site-1"]
         stage.api().write("DELETE", "/v1/config/service-defaults/site")
