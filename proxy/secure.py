@@ -142,11 +142,11 @@ class SecureTransport(Receiver):
         self._shake()
 
     def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return  # nobody will take it; kept, it would be all that the peer sends until we part
         self._put(data)
         if self._shaking:
             self._shake()
-            return
-        if self._closing:
             return
         ended = False
         size = len(data)

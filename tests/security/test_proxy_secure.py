@@ -120,6 +120,26 @@ async def test_close_lets_all_arrive_though_the_peer_still_sends() -> None:
     await until(lambda: "lost" in recorder.told)
 
 
+@all_loops
+async def test_what_comes_after_the_close_is_not_kept() -> None:
+    """The peer has two seconds to end its side, and may send as fast as it can until then."""
+
+    def peer(sock: socket.socket) -> None:
+        with PEER.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls:
+            tls.sendall(b"go")
+            while tls.recv(65536):
+                pass
+            tls.sendall(bytes(16 << 20))
+
+    recorder, transport, running = await with_peer(peer)
+    await transport.handshake()
+    await until(lambda: recorder.data == b"go")
+    transport.close()
+    await running
+    await until(lambda: "lost" in recorder.told)
+    assert transport._incoming.pending < 1 << 20
+
+
 class HalfOpen(Recorder):
     """Goes on after the peer's end."""
 
