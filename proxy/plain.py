@@ -156,7 +156,8 @@ class PlainTransport(Handler):
         """One address did not take it."""
         if self._addresses and self._sock is not None:
             self._poller.remove(self._fd)
-            self._sock.close()
+            # Not now: the next socket would have its number, and what this batch still has to tell of it.
+            self._poller.end_later(self._sock.close)
             self._try_next(error)
         else:
             self.end(error)
@@ -510,6 +511,9 @@ def numeric(host: str, port: int) -> Address | None:
 
 
 async def resolve(host: str, port: int) -> list[Address]:
-    """Return the addresses of a name. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    """Return the addresses of a name. Raises OSError, also of what can be no name."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:  # empty or overlong labels, and the like, which nobody has checked
+        raise OSError(errno.EINVAL, f"{host[:300]!r} is no host name: {error}") from error
     return [(family, address) for family, _, _, _, address in found]

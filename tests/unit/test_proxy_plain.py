@@ -229,11 +229,36 @@ async def test_addresses_are_tried_in_turn_and_the_last_failure_is_told() -> Non
 
 
 @all_loops
+async def test_the_next_attempt_is_not_told_what_became_of_the_last_one() -> None:
+    """The batch of events in which an address is given up may still have one for its descriptor."""
+    poller = Poller()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        _, transport = dialer(poller)
+        transport.connect(((socket.AF_INET, closed.getsockname()), (socket.AF_INET, server.getsockname())))
+        before = transport._fd
+        transport.write(b"x")  # refused, which this is told by
+        assert transport._fd not in (-1, before)
+        assert poller._handlers[before] is None
+        transport.abort()
+        await asyncio.sleep(0)
+    poller.close()
+
+
+@all_loops
 async def test_a_name_is_looked_up_and_an_address_is_not() -> None:
     assert numeric("127.0.0.1", 80) == (socket.AF_INET, ("127.0.0.1", 80))
     assert numeric("::1", 80) == (socket.AF_INET6, ("::1", 80))
     assert numeric("localhost", 80) is None
     assert (socket.AF_INET, ("127.0.0.1", 80)) in await resolve("localhost", 80)
+
+
+@all_loops
+@pytest.mark.parametrize("name", ["a..b", "x" * 64 + ".example"])
+async def test_what_can_be_no_name_is_an_error_of_the_connection(name: str) -> None:
+    """A registration's address is anything; what nobody awaits would leave its calls waiting for ever."""
+    with pytest.raises(OSError, match="no host name"):
+        await resolve(name, 80)
 
 
 @all_loops
