@@ -27,7 +27,7 @@ from proxy.mux.session import MuxSession
 from proxy.plain import numeric, resolve
 from proxy.poller import Poller
 from proxy.relay import SocketChannel
-from proxy.resumption import Place, SessionCache
+from proxy.resumption import Kept, Place, SessionCache
 from proxy.secure import SecureTransport
 from proxy.stream import Channel
 from proxy.tasks import Tasks
@@ -56,7 +56,7 @@ class ForeignChannel(SocketChannel):
         self.early_eof = False
         self.joined = False
         self.lost = False
-        self.pool: dict[ForeignChannel, PeerProof] = {}
+        self.pool: dict[ForeignChannel, tuple[Key, PeerProof]] = {}
         self.at: Place | None = None
         self.resumable: SessionCache | None = None
         """Takes its TLS session at its end, for the next connection to :attr:`at`."""
@@ -80,6 +80,12 @@ class ForeignChannel(SocketChannel):
             self.resumable.ended(self.at, self)
             self.resumable = None
         super().connection_lost(exc)
+
+    def cut(self, reason: str) -> None:
+        """End the connection, and the call that it carries."""
+        peer = self.peer
+        self.abort()
+        peer.abort(StreamClosed(reason))
 
     def attach(self, peer: Channel) -> None:
         """Join with the app's connection and hand over what arrived early."""
@@ -132,7 +138,7 @@ class SessionPool:
         self._peers: dict[Key, _Peer] = {}
         self._live: dict[MuxSession, tuple[Key, PeerProof]] = {}
         """All sessions, those that take no more streams too."""
-        self._foreign: dict[ForeignChannel, PeerProof] = {}
+        self._foreign: dict[ForeignChannel, tuple[Key, PeerProof]] = {}
         self._resumable = SessionCache()
         self._pending = 0
 
@@ -153,11 +159,9 @@ class SessionPool:
             if problem := self.problem(proof, bundle):
                 log.warning("session with %s ended: %s", session.name, problem)
                 session.kill(StreamClosed(problem), frames.REVOKED)
-        for channel, proof in list(self._foreign.items()):
+        for channel, (_, proof) in list(self._foreign.items()):
             if problem := self.problem(proof, bundle):
-                peer = channel.peer
-                channel.abort()
-                peer.abort(StreamClosed(problem))
+                channel.cut(problem)
         if renew and material is not None and not revoked.reason(material.identity):
             self._tasks.spawn(self._open_ahead(renew, material))
 
@@ -187,12 +191,15 @@ class SessionPool:
         return "" if bundle.leads_here(proof.chain_der) else "peer's root has left the trust bundle"
 
     def drop(self, key: Key, reason: str) -> None:
-        """The endpoint is gone from the catalog: end its sessions and their streams."""
+        """The endpoint is gone from the catalog: end its sessions, with their streams, and foreign connections."""
         self._peers.pop(key, None)
         self._resumable.drop(key)
         for session, (at, _) in list(self._live.items()):
             if at == key:
                 session.kill(StreamClosed(reason))
+        for channel, (at, _) in list(self._foreign.items()):
+            if at == key:
+                channel.cut(reason)
 
     # Use
 
@@ -282,14 +289,26 @@ class SessionPool:
         self._metrics.count("lictor_handshake_failures_total", direction="outbound", **pair, cause=cause)
 
     async def _handshake(self, key: Key, *, offer_mux: bool, http2: bool) -> MuxSession | ForeignChannel:
+        # With mux offered the peer may be a Lictor sidecar, which is dialed too seldom to gain by it.
+        place = None if offer_mux else (key, http2)
+        kept = self._resumable.take(place) if place is not None else None
+        if kept is not None:
+            try:
+                return await self._handshake_with(key, place, kept, http2=http2)
+            except (ssl.SSLError, ConnectionAbortedError, ConnectionResetError, BrokenPipeError) as error:
+                # It may be the session that the peer, or something before it, can't deal with.
+                self._count_failure(key, explain_handshake_failure(error)[0])
+                self._resumable.failed((key, http2))
+        return await self._handshake_with(key, place, None, http2=http2)
+
+    async def _handshake_with(
+        self, key: Key, place: Place | None, kept: Kept | None, *, http2: bool
+    ) -> MuxSession | ForeignChannel:
         material = self._material
         if material is None:
             raise ConnectFailed("not-ready", "no certificate yet")
         channel = ForeignChannel()
-        # With mux offered the peer may be a Lictor sidecar, which is dialed too seldom to gain by it.
-        place = None if offer_mux else (key, http2)
-        kept = self._resumable.take(place) if place is not None else None
-        context = material.client_for(mux=offer_mux, http2=http2)
+        context = material.client_for(mux=place is None, http2=http2)
         address = numeric(key.address, key.port)
         addresses = await resolve(key.address, key.port) if address is None else [address]
         transport = SecureTransport(
@@ -306,14 +325,20 @@ class SessionPool:
             ssl_object = transport.get_extra_info("ssl_object")
             proof = proof_of(ssl_object, kept.origin.chain_der if kept is not None else ())
             window = self._check(proof, key)
-        except BadCertificate:
+            if key not in self._peers:
+                raise ConnectFailed("gone", f"{key.instance} left the catalog during the handshake")
+        except (BadCertificate, ConnectFailed):
             transport.abort()
             raise
+        if proof.alpn == ALPN and material is not self._material:
+            # A session made with the old leaf would be retired at once: it was renewed during the handshake.
+            transport.close()
+            return await self._handshake_with(key, place, None, http2=http2)
         self._metrics.count("lictor_handshakes_total", direction="outbound", resumed="yes" if proof.resumed else "no")
-        peer = self._peers.setdefault(key, _Peer())
+        peer = self._peers[key]
         if proof.alpn != ALPN:
             peer.foreign_until = asyncio.get_running_loop().time() + FOREIGN_MEMORY_S
-            self._foreign[channel] = proof
+            self._foreign[channel] = key, proof
             channel.pool = self._foreign
             if place is not None and material is self._material:
                 before = kept if proof.resumed else None
@@ -334,8 +359,7 @@ class SessionPool:
         session.connection_made(transport)
         for data in channel.early:
             session.data_received(data)
-        if material is self._material:
-            peer.sessions.append(session)
+        peer.sessions.append(session)
         if channel.lost:
             session.connection_lost(None)
         self._metrics.count("lictor_sessions_opened_total", direction="outbound")

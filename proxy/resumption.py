@@ -27,7 +27,8 @@ MAX_PEERS: Final = 32
 MAX_AGE_S: Final = 1800.0
 """How long after a full handshake the last session that stems from it may be resumed."""
 BARREN: Final = 3
-"""After so many connections in a row without a ticket a peer is taken to give none: looking costs CPU too."""
+"""After so many connections in a row without a ticket a peer is taken to give none: looking costs CPU too. So is one
+with which as many handshakes failed that a session was offered in."""
 
 MAX_SERVER_SESSIONS: Final = 1000
 """Sessions that a server's context holds for its peers, at about 10 KiB each."""
@@ -98,12 +99,13 @@ class Kept(NamedTuple):
 class _Place:
     """What is kept for one instance."""
 
-    __slots__ = ("barren", "live", "sessions")
+    __slots__ = ("barren", "failed", "live", "sessions")
 
     def __init__(self) -> None:
         self.sessions: list[Kept] = []
         self.live: dict[Giver, Origin] = {}
         self.barren = 0
+        self.failed = 0
 
 
 Place = tuple[Key, bool]
@@ -136,7 +138,9 @@ class SessionCache:
             if len(self._places) > MAX_PEERS:
                 self._places.popitem(last=False)
         self._places.move_to_end(at)
-        if place.barren < BARREN and len(place.live) < SESSIONS_PER_PEER:
+        if before is not None:
+            place.failed = 0
+        if max(place.barren, place.failed) < BARREN and len(place.live) < SESSIONS_PER_PEER:
             since_s = before.origin.since_s if before is not None else self._monotonic()
             place.live[giver] = Origin(chain_der, since_s, until_s)
 
@@ -165,6 +169,14 @@ class SessionCache:
                 kept_now = self._read(place, giver, place.live.pop(giver))
                 return kept_now if kept_now is not None and self._usable(kept_now) else None
         return None
+
+    def failed(self, at: Place) -> None:
+        """A handshake failed in which a session was offered: the peer's others are worth no more."""
+        place = self._places.get(at)
+        if place is not None:
+            place.failed += 1
+            place.sessions.clear()
+            place.live.clear()
 
     def drop(self, key: Key) -> None:
         """Forget all sessions with an instance."""

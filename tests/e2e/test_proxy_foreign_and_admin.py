@@ -194,6 +194,42 @@ async def test_foreign_upstream_is_cut_when_it_is_deregistered(mesh: Mesh) -> No
     listener.close()
 
 
+@pytest.mark.parametrize("gone", [True, False])
+@with_mesh
+async def test_a_request_under_way_to_a_foreign_instance_ends_when_it_is_deregistered(mesh: Mesh, gone: bool) -> None:
+    """And goes on when another one is."""
+    client, server, _ = await mesh.pair()
+    ended = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\nhalf, ")
+        await ended.wait()
+        writer.write(b"whole.")
+        await reader.read()
+        writer.close()
+
+    tls = context(mesh.ca.leaf("backend", "backend-1"), mesh.ca.root_pem, server=True)
+    listener = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls)
+    foreign = msgspec.structs.replace(server.endpoint, port=listener.sockets[0].getsockname()[1])
+    other = msgspec.structs.replace(server.endpoint, port=1, service_id="backend-9", healthy=False)
+    await client.route("backend", foreign, other, protocol="http")
+    reader, writer = await client.dial()
+    writer.write(b"GET / HTTP/1.1\r\nhost: backend\r\n\r\n")
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"half, ")
+    await client.route("backend", *([other] if gone else [foreign]), protocol="http")
+    if gone:
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(reader.read(), 1)
+        ended.set()
+    else:
+        ended.set()
+        assert await asyncio.wait_for(reader.readexactly(6), 10) == b"whole."
+    await hang_up(writer)
+    listener.close()
+
+
 @with_mesh
 async def test_admin_endpoint_shows_all_but_keys(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from proxy.resumption import BARREN
 from raftstate.model.connect import Leaf, Revocation
 from tests.support.certs import TestCA
 from tests.support.loops import with_mesh
@@ -266,3 +267,27 @@ async def test_a_peer_that_forgot_the_session_is_called_with_a_full_handshake(me
     foreign.context = context(leaf, mesh.ca.root_pem, server=True)  # as after a restart
     assert await client.ask() == b"hi\n"
     assert foreign.resumed[3:] == [False]
+
+
+@with_mesh
+async def test_a_peer_that_fails_over_an_offered_session_is_called_without_one(mesh: Mesh) -> None:
+    """Whatever does not take it: the call goes on, the instance is not blamed, and soon none is offered."""
+    client, foreign, _ = await towards(mesh)
+    failed = 0
+
+    async def fail() -> None:
+        nonlocal failed
+        failed += 1
+        raise ConnectionResetError("not with a session")
+
+    for _ in range(BARREN):
+        foreign.meanwhile = fail
+        assert await client.ask() == b"hi\n"
+        await until(lambda: not client.sidecar._pool._foreign)
+    assert failed == BARREN
+    assert not any(foreign.resumed[3:])
+    (instance,) = client.sidecar._upstreams["backend"].balancer.instances.values()
+    assert (instance.ejections, instance.failures) == (0, 0)
+    assert await client.ask() == b"hi\n"
+    await until(lambda: not client.sidecar._pool._foreign)
+    assert len(client.sidecar._pool._resumable) == 0
