@@ -254,6 +254,8 @@ class PublicListener:
             session.data_received(data)
         if caller.lost:
             session.connection_lost(None)
+        elif self._closed:
+            session.close(frames.DRAINING, "sidecar is draining")  # it began meanwhile: let the peer leave at once
         self._metrics.count("lictor_sessions_opened_total", direction="inbound")
 
     def _failed(self, address: str, cause: str, text: str, source: str = "") -> None:

@@ -19,7 +19,7 @@ from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
 from proxy.pool import ForeignChannel
 from proxy.relay import SocketChannel, dial
-from proxy.stream import Channel, Data, join
+from proxy.stream import Channel, Data, Early, join
 
 if TYPE_CHECKING:
     from proxy.outbound import Upstream
@@ -117,6 +117,8 @@ class Outgoing:
         upstream = self.upstream
         now = upstream.pool.poller.now()
         self._leave()
+        if self._stream_full:
+            self.stream_flow(full=False)  # it was the last attempt's stream that took no more
         instance = self._choice.pick(now, self._tried, self._hash)
         if instance is None:
             self._fail("exhausted", self.reason or "no instance can be used")
@@ -168,8 +170,8 @@ class Outgoing:
         if session.closed or not session.core.can_open:
             self.upstream.tasks.spawn(self._dial(instance))
             return
-        self._stream_full = False
-        stream = self._stream = session.core.open(instance.key.service, _Answer(self), self)
+        answer = _Answer(self)
+        stream = self._stream = answer.stream = session.core.open(instance.key.service, answer, self)
         for data in self._replay:
             stream.write(data)
         if self._eof:
@@ -218,6 +220,8 @@ class Outgoing:
                 channel.attach(app)
             else:
                 join(app, channel)
+            if self._held:
+                app.resume_reading()  # first: what is sent now may be more than the connection takes
             for data in replay:
                 channel.write(data)
             if self._eof:
@@ -225,8 +229,8 @@ class Outgoing:
         else:
             self._replay = []
             join(app, channel)
-        if self._held and not self._stream_full:
-            app.resume_reading()
+            if self._held and not self._stream_full:
+                app.resume_reading()
 
     async def _loopback(self, port: int) -> None:
         me = self.upstream.me
@@ -234,12 +238,14 @@ class Outgoing:
         try:
             async with asyncio.timeout(self.upstream.settings.connect_timeout_s):
                 channel = SocketChannel()
+                channel.peer = early = Early(channel)  # the app may speak first
                 await dial(channel, host, port)
         except (OSError, TimeoutError) as error:
             self._fail("app-down", f"our own app at {host}:{port} cannot be reached: {error or 'timeout'}")
             return
         if self._live:
             self._accepted(channel)
+            early.release(self.app)
         else:
             channel.abort()
 
@@ -375,22 +381,29 @@ class Waiting:
 class _Answer:
     """The stream's peer before it is accepted: no data may come, its end may, and its flow is passed on."""
 
-    __slots__ = ("_outgoing", "peer")
+    __slots__ = ("_outgoing", "peer", "stream")
 
     def __init__(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
         self.peer: Channel = outgoing
+        self.stream: MuxStream | None = None
 
     def write(self, data: Data) -> None:
-        self.abort(StreamClosed("data before the stream was accepted"))
+        self._misbehaved("data before the stream was accepted")
 
     def write_eof(self) -> None:
-        self.abort(StreamClosed("end before the stream was accepted"))
+        self._misbehaved("end before the stream was accepted")
+
+    def _misbehaved(self, reason: str) -> None:
+        # Reset, or it would stay open, and what comes on it next would be taken for the next attempt's.
+        if self.stream is not None:
+            self.stream.reset(frames.PROTOCOL_ERROR, reason)
+        self.abort(StreamClosed(reason))
 
     def abort(self, error: Exception | None = None) -> None:
-        outgoing = self._outgoing
-        stream = outgoing._stream
-        if stream is not None and outgoing._live:
+        outgoing, stream = self._outgoing, self.stream
+        self.stream = None
+        if stream is not None and stream is outgoing._stream and outgoing._live:
             outgoing._stream = None
             outgoing._lost(stream, str(error) if error else "stream was lost")
 
