@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from cli import envoy
 from cli.client import API_FLAGS, Api, quote
@@ -77,24 +78,35 @@ def _workers(args: Args, entry: ProxyService | None) -> int:
     return workers
 
 
-def _endpoint(args: Args) -> str:
-    endpoint = args.text("otlp-endpoint")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise UsageError(f"lictor connect: -otlp-endpoint {endpoint} must begin with http:// or https://")
-    return endpoint
-
-
-def _sample(args: Args) -> float:
-    share = args.share("otlp-sample")
-    if share and not args.text("otlp-endpoint"):
+def _tracing(args: Args) -> tuple[str, float]:
+    """Return the collector's address, and the part of the untraced requests to begin a trace for."""
+    endpoint, share = args.text("otlp-endpoint"), args.share("otlp-sample")
+    if share and not endpoint:
         raise UsageError("lictor connect: -otlp-sample needs -otlp-endpoint, the collector that takes the spans")
-    return share
+    if endpoint and not _is_address(endpoint):
+        raise UsageError(
+            "lictor connect: -otlp-endpoint must be http:// or https:// with a host, such as http://127.0.0.1:4318,"
+            " and neither user, query nor fragment"
+        )
+    return endpoint, share
+
+
+def _is_address(url: str) -> bool:
+    """Whether a URL says where to send something, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number, brackets do not match
+        return False
+    return known and not (parts.username or parts.password or parts.query or parts.fragment)
 
 
 def connect(args: Args) -> int:
     """Run a sidecar until it is told to end, or the child command ends."""
     name, instance, entry = _names(args)
     upstreams = merge(entry.upstreams if entry else (), parse_upstreams(args.text("upstreams")))
+    workers = _workers(args, entry)
+    otlp_endpoint, otlp_sample = _tracing(args)
     api = Api.of(args)
     name, app_port = _service(api, args, name, instance, entry)
 
@@ -111,10 +123,10 @@ def connect(args: Args) -> int:
         upstreams=upstreams,
         admin_port=args.number("admin-port", OFF),
         drain_s=args.seconds("drain", 5.0),
-        workers=_workers(args, entry),
+        workers=workers,
         access_log=args.text("access-log"),
-        otlp_endpoint=_endpoint(args),
-        otlp_sample=_sample(args),
+        otlp_endpoint=otlp_endpoint,
+        otlp_sample=otlp_sample,
         command=tuple(args.rest),
     )
     return run_sidecar(plan, api, verbose=args.on("verbose"))

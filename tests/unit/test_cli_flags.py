@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cli.errors import UsageError
-from cli.flags import Args, Command, Flag, HelpWanted, duration, parse, port, usage, whole
+from cli.flags import Args, Command, Flag, HelpWanted, duration, parse, port, ratio, usage, whole
 from cli.main import ALIASES, FAMILIES, find, load, main
 
 
@@ -102,6 +102,17 @@ def test_bad_durations(text: str) -> None:
 def test_bad_numbers(text: str) -> None:
     with pytest.raises(ValueError):
         whole(text)
+
+
+@pytest.mark.parametrize(("text", "share"), [("0", 0), ("1", 1), ("1.0", 1), ("0.01", 0.01), (".5", 0.5), ("1.", 1)])
+def test_ratios(text: str, share: float) -> None:
+    assert ratio(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.1", "2", "1e-3", "nan", "inf", "1%", "٠", ".", "0" * 5000])
+def test_bad_ratios(text: str) -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        ratio(text)
 
 
 def _leaves() -> list[tuple[str, Command]]:
