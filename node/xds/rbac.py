@@ -120,7 +120,7 @@ def revoked(snapshot: Snapshot, service: str = "") -> dict[str, Rule]:
             continue
         principals = _revoked_principals(one, snapshot)
         if principals:
-            policies[f"{one.kind} {one.service}:{one.value}" if one.service else f"{one.kind} {one.value}"] = {
+            policies[f"{one.kind} {_label((one.service, one.value) if one.service else (one.value, ''))}"] = {
                 "permissions": [{"any": True}],
                 "principals": principals,
             }
@@ -155,8 +155,15 @@ def spiffe_uri(service: str, snapshot: Snapshot) -> str:
 
 def subject(service: str, instance: str) -> str:
     """Return the subject of an instance's leaf as Envoy prints it (RFC 2253: the last part first)."""
-    parts = [x509.NameAttribute(NameOID.COMMON_NAME, service[:64]), x509.NameAttribute(NameOID.USER_ID, instance)]
-    return x509.Name(parts).rfc4514_string()
+    return _printed(
+        x509.NameAttribute(NameOID.COMMON_NAME, service[:64]), x509.NameAttribute(NameOID.USER_ID, instance)
+    )
+
+
+def _printed(*parts: x509.NameAttribute[str]) -> str:
+    """Return a subject as Envoy's BoringSSL prints it: what is not ASCII as its bytes in UTF-8, in hexadecimal."""
+    text = x509.Name(parts).rfc4514_string()
+    return "".join(one if one.isascii() else "".join(f"\\{byte:02X}" for byte in one.encode()) for one in text)
 
 
 def _applying(snapshot: Snapshot) -> list[Intention]:
@@ -187,7 +194,9 @@ def _source(one: Intention) -> Source:
 
 
 def _label(source: Source) -> str:
-    return f"{source[0]}:{source[1]}" if source[1] else source[0]
+    """Return a name of a source that no other has: names may have colons."""
+    service, instance = (part.replace("\\", "\\\\").replace(":", "\\:") for part in source)
+    return f"{service}:{instance}" if instance else service
 
 
 def _except(rule: Rule, others: list[Rule]) -> Rule:
@@ -208,7 +217,7 @@ def _revoked_principals(one: Revocation, snapshot: Snapshot) -> list[Rule]:
         return [principal((one.service, one.value), snapshot)]
     if one.kind == "instance":
         # Of whatever service: the subject is UID=<instance>,CN=<service>, and what the UID holds is escaped.
-        uid = x509.Name([x509.NameAttribute(NameOID.USER_ID, one.value)]).rfc4514_string()
+        uid = _printed(x509.NameAttribute(NameOID.USER_ID, one.value))
         return [_state(SUBJECT_KEY, {"prefix": uid + ",CN="}), _state(SUBJECT_KEY, {"exact": uid})]
     return []
 

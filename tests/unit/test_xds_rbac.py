@@ -157,3 +157,35 @@ def test_a_policy_of_requests_meets_only_listeners_that_read_them_its_way() -> N
     new = set(found[2][types.EXTENSION]) - set(found[0][types.EXTENSION])
     assert all(name in str(header) and name not in str(plain) for name in new)
     assert new
+
+
+def test_no_revocation_takes_anothers_place() -> None:
+    """Names may have colons: of two revocations whose names read alike, one was lost."""
+    rows = (
+        Revocation("instance", "b", service="a"),
+        Revocation("instance", "a:b"),
+        Revocation("instance", "b:c", "a"),
+    )
+    assert len(rbac.revoked(make_snapshot(revocations=rows))) == 3
+    intentions = [
+        Intention("b", "backend", source_service="a", action="allow"),
+        Intention("a:b", "backend", action="allow"),
+    ]
+    assert len(rbac.access(make_snapshot(*intentions)).policies) == 2
+
+
+@pytest.mark.parametrize(
+    ("instance", "printed"),
+    [
+        ("shop-1", "UID=shop-1,CN=caf\\C3\\A9"),
+        ("sh\xf6p-1", "UID=sh\\C3\\B6p-1,CN=caf\\C3\\A9"),
+        ("\u65e5\u672c", "UID=\\E6\\97\\A5\\E6\\9C\\AC,CN=caf\\C3\\A9"),
+        ("a+b;c<d>,e", "UID=a\\+b\\;c\\<d\\>\\,e,CN=caf\\C3\\A9"),
+        (" #x= ", "UID=\\ #x=\\ ,CN=caf\\C3\\A9"),
+    ],
+)
+def test_a_subject_is_what_envoy_prints(instance: str, printed: str) -> None:
+    """As Envoy 1.40 wrote them into its access log."""
+    assert rbac.subject("caf\xe9", instance) == printed
+    (policy,) = rbac.revoked(make_snapshot(revocations=(Revocation("instance", instance),))).values()
+    assert printed.startswith(policy["principals"][0]["filter_state"]["string_match"]["prefix"])
