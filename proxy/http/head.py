@@ -51,6 +51,8 @@ HOST_VALUE: Final = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]\-]*")
 _ABSOLUTE: Final = re.compile(rb"https?://([^/?#@]*)(.*)", re.IGNORECASE | re.DOTALL)
 _ORDINARY_CONNECTION: Final = (b",keep-alive", b",close")
 _BLANKS: Final = (b" ", b"\t")
+LENGTH_DIGITS_MAX: Final = 20
+"""As 64 bits have; Python reads no number of thousands of digits, be they all zeros."""
 IDEMPOTENT: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
 NAMES: Final[dict[bytes, tuple[bytes, int]]] = {}
@@ -150,7 +152,7 @@ def read_request_head(
                 connection += b"," + value.lower()
                 continue
             elif kind == LENGTH:
-                if head.length is not None or not value.isdigit():
+                if head.length is not None or not value.isdigit() or len(value) > LENGTH_DIGITS_MAX:
                     raise BadRequest(400, "Content-Length must be one number")
                 head.length = int(value)
             elif kind == CODING:
@@ -266,7 +268,7 @@ def read_response_head(status: int, reason: bytes, raw: Sequence[Field]) -> Resp
                     raise BadResponse("the app's Transfer-Encoding is not chunked")
                 head.chunked = True
                 continue
-            if head.length is not None or not value.isdigit():
+            if head.length is not None or not value.isdigit() or len(value) > LENGTH_DIGITS_MAX:
                 raise BadResponse("the app's Content-Length is not one number")
             head.length = int(value)
             if status < 200 or status == 204:  # RFC 9110, section 8.6: there is none in these

@@ -316,6 +316,8 @@ class Upstream:
         if version not in ("1.1", "1.0"):
             raise BadResponse("the app does not speak HTTP/1.1")
         if status < 200:
+            if status < 100:
+                raise BadResponse("the app's response has no status of three digits")
             if status == 101:
                 if not request.upgrade or head.upgrade.lower() != request.upgrade.encode():
                     raise BadResponse("the app switched protocols without being asked to")
