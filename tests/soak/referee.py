@@ -151,6 +151,11 @@ class Referee:
         return lines
 
 
+def course_of(samples: list[tuple[float, float]], points: int = 10) -> list[float]:
+    """Return the figure at about so many moments, evenly spread, the first and the last among them."""
+    return [samples[round(at * (len(samples) - 1) / (points - 1))][1] for at in range(points)]
+
+
 def growth(samples: list[tuple[float, float]]) -> float:
     """Return by how much a figure grew over the last half of its time, by the straight line nearest to it there."""
     if len(samples) < 8:

@@ -23,7 +23,7 @@ import psutil
 from tests.e2e.support_e2e import Mesh, mesh
 from tests.soak.apps import BOTH, METHOD, STREAM, GrpcApp, HttpApp, L4App
 from tests.soak.load import Load
-from tests.soak.referee import Referee, Withdrawal, growth
+from tests.soak.referee import Referee, Withdrawal, course_of, growth
 
 SERVICES: dict[str, Callable[[Referee, str, str], L4App | HttpApp | GrpcApp]] = {
     "l4": L4App, "http": HttpApp, "grpc": GrpcApp,
@@ -346,7 +346,8 @@ class Soak:
         report.lines.append(referee.around_kills())
         for name, samples in self.memory.items():
             grown = growth(samples)
-            report.lines.append(f"memory of {name}: {samples[-1][1] / 1e6:.1f} MB, {grown:+.1%} over the last half")
+            course = " ".join(f"{size / 1e6:.1f}" for size in course_of(samples))
+            report.lines.append(f"memory of {name}: {course} MB, {grown:+.1%} over the last half")
             if self.plan.minutes >= MEMORY_MINUTES and grown > GROWTH_MAX:
                 report.faults.append(f"memory of {name} grew by {grown:.1%} over the last half")
         return report

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.support_e2e import Mesh
 from tests.soak.apps import pattern
-from tests.soak.referee import DENIED, ERROR, OK, WRONG, Attempt, Referee, Withdrawal, growth
+from tests.soak.referee import DENIED, ERROR, OK, WRONG, Attempt, Referee, Withdrawal, course_of, growth
 from tests.soak.run import Held, Plan, Soak, soak
 
 
@@ -75,6 +75,14 @@ def test_a_wrong_answer_is_never_excused() -> None:
 def test_growth_is_from_the_middle_to_the_end(per_second: float, found: float) -> None:
     samples = [(1000.0 + t, 100 + per_second * t) for t in range(401)]
     assert growth(samples) == pytest.approx(found, rel=0.01)
+
+
+def test_the_course_of_a_figure_has_its_ends() -> None:
+    samples = [(float(at), at * 2.0) for at in range(100)]
+    course = course_of(samples)
+    assert (course[0], course[-1], len(course)) == (0.0, 198.0, 10)
+    assert course == sorted(course)
+    assert course_of(samples[:1]) == [0.0] * 10
 
 
 def test_growth_sees_through_noise_and_not_what_was_before() -> None:
