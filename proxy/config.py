@@ -28,6 +28,9 @@ class Configuration:
         self.version = 0
         self.self: SidecarSelf | None = None
         self.material: TlsMaterial | None = None
+        self.tls_due = False
+        """Leaf or bundle are new and no contexts could be made of them for want of descriptors or memory; the next
+        :meth:`apply` tries again."""
         self.policy: Policy | None = None
         """None while intentions are not known or could not be compiled: nothing is admitted then."""
         self.policy_version = 0
@@ -62,7 +65,7 @@ class Configuration:
         if update.self is not None and update.self != self.self:
             self.self = update.self
             changed.add(SELF)
-        if self._takes_tls(update) and self._renew_material():
+        if (self._takes_tls(update) or self.tls_due) and self._renew_material():
             changed.add(TLS)
         if self._takes_policy(update):
             self._recompile()
@@ -92,7 +95,14 @@ class Configuration:
         except BadConfiguration as error:
             kept = "the one before stays in force" if self.material else "no call can be taken or made"
             log.warning("%s; %s", error, kept)
+            self.tls_due = False
             return False
+        except OSError as error:  # nothing is wrong with them
+            if not self.tls_due:
+                log.warning("the new certificate can't be taken yet, trying again: %s", error.strerror)
+            self.tls_due = True
+            return False
+        self.tls_due = False
         return True
 
     def _takes_policy(self, update: SidecarUpdate) -> bool:

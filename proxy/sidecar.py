@@ -336,6 +336,8 @@ class Sidecar:
             await asyncio.sleep(_TICK_S)
             ticks += 1
             now = loop.time()
+            if self.config.tls_due:
+                await self.apply(SidecarUpdate(version=self.config.version))
             self._desk.tick(now)
             for upstream in self._upstreams.values():
                 upstream.tick(now)

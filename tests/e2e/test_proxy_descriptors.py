@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -81,3 +82,28 @@ async def test_connections_wait_for_descriptors_without_a_busy_loop_and_the_othe
         call.close()
     for _, writer in live:
         writer.close()
+
+
+@with_mesh
+async def test_a_certificate_is_renewed_once_there_are_descriptors_again(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its contexts take one; a sidecar that has none goes on with the certificate before."""
+
+    def none_left(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    client, _, _ = await mesh.pair()
+    reader, writer = await client.dial()
+    writer.write(b"made\n")
+    assert await asyncio.wait_for(reader.readline(), 10) == b"made\n"
+    before = client.sidecar.config.material
+    with monkeypatch.context() as wanting:
+        wanting.setattr(os, "memfd_create", none_left)
+        await client.push(leaf=mesh.ca.leaf("web", "web-1"))
+        assert client.sidecar.config.material is before
+        writer.write(b"still\n")
+        assert await asyncio.wait_for(reader.readline(), 10) == b"still\n"
+    await until(lambda: client.sidecar.config.material is not before)
+    assert await client.ask() == b"hi\n"
+    writer.close()
