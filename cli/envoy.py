@@ -181,7 +181,11 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
             "id": row["ID"],
             "cluster": row["Proxy"]["DestinationServiceName"],
             # Sent again after a restart of the agent, which then needs nothing else to know this sidecar.
-            "metadata": {"lictor.definition": json.dumps(row, sort_keys=True)},
+            # And where Envoy can ask about the instances that it calls.
+            "metadata": {
+                "lictor.definition": json.dumps(row, sort_keys=True),
+                "lictor.agent": f"{agent[0]}:{agent[1]}",
+            },
         },
         "admin": {"address": _address(LOOPBACK, admin_port)},
         "dynamic_resources": {"ads_config": ads, "cds_config": source, "lds_config": source},

@@ -26,6 +26,7 @@ from node.http.context import HttpOptions
 from node.http.front.guards import FrontOptions
 from node.tokens import AccessControl, AgentTokens, tokens_of
 from node.version import lictor_version
+from node.xds.checks import Checks
 from node.xds.door import Inner, XdsDoor
 
 if TYPE_CHECKING:
@@ -118,10 +119,11 @@ class AgentSide:
 
         async def make() -> Inner:
             module = await asyncio.to_thread(importlib.import_module, "node.xds.server")
-            xds: Inner = module.XdsServer(agent, access)
+            xds: Inner = module.XdsServer(agent, access, checks)
             return xds
 
-        door = XdsDoor(make)
+        checks = Checks()
+        door = XdsDoor(make, checks)
         self._undo.append(door.stop)
         try:
             await door.start(node.grpc_address, node.grpc_port)

@@ -1,7 +1,8 @@
 """The port on which Envoys find the xDS server, which is started by the first of them.
 
 gRPC and Envoy's messages take some 17 MiB of an agent's memory and a fifth of a second: most agents have no Envoy and
-shall not pay for it. So a plain listener holds the port, and carries bytes to the server behind it.
+shall not pay for it. So a plain listener holds the port, and carries bytes to the server behind it. It answers the
+Envoys' checks of instances itself (:mod:`node.xds.checks`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from node.errors import NodeError
+from node.xds.checks import Checks
 from proxy.relay import SocketChannel, as_protocol, dial
 from proxy.stream import Early, join
 
@@ -19,6 +21,10 @@ log = logging.getLogger("lictor.xds")
 
 VISITORS_MAX = 1024
 """Connections at a time; more are dropped."""
+FIRST_BYTES_S = 10.0
+"""Within which a connection must say what it is."""
+_CHECK = b"GET "
+"""What an Envoy's check of an instance begins with; its streams are HTTP/2."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -32,8 +38,10 @@ class Inner(Protocol):
 class XdsDoor:
     """Holds the port. ``make`` returns the server, not started yet; it is called once, when the first Envoy comes."""
 
-    def __init__(self, make: Callable[[], Awaitable[Inner]]) -> None:
+    def __init__(self, make: Callable[[], Awaitable[Inner]], checks: Checks | None = None) -> None:
+        """``checks``: what answers Envoys that ask about instances, by HTTP/1.1 on the same port."""
         self._make = make
+        self._checks = checks or Checks()
         self._inner: Inner | None = None
         self._inner_port = 0
         self._opening = asyncio.Lock()
@@ -60,13 +68,20 @@ class XdsDoor:
             await self._inner.stop()
         for channel in list(self.channels):
             channel.abort()
+        self._checks.close()
         await asyncio.sleep(0)  # sockets are closed on the loop's next turn
 
     def visited(self, visitor: _Visitor) -> None:
-        """Lead a connection to the server behind."""
+        """Take a connection, or drop it because there are too many."""
         if len(self.channels) > 2 * VISITORS_MAX:
             log.warning("more than %d connections to the xDS port: one is dropped", VISITORS_MAX)
             visitor.abort()
+
+    def sort(self, visitor: _Visitor, early: bytes) -> None:
+        """Lead a connection to the server behind, or to the checks of instances, by its first bytes."""
+        if early.startswith(_CHECK):
+            self.channels.discard(visitor)
+            self._checks.take(cast(asyncio.Transport, visitor.transport), early)
             return
         task = asyncio.get_running_loop().create_task(self._lead(visitor))
         self._tasks.add(task)
@@ -115,8 +130,35 @@ class _End(SocketChannel):
 class _Visitor(_End):
     """The end that the Envoy opened."""
 
-    __slots__ = ()
+    __slots__ = ("_first", "_sorted", "_timer")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self._first, self._sorted = b"", False
+        self._timer = asyncio.get_running_loop().call_later(FIRST_BYTES_S, self.abort)
         self._door.visited(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._sorted:
+            super().data_received(data)
+            return
+        self._first += data
+        if len(self._first) >= len(_CHECK):
+            self._sort()
+
+    def eof_received(self) -> bool:
+        if not self._sorted:
+            self._sort()
+        return super().eof_received()
+
+    def on_closed(self) -> None:
+        self._timer.cancel()
+        super().on_closed()
+
+    def _sort(self) -> None:
+        self._timer.cancel()
+        self._sorted = True
+        first, self._first = self._first, b""
+        if not first.startswith(_CHECK):
+            super().data_received(first)
+        self._door.sort(self, first)

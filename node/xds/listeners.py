@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from node.xds import rbac, types
 from node.xds.callers import Chain
-from node.xds.clusters import cluster_name, common_tls, peer_of, secret
+from node.xds.clusters import common_tls, peer_of, secret
+from node.xds.leaving import cluster_name
 from node.xds.plan import DEFAULT_RETRY, http_routes, tcp_way
 from node.xds.settings import own_request_timeout
 from node.xds.snapshot import Snapshot
@@ -20,6 +21,8 @@ SHARED_FOR = "5s"
 """How long callers that are not told apart keep a connection for their next request."""
 LINGER = "0.1s"
 """How long Envoy waits for the other side to close a connection whose answer was cut; its default is 1 s."""
+ATTEMPTS = 5
+"""How often a TCP call is tried, each time with the instance that is due."""
 WEBSOCKET = [{"upgrade_type": "websocket"}]
 
 
@@ -191,7 +194,7 @@ def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
         stat_prefix=prefix,
         idle_timeout="0s",
-        max_connect_attempts=1 if cluster == types.LOCAL_APP else 5,
+        max_connect_attempts=1 if cluster == types.LOCAL_APP else ATTEMPTS,
         **(way or {"cluster": cluster}),
     )
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}

@@ -21,6 +21,7 @@ import envoy.extensions.filters.listener.tls_inspector.v3.tls_inspector_pb2
 import envoy.extensions.filters.network.http_connection_manager.v3.http_connection_manager_pb2
 import envoy.extensions.filters.network.rbac.v3.rbac_pb2
 import envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2
+import envoy.extensions.transport_sockets.raw_buffer.v3.raw_buffer_pb2
 import envoy.extensions.transport_sockets.tls.v3.secret_pb2 as secret_pb2
 import envoy.extensions.transport_sockets.tls.v3.tls_pb2
 import envoy.extensions.upstreams.http.v3.http_protocol_options_pb2  # noqa: F401 - registers it
@@ -43,12 +44,23 @@ DeltaRequest = discovery_pb2.DeltaDiscoveryRequest
 DeltaResponse = discovery_pb2.DeltaDiscoveryResponse
 
 
+class BadResource(Exception):
+    """A resource that is no message of its type: a number that its field has no room for, say."""
+
+
 CHAINS_KEPT = 512
 """Filter chains whose encoded form is remembered: of hundreds in a listener, a change touches a few."""
 
 
 def encode(type_url: str, resource: dict[str, Any]) -> Any:
-    """Return the resource as an ``Any``. Raises ``json_format.ParseError`` naming the field that is wrong."""
+    """Return the resource as an ``Any``. Raises :class:`BadResource` naming the field that is wrong."""
+    try:
+        return _encoded(type_url, resource)
+    except json_format.ParseError as error:
+        raise BadResource(str(error)) from error
+
+
+def _encoded(type_url: str, resource: dict[str, Any]) -> Any:
     chains = resource.get("filter_chains", ()) if type_url == types.LISTENER else ()
     if chains:
         resource = {name: value for name, value in resource.items() if name != "filter_chains"}
@@ -64,17 +76,10 @@ def _encoded_chain(text: str) -> bytes:
     return encoded
 
 
-def delta_response(type_url: str, nonce: str, rows: list[tuple[str, str, dict[str, Any]]], removed: list[str]) -> Any:
-    """Return a response with (name, version, resource) rows."""
-    return DeltaResponse(
-        type_url=type_url,
-        nonce=nonce,
-        resources=[
-            discovery_pb2.Resource(name=name, version=version, resource=encode(type_url, resource))
-            for name, version, resource in rows
-        ],
-        removed_resources=removed,
-    )
+def delta_response(type_url: str, nonce: str, rows: list[tuple[str, str, Any]], removed: list[str]) -> Any:
+    """Return a response with (name, version, encoded resource) rows."""
+    resources = [discovery_pb2.Resource(name=name, version=version, resource=one) for name, version, one in rows]
+    return DeltaResponse(type_url=type_url, nonce=nonce, resources=resources, removed_resources=removed)
 
 
 def metadata_of(request: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from node.xds import clusters, listeners, rbac, types
 from node.xds.callers import EVERYONE_ELSE, Chain
+from node.xds.leaving import Checked, Leaving, cluster_name, groups
 from node.xds.snapshot import Snapshot
 from node.xds.types import Rule, is_http
 
@@ -19,6 +20,8 @@ def resources(
     snapshot: Snapshot,
     chains: Sequence[Chain] = (Chain(EVERYONE_ELSE, 0),),
     generations: Mapping[str, int] = {},
+    checked: Checked | None = None,
+    leaving: Leaving | None = None,
 ) -> Resources:
     """Compile everything.
 
@@ -35,9 +38,11 @@ def resources(
     )
     found[types.LISTENER][types.PUBLIC_LISTENER] = listeners.public_listener(snapshot, access, chains, http=http)
     for upstream in snapshot.upstreams:
-        name = clusters.cluster_name(upstream)
-        found[types.CLUSTER] |= clusters.upstream_clusters(upstream, snapshot)
-        found[types.ENDPOINTS] |= clusters.upstream_endpoints(upstream, snapshot)
+        name = cluster_name(upstream)
+        asks = checked if leaving is not None and name in leaving.checked else None
+        gone = {one: leaving.of(one) for one in groups(upstream)} if leaving is not None else {}
+        found[types.CLUSTER] |= clusters.upstream_clusters(upstream, snapshot, asks)
+        found[types.ENDPOINTS] |= clusters.upstream_endpoints(upstream, snapshot, asks, gone)
         found[types.LISTENER][name] = listeners.upstream_listener(upstream, generations.get(name, 0))
         if is_http(upstream.protocol):
             found[types.ROUTES][name] = listeners.upstream_routes(upstream)

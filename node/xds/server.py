@@ -8,7 +8,9 @@ outlives the agent registers again by itself. While the stream lives the sidecar
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -25,7 +27,9 @@ from node.http.agent_services import definition_of, registration_needs
 from node.http.errors import BadRequest
 from node.tokens import AccessControl
 from node.xds import messages
+from node.xds.checks import Checks
 from node.xds.known import KnownCallers
+from node.xds.leaving import Checked
 from node.xds.session import Session
 
 log = logging.getLogger("lictor.xds")
@@ -54,9 +58,10 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 class XdsServer:
     """Serves the Envoys of this node. ``await start(address, port)``, ``await stop()``."""
 
-    def __init__(self, agent: LocalAgent, access: AccessControl | None = None) -> None:
-        """``access``: set to ask for tokens."""
+    def __init__(self, agent: LocalAgent, access: AccessControl | None = None, checks: Checks | None = None) -> None:
+        """``access``: set to ask for tokens. ``checks``: what answers Envoys that ask about instances."""
         self._agent, self._access = agent, access
+        self._checks = checks or Checks()
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str, port: int) -> int:
@@ -99,12 +104,15 @@ class XdsServer:
             withdrawn = await self._permit(_token(context), definition)
             async with self._agent.streams.hold(definition, "of Envoy") as feed:
                 log.info("Envoy of %s follows its configuration", first.node.id)
-                stream = _Stream(first, requests, context, feed, self._is_gone(first.node.id), withdrawn)
+                session = Session(first.node.id, self._checks, _checked(first))
+                stream = _Stream(first, requests, context, feed, session, self._is_gone(first.node.id), withdrawn)
                 known = KnownCallers(self._agent.views, stream.look_anew)
+                self._checks.follow(first.node.id, stream.look_anew)
                 try:
                     await stream.run(known)
                 finally:
                     known.close()
+                    self._checks.forget(first.node.id)
         except (NodeError, BadDefinition) as error:
             log.warning("Envoy of %s is turned away: %s", first.node.id or "?", error)
             code = next((name for kind, name in _CODES if isinstance(error, kind)), "UNAVAILABLE")
@@ -160,17 +168,18 @@ class _Stream:
         requests: AsyncIterator[Any],
         context: Any,
         feed: SidecarFeed,
+        session: Session,
         deregistered: Callable[[], bool],
         withdrawn: Withdrawn | None = None,
     ) -> None:
         self._first, self._requests, self._context, self._feed = first, requests, context, feed
         self._deregistered = deregistered
         self._withdrawn = withdrawn
-        self._session = Session(first.node.id)
+        self._session = session
         self._wake = asyncio.Event()
 
     def look_anew(self) -> None:
-        """Be told that an instance of a caller has come or gone."""
+        """Be told that an instance of a caller has come or gone, or that the calls to a withdrawn one have ended."""
         self._wake.set()
 
     async def run(self, known: KnownCallers) -> None:
@@ -207,13 +216,31 @@ class _Stream:
 
     async def _write(self, known: KnownCallers) -> None:
         while True:
-            await self._wake.wait()
+            at = self._session.settle_at
+            try:
+                async with asyncio.timeout(None if at is None else max(0.0, at - time.monotonic())):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass  # it is time to settle
             self._wake.clear()
+            self._session.settle()
             services, anyone = self._session.callers
             known.follow(services, everyone=anyone)
             self._session.know(known.instances(), known.services())
             for response in self._session.responses():
                 await self._context.write(response)
+
+
+def _checked(first: Any) -> Checked | None:
+    """Return how an Envoy can ask about instances: where it says that it reaches this agent. None: it does not."""
+    said = messages.metadata_of(first).get("lictor.agent")
+    host, _, port = said.rpartition(":") if isinstance(said, str) else ("", "", "")
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+        number = int(port)
+    except ValueError:
+        return None
+    return Checked(str(address), number, first.node.id) if 0 < number < 65536 else None
 
 
 def _token(context: Any) -> str:

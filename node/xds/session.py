@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from node.xds import messages, types
 from node.xds.callers import Chains, Verdicts
+from node.xds.checks import Checks
 from node.xds.delta import Push, Subscriber
+from node.xds.leaving import Checked, Leaving, upstream_of
 from node.xds.resources import Resources, resources, version_of
 from node.xds.snapshot import Merge
 from node.xds.ways import Ways
@@ -16,6 +19,9 @@ from raftstate.model.sidecar import SidecarUpdate
 
 log = logging.getLogger("lictor.xds")
 
+_OF_UPSTREAMS = (types.CLUSTER, types.ENDPOINTS)
+WORDS_MAX = 2000
+"""How much of what an Envoy says of a refusal is logged."""
 STATE_ENDS = "|"
 """In a listener's version: between what a later stream goes on from, and what tells the content."""
 
@@ -23,8 +29,19 @@ STATE_ENDS = "|"
 class Session:
     """What one Envoy has and is to have."""
 
-    def __init__(self, sidecar_id: str) -> None:
+    def __init__(
+        self,
+        sidecar_id: str,
+        checks: Checks | None = None,
+        checked: Checked | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``checked``: how Envoy can ask ``checks`` about instances, None when it cannot."""
         self._sidecar_id = sidecar_id
+        self._checks, self._checked, self._clock = checks or Checks(), checked, clock
+        self._leaving = Leaving()
+        self._brought: dict[str, dict[str, str]] = {}
+        """Versions of clusters and their instances that Envoy has from an earlier stream, not compared yet."""
         self._merge = Merge()
         self._subscriber = Subscriber()
         self._resources: Resources = {}
@@ -44,6 +61,9 @@ class Session:
         initial = dict(request.initial_resource_versions)
         if url == types.LISTENER and initial:
             self._resume(initial)
+        if url in _OF_UPSTREAMS and initial:
+            self._brought.setdefault(url, {}).update(initial)
+            self._compare()
         self._subscriber.request(url, request.resource_names_subscribe, request.resource_names_unsubscribe, initial)
 
     def _answered(self, request: Any) -> None:
@@ -51,12 +71,13 @@ class Session:
         verdict = self._subscriber.answered(request.type_url, request.response_nonce, accepted=not refused)
         if not refused:
             return
-        names = ", ".join(verdict.names) if verdict else "?"
-        kind = request.type_url.rpartition(".")[2]
-        self.refused += len(verdict.names) if verdict else 1
+        self._refuse(request.type_url, verdict.names if verdict else ["?"], request.error_detail.message)
+
+    def _refuse(self, type_url: str, names: Sequence[str], why: str) -> None:
+        self.refused += len(names)
         log.error(
             "Envoy of %s refuses %s %s and keeps what it had: %s",
-            self._sidecar_id, kind, names, request.error_detail.message,
+            self._sidecar_id, type_url.rpartition(".")[2], ", ".join(names), why[:WORDS_MAX],
         )  # fmt: skip
 
     def _resume(self, versions: Mapping[str, str]) -> None:
@@ -98,9 +119,57 @@ class Session:
             return
         self._verdicts = Verdicts(snapshot)
         self._chains.follow(self._verdicts, self._instances, self._services)
-        self._ways.follow(snapshot)
-        generations = self._ways.generations
-        self._resources = resources(snapshot, self._chains.all(), generations)
+        mixed: set[str] = set()
+        if self._checked is not None:
+            mixed = self._leaving.follow(snapshot, self._clock())
+        self._ways.follow(snapshot, self._leaving.checked.__contains__)
+        before = self._versions.get(types.CLUSTER, {})
+        self._make()
+        after = self._versions[types.CLUSTER]
+        # Calls through a cluster that is replaced go on, and no check of the new one's ends them.
+        mixed |= {upstream_of(name) for name in before.keys() & after.keys() if before[name] != after[name]}
+        self._mix(mixed)
+        self._compare()
+        self._checks.withdraw(self._sidecar_id, self._leaving.labels())
+
+    def _compare(self) -> None:
+        """Look whether what Envoy has from an earlier stream is what it is to have."""
+        for url in _OF_UPSTREAMS if self._versions else ():
+            ours = self._versions[url]
+            brought = self._brought.pop(url, {})
+            self._mix({upstream_of(name) for name, version in brought.items() if ours.get(name, version) != version})
+
+    def _mix(self, upstreams: set[str]) -> None:
+        upstreams = upstreams & self._leaving.checked  # others' calls are ended all together anyway
+        if not upstreams <= self._ways.mixed:
+            self._ways.mixed |= upstreams
+            self._make()
+
+    @property
+    def settle_at(self) -> float | None:
+        """When :meth:`settle` has something to do at the latest."""
+        return self._leaving.next_at()
+
+    def settle(self) -> None:
+        """Take instances out of their clusters whose calls have ended, or could not be ended one by one."""
+        done, late = self._leaving.settle(self._checks.acknowledged(self._sidecar_id), self._clock())
+        if not done:
+            return
+        for name in sorted(late):
+            log.warning(
+                "Envoy of %s has not ended the calls to an instance of %s: all are ended", self._sidecar_id, name
+            )
+            self._ways.end(name)
+        self._make()
+        self._checks.withdraw(self._sidecar_id, self._leaving.labels())
+
+    def _make(self) -> None:
+        snapshot = self._merge.snapshot()
+        if snapshot is None:
+            return
+        self._resources = resources(
+            snapshot, self._chains.all(), self._ways.generations, self._checked, self._leaving
+        )
         self._versions = {
             url: {name: version_of(one) for name, one in rows.items()} for url, rows in self._resources.items()
         }
@@ -132,7 +201,12 @@ class Session:
         return self.responses()
 
     def _response(self, push: Push) -> Any:
-        rows, versions = self._resources[push.type_url], self._versions[push.type_url]
-        return messages.delta_response(
-            push.type_url, push.nonce, [(name, versions[name], rows[name]) for name in push.send], list(push.removed)
-        )
+        """Return the message. What cannot be told is left out: the rest, withdrawals perhaps, must not wait for it."""
+        resources, versions = self._resources[push.type_url], self._versions[push.type_url]
+        rows = []
+        for name in push.send:
+            try:
+                rows.append((name, versions[name], messages.encode(push.type_url, resources[name])))
+            except messages.BadResource as error:
+                self._refuse(push.type_url, [name], f"it cannot be told: {error}")
+        return messages.delta_response(push.type_url, push.nonce, rows, list(push.removed))

@@ -19,6 +19,8 @@ UNBOUND = 1_000_000
 """Envoy's own bounds (1,024 connections and requests) would fail calls that a Lictor sidecar carries."""
 ONLY_WHEN_NONE_IS_LEFT = 1_000_000
 """Overprovisioning, percent: a priority counts as whole while one in ten thousand of its instances is healthy."""
+YEAR_S = 366 * 86_400.0
+"""No call takes longer, and Envoy takes no duration of thousands of years."""
 NEAR_ENOUGH = 140
 """The same for near instances: when fewer than 1/1.4 of them can be used, a share of the calls goes farther."""
 _LB = {"random": "RANDOM", "round_robin": "ROUND_ROBIN", "ring_hash": "RING_HASH", "maglev": "MAGLEV"}
@@ -76,13 +78,14 @@ class ClusterSettings:
     def _ejection(self) -> Rule:
         """Leave out who cannot be reached, and who answers with 5xx where a passive health check says so."""
         options = self._options
+        failures = min(options.failures_to_eject, 2**32 - 1)
         enforced = round(options.enforced_share * 100)
         return {
             "split_external_local_origin_errors": True,
-            "consecutive_local_origin_failure": options.failures_to_eject,
+            "consecutive_local_origin_failure": failures,
             "enforcing_consecutive_local_origin_failure": enforced,
             "enforcing_local_origin_success_rate": 0,
-            "consecutive_5xx": options.failures_to_eject,
+            "consecutive_5xx": failures,
             "enforcing_consecutive_5xx": enforced if options.judges_answers else 0,
             "enforcing_consecutive_gateway_failure": 0,
             "enforcing_success_rate": 0,
@@ -161,5 +164,7 @@ def whole(value: object) -> int | None:
 
 
 def seconds(value: float) -> str:
-    """Return a duration as protobuf's JSON has it."""
+    """Return a duration as protobuf's JSON has it; one that is too long for Envoy, or no number, as a year."""
+    if not value <= YEAR_S:
+        value = YEAR_S
     return f"{value:.9f}".rstrip("0").rstrip(".") + "s"

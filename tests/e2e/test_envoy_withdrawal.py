@@ -48,6 +48,7 @@ class Busy:
         self.line = Line(address)
         self.ended_at = 0.0
         self.exchanges = 0
+        self.answered_by = b""
         self._stop = False
         assert self.line.hear() == GREETING
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -55,9 +56,11 @@ class Busy:
 
     def _run(self) -> None:
         while not self._stop:
-            if not self.line.ask(b"%d\n" % self.exchanges).endswith(b" %d\n" % self.exchanges):
+            answer = self.line.ask(b"%d\n" % self.exchanges)
+            if not answer.endswith(b" %d\n" % self.exchanges):
                 self.ended_at = time.monotonic()
                 return
+            self.answered_by = answer.split()[0]
             self.exchanges += 1
             time.sleep(0.01)
 
@@ -249,6 +252,8 @@ def test_a_caller_that_lies_about_its_name_gains_nothing(stage: Mesh) -> None:
 
 class _Streaming(Web):
     """Answers at once, and below ``/stream`` for as long as the caller listens."""
+
+    wbufsize = 0  # what is written is sent
 
     def do_GET(self) -> None:
         if "/stream" not in self.path:

@@ -164,3 +164,41 @@ def test_a_cluster_that_changes_is_told_its_instances_again() -> None:
     session.update(SidecarUpdate(version=2, upstreams=(changed, upstream("api", "tcp", "api-1"))))
     assert sent(session) == {types.CLUSTER: ["upstream:db"], types.ENDPOINTS: ["upstream:db"]}
     assert session.responses() == []
+
+
+def test_what_cannot_be_told_holds_nothing_else_up(caplog: pytest.LogCaptureFixture) -> None:
+    """One instance with a port that is none ended the stream, again and again: no withdrawal came any more."""
+    session = Session("backend-1-sidecar-proxy")
+    bad = upstream("db", "tcp", "db-1")
+    bad = msgspec.structs.replace(bad, endpoints=(msgspec.structs.replace(bad.endpoints[0], port=-1),))
+    session.update(whole(make_snapshot(upstreams=(bad, upstream("api", "tcp", "api-1")))))
+    for url in types.PUSH_ORDER:
+        session.request(request(url, *(["upstream:db", "upstream:api"] if url == types.ENDPOINTS else [])))
+    with caplog.at_level(logging.ERROR, "lictor.xds"):
+        names = sent(session)
+    assert names[types.ENDPOINTS] == ["upstream:api"]
+    assert types.PUBLIC_LISTENER in names[types.LISTENER]
+    assert "ClusterLoadAssignment upstream:db" in caplog.text
+    assert session.refused == 1
+    assert session.responses() == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"connect_timeout_ms": 1e18, "slow_start_ms": 1e18, "failures_to_eject": 1e30},
+        {"connect_timeout_ms": float("inf")},
+        {"passive_health_check": {"interval": 10**30, "max_failures": 10**20, "base_ejection_time": 10**40}},
+    ],
+)
+def test_numbers_beyond_all_measure_are_told_as_the_largest(config: dict[str, object]) -> None:
+    session = Session("x")
+    whom = upstream("db", "tcp", "db-1")
+    heavy = msgspec.structs.replace(whom.endpoints[0], weight=2**40)
+    session.update(
+        whole(make_snapshot(upstreams=(msgspec.structs.replace(whom, config=config, endpoints=(heavy,)),)))
+    )
+    for url in types.PUSH_ORDER:
+        session.request(request(url, *(["upstream:db"] if url == types.ENDPOINTS else [])))
+    assert {"upstream:db"} <= set(sent(session)[types.CLUSTER])
+    assert session.refused == 0

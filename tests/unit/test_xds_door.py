@@ -81,6 +81,7 @@ async def test_the_first_visitors_start_one_server_and_are_served_whole() -> Non
 async def test_stopping_ends_the_visits() -> None:
     async with door([]) as (opened, port), asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PRI ")
         assert await reader.readexactly(6) == b"hello "
         await opened.stop()
         with contextlib.suppress(ConnectionError):
@@ -101,6 +102,7 @@ async def test_a_visitor_is_dropped_where_the_server_does_not_start_and_the_next
     async with asyncio.timeout(20):
         for _ in range(2):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"PRI ")
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
             await hang_up(writer)

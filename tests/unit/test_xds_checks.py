@@ -1,0 +1,266 @@
+"""Instances that are withdrawn from an Envoy: their checks fail, and once Envoy has acted they are taken out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from node.xds import messages, types
+from node.xds.checks import HEAD_BYTES_MAX, Checks
+from node.xds.door import XdsDoor
+from node.xds.leaving import CHECKED_MAX, PATIENCE_S, Checked, Leaving, label
+from node.xds.session import Session
+from raftstate.model.connect import Revocation
+from raftstate.model.sidecar import Endpoint, SidecarUpdate, SidecarUpstream, key_of
+from tests.support.both_loops import both_loops
+from tests.support.sidecars import hang_up, until
+from tests.support.xds import make_snapshot, upstream
+
+ENVOY = "backend-1-sidecar-proxy"
+WAY = "upstream:db"
+ONE, TWO = "db-1", "db-2"
+
+
+class Asking:
+    """A session of an Envoy that checks its instances, on a clock that is set by hand."""
+
+    def __init__(self, checks: Checks | None = None) -> None:
+        self.checks = checks or Checks()
+        self.now = 100.0
+        self.version = 1
+        self.session = Session(ENVOY, self.checks, Checked("127.0.0.1", 8502, ENVOY), lambda: self.now)
+        self.upstream = upstream("db", "tcp", ONE, TWO)
+        self.revoked: tuple[Revocation, ...] = ()
+        self.generation()
+
+    def put(self, **changes: Any) -> None:
+        self.upstream = msgspec.structs.replace(self.upstream, **changes)
+        self.tell()
+
+    def revoke(self, *revoked: Revocation) -> None:
+        self.revoked = revoked
+        self.tell()
+
+    def tell(self) -> None:
+        self.version += 1
+        snapshot = make_snapshot(upstreams=(self.upstream,), revocations=self.revoked)
+        self.session.update(SidecarUpdate(version=self.version, **msgspec.structs.asdict(snapshot)))
+
+    def generation(self) -> int:
+        """Return how often all calls through the upstream were ended."""
+        self.tell()
+        chains = self.resource(types.LISTENER)["filter_chains"]
+        return int(chains[0]["name"].rpartition("#")[2])
+
+    def resource(self, url: str) -> dict[str, Any]:
+        return self.session._resources[url][WAY]
+
+    def instances(self) -> dict[str, str]:
+        """Return the instances of the cluster, with what their transport socket is chosen by."""
+        found = {}
+        for row in self.resource(types.ENDPOINTS).get("endpoints", ()):
+            for one in row["lb_endpoints"]:
+                data = one["metadata"]["filter_metadata"]
+                found[data["lictor"]["instance"]] = next(iter(data["envoy.transport_socket_match"]))
+        return found
+
+    def name(self, instance: str) -> tuple[str, str]:
+        endpoints = upstream("db", "tcp", ONE, TWO).endpoints
+        return ENVOY, label(WAY, key_of(next(one for one in endpoints if one.service_id == instance)))
+
+    def without(self, instance: str) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
+        rows = self.upstream.endpoints
+        stay = tuple(one for one in rows if one.service_id != instance)
+        return stay, tuple(one for one in rows if one.service_id == instance)
+
+
+def test_a_revoked_instance_fails_its_check_and_leaves_once_it_was_asked_again() -> None:
+    asking = Asking()
+    assert asking.resource(types.CLUSTER)["close_connections_on_host_health_failure"]
+    assert asking.instances() == {ONE: "service", TWO: "service"}
+    assert not asking.checks.fails(asking.name(ONE))
+    asking.revoke(Revocation("instance", ONE, service="db"))
+    assert asking.instances() == {ONE: "withdrawn", TWO: "service"}, "nobody can be called there any more"
+    assert asking.checks.fails(asking.name(ONE))
+    assert not asking.checks.fails(asking.name(TWO))
+    asking.session.settle()
+    assert ONE in asking.instances(), "Envoy may not have read it yet"
+    assert asking.checks.fails(asking.name(ONE))
+    asking.session.settle()
+    assert asking.instances() == {TWO: "service"}
+    assert asking.session.settle_at is None
+    assert asking.generation() == 0
+    asking.revoke()
+    assert asking.instances() == {ONE: "service", TWO: "service"}
+    assert not asking.checks.fails(asking.name(ONE))
+
+
+def test_a_deregistered_instance_is_withdrawn_and_one_that_merely_left_is_not() -> None:
+    asking = Asking()
+    stay, gone = asking.without(ONE)
+    asking.put(endpoints=stay)
+    assert asking.instances() == {TWO: "service"}
+    assert not asking.checks.fails(asking.name(ONE))
+    asking = Asking()
+    asking.put(endpoints=stay, deregistered=gone)
+    assert asking.instances() == {ONE: "withdrawn", TWO: "service"}
+    assert asking.checks.fails(asking.name(ONE))
+    asking.put(endpoints=(*gone, *stay), deregistered=())
+    assert asking.instances() == {ONE: "service", TWO: "service"}, "it is there again"
+    assert not asking.checks.fails(asking.name(ONE))
+
+
+def test_where_no_check_comes_all_calls_of_the_upstream_are_ended_in_time() -> None:
+    asking = Asking()
+    asking.revoke(Revocation("instance", ONE))
+    assert asking.session.settle_at == asking.now + PATIENCE_S
+    asking.now += PATIENCE_S
+    asking.session.settle()
+    assert asking.instances() == {TWO: "service"}
+    assert asking.generation() == 1
+
+
+def test_calls_from_before_a_change_of_the_cluster_are_not_left_to_checks() -> None:
+    asking = Asking()
+    asking.put(config={"connect_timeout_ms": 1234})
+    assert asking.generation() == 0
+    asking.revoke(Revocation("instance", ONE))
+    assert asking.generation() == 1
+    asking.revoke()
+    asking.revoke(Revocation("instance", TWO))
+    assert asking.generation() == 1, "all calls are younger than the cluster now"
+
+
+def test_a_call_may_be_on_an_instance_that_left_before_it_was_revoked() -> None:
+    asking = Asking()
+    stay, _ = asking.without(ONE)
+    asking.put(endpoints=stay)
+    asking.revoke(Revocation("service", "db"))
+    assert asking.generation() == 1
+
+
+def test_another_stream_knows_whether_checks_end_all_calls() -> None:
+    for mixed in (False, True):
+        asking = Asking()
+        if mixed:
+            asking.put(config={"connect_timeout_ms": 1234})
+        versions = {url: dict(rows) for url, rows in asking.session._versions.items()}
+        for changed in (False, True):
+            again = Asking()
+            again.upstream = asking.upstream
+            if changed:
+                versions[types.ENDPOINTS][WAY] = "another"
+            for url in (types.CLUSTER, types.ENDPOINTS, types.LISTENER):
+                again.session.request(
+                    messages.DeltaRequest(type_url=url, initial_resource_versions=versions.get(url, {}))
+                )
+            again.tell()
+            again.revoke(Revocation("instance", ONE))
+            assert again.generation() == int(mixed or changed), (mixed, changed)
+
+
+def test_http_and_upstreams_of_too_many_instances_are_not_checked() -> None:
+    many = SidecarUpstream(
+        "many",
+        "many",
+        "127.0.0.1",
+        21001,
+        endpoints=tuple(Endpoint("n", "10.0.0.9", n, "many", f"many-{n}") for n in range(1, CHECKED_MAX)),
+    )
+    leaving = Leaving()
+    leaving.follow(
+        make_snapshot(upstreams=(upstream("api", "http", "a"), many, upstream("db", "tcp", ONE, TWO))), 0.0
+    )
+    assert leaving.checked == {"upstream:many"}
+    fewer = msgspec.structs.replace(many, endpoints=many.endpoints[:9])
+    leaving.follow(make_snapshot(upstreams=(fewer, upstream("db", "tcp", ONE, TWO))), 0.0)
+    assert leaving.checked == {"upstream:many"}, "what was too much stays out"
+
+
+class Envoy:
+    """A connection for checks."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    def ask(self, name: tuple[str, str]) -> None:
+        self.writer.write(f"GET /{name[0]} HTTP/1.1\r\nhost: {name[1]}\r\nuser-agent: Envoy/HC\r\n\r\n".encode())
+
+    async def answer(self) -> int:
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        return int(head.split()[1])
+
+
+@both_loops
+async def test_a_check_is_held_until_its_instance_is_withdrawn() -> None:
+    async def make() -> Any:
+        raise AssertionError("checks need no gRPC")
+
+    checks = Checks()
+    door = XdsDoor(make, checks)
+    port = await door.start("127.0.0.1", 0)
+    changed = asyncio.Event()
+    checks.follow("e", changed.set)
+    try:
+        async with asyncio.timeout(20):
+            envoy = Envoy(*await asyncio.open_connection("127.0.0.1", port))
+            envoy.ask(("e", "one"))
+            assert await envoy.answer() == 200
+            envoy.ask(("e", "one"))
+            await until(lambda: bool(checks._held))
+            checks.withdraw("e", ["two"])
+            checks.withdraw("other", ["one"])
+            assert checks._held
+            checks.withdraw("e", ["one"])
+            assert await envoy.answer() == 503
+            assert checks.acknowledged("e") == set()
+            envoy.ask(("e", "one"))
+            assert await envoy.answer() == 503
+            assert checks.acknowledged("e") == {"one"}
+            await changed.wait()
+            checks.withdraw("e", [])
+            envoy.ask(("e", "one"))
+            assert await envoy.answer() == 200, "after a failure the next one is told at once"
+            assert not checks._held
+            await hang_up(envoy.writer)
+            await until(lambda: not checks.connections)
+    finally:
+        await door.stop()
+
+
+@both_loops
+async def test_what_is_no_check_is_dropped_and_nothing_is_held_for_it() -> None:
+    checks = Checks()
+
+    async def make() -> Any:
+        raise OSError("not here")
+
+    door = XdsDoor(make, checks)
+    port = await door.start("127.0.0.1", 0)
+    junk = (
+        b"GET / HTTP/1.1\r\nx: " + b"a" * HEAD_BYTES_MAX + b"\r\n\r\n",
+        b"GET \0\0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" * 3,
+        b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\nPRI",
+    )
+    try:
+        async with asyncio.timeout(20):
+            for data in junk:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(data)
+                try:
+                    await reader.read(-1)
+                except ConnectionError:
+                    pass
+                await hang_up(writer)
+            assert not checks._held
+            assert not checks.connections
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTT")
+            await until(lambda: bool(checks.connections))
+    finally:
+        await door.stop()
+        await hang_up(writer)
+    assert not checks.connections
