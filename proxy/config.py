@@ -47,7 +47,8 @@ class Configuration:
     @property
     def ready(self) -> bool:
         """Whether calls can be taken: all that a decision and a handshake need is known."""
-        return self.self is not None and self.material is not None and self.policy is not None
+        known = (self.self, self.material, self.policy, self.revocations)
+        return all(each is not None for each in known)
 
     def missing(self) -> list[str]:
         """Return what is still awaited, for the text of a refusal."""
@@ -55,6 +56,7 @@ class Configuration:
             "registration": self.self,
             "leaf certificate": self.material,
             "intentions": self.policy,
+            "revocations": self.revocations,
         }
         return [name for name, value in known.items() if value is None]
 

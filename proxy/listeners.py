@@ -283,7 +283,7 @@ class PublicListener:
         """Why a connection made with this proof may not go on."""
         config = self._config
         me, material = config.self, config.material
-        if me is None or material is None:
+        if me is None or material is None or config.revocations is None:
             return "not-ready", "sidecar has no configuration yet"
         if reason := config.revoked.reason(material.identity):
             return "revoked", f"our own {reason}"

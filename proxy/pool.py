@@ -306,7 +306,7 @@ class SessionPool:
     ) -> MuxSession | ForeignChannel:
         material = self._material
         if material is None:
-            raise ConnectFailed("not-ready", "no certificate yet")
+            raise ConnectFailed("not-ready", "certificate or revocations are not known yet")
         channel = ForeignChannel()
         context = material.client_for(mux=place is None, http2=http2)
         address = numeric(key.address, key.port)

@@ -201,7 +201,9 @@ class Sidecar:
             return
         config = self.config
         if changed & {sections.TLS, sections.REVOCATIONS, sections.SELF}:
-            self._pool.use(config.material, config.self.trust_domain if config.self else "", config.revoked)
+            # Whom it may call is not known before the revocations are.
+            material = config.material if config.revocations is not None else None
+            self._pool.use(material, config.self.trust_domain if config.self else "", config.revoked)
             self._public.recheck()
         if changed & {sections.POLICY, sections.SELF}:
             if sections.SELF in changed:

@@ -278,3 +278,20 @@ async def test_not_ready_without_intentions(mesh: Mesh) -> None:
         async with http.get(f"http://127.0.0.1:{member.ports.admin_port}/ready") as answer:
             assert answer.status == 503
             assert "intentions" in await answer.text()
+
+
+@with_mesh
+async def test_nobody_is_let_in_or_called_before_it_is_known_who_is_revoked(mesh: Mesh) -> None:
+    """An agent that can't find out about one thing in time says the rest."""
+    client, server, _ = await mesh.pair()
+    for member, direction in ((client, "outbound"), (server, "inbound")):
+        config = member.sidecar.config
+        revocations, config.revocations = config.revocations, None
+        await member.push(leaf=mesh.ca.leaf(member.service, member.instance))  # as if it had begun so
+        assert await client.ask() == b"", direction
+        assert not member.sidecar.ready
+        assert config.missing() == ["revocations"]
+        if direction == "outbound":
+            assert not server.sidecar.metrics.pair("inbound", "web", "backend").total
+        await member.push(revocations=revocations)
+        assert await client.ask() == b"hi\n"
