@@ -22,6 +22,8 @@ PUBLIC_PORT, UPSTREAM_PORT, OWN_PORT = 20000, 21000, 22000
 """First ports that are tried; as the built-in sidecar's."""
 ADMIN_PORT = 19000
 AGENT_CLUSTER = "lictor_agent"
+HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+SHOWN_TO_AGENT = "lictor_token"
 _held: list[socket.socket] = []
 """The ports chosen, kept from others for as long as this process lives."""
 
@@ -171,11 +173,13 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
             }
         ],
     }
-    if token:
-        ads["grpc_services"][0]["initial_metadata"] = [{"key": "x-consul-token", "value": token}]
     source = {"ads": {}, "resource_api_version": "V3"}
-    http2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
     keepalive = {"interval": "30s", "timeout": "10s"}
+    options: dict[str, Any] = _typed(
+        HTTP_OPTIONS, explicit_http_config={"http2_protocol_options": {"connection_keepalive": keepalive}}
+    )
+    if token:
+        options["http_filters"] = _with_token()
     return {
         "node": {
             "id": row["ID"],
@@ -195,20 +199,44 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
                     "name": AGENT_CLUSTER,
                     "type": "STATIC",
                     "connect_timeout": "1s",
-                    "typed_extension_protocol_options": {
-                        http2: {
-                            "@type": f"type.googleapis.com/{http2}",
-                            "explicit_http_config": {"http2_protocol_options": {"connection_keepalive": keepalive}},
-                        }
-                    },
+                    "typed_extension_protocol_options": {HTTP_OPTIONS: options},
                     "load_assignment": {
                         "cluster_name": AGENT_CLUSTER,
                         "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(*agent)}}]}],
                     },
                 }
-            ]
+            ],
+            **({"secrets": [_secret(token)]} if token else {}),
         },
     }
+
+
+def _secret(token: str) -> dict[str, Any]:
+    return {"name": SHOWN_TO_AGENT, "generic_secret": {"secret": {"inline_string": token}}}
+
+
+def _with_token() -> list[dict[str, Any]]:
+    """Return the filters that show the token to the agent.
+
+    The stream's own metadata would show it to everyone on this host as well, in the admin endpoint's ``config_dump``;
+    of a secret Envoy shows the name there.
+    """
+    kind = _typed(
+        "envoy.extensions.http.injected_credentials.generic.v3.Generic",
+        credential={"name": SHOWN_TO_AGENT},
+        header="x-consul-token",
+    )
+    injector = _typed(
+        "envoy.extensions.filters.http.credential_injector.v3.CredentialInjector",
+        overwrite=True,
+        credential={"name": "envoy.http.injected_credentials.generic", "typed_config": kind},
+    )
+    codec = _typed("envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec")
+    return [{"name": "token", "typed_config": injector}, {"name": "codec", "typed_config": codec}]
+
+
+def _typed(name: str, **fields: Any) -> dict[str, Any]:
+    return {"@type": f"type.googleapis.com/{name}", **fields}
 
 
 def _address(host: str, number: int) -> dict[str, Any]:

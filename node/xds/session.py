@@ -201,7 +201,7 @@ class Session:
         return self.responses()
 
     def _response(self, push: Push) -> Any:
-        """Return the message. What cannot be told is left out: the rest, withdrawals perhaps, must not wait for it."""
+        """Return the message. What cannot be told is left out: withdrawals must not wait for it."""
         resources, versions = self._resources[push.type_url], self._versions[push.type_url]
         rows = []
         for name in push.send:
