@@ -114,6 +114,129 @@ def test_sending_beyond_the_window_is_an_error() -> None:
         window.received(1)
 
 
+class Sink:
+    """A stream's peer that keeps what comes, and whether the stream is to be read."""
+
+    def __init__(self) -> None:
+        self.peer: Channel = self
+        self.got = bytearray()
+        self.pauses_at = -1
+        self.stream: MuxStream | None = None
+
+    def write(self, data: Data) -> None:
+        self.got += data
+        if 0 <= self.pauses_at <= len(self.got) and self.stream is not None:
+            self.stream.pause_reading()
+
+    def write_eof(self) -> None:
+        pass
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.got += b"<cut>"
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class Taker:
+    """An accepting core with one stream open, under a memory budget of its own."""
+
+    def __init__(self) -> None:
+        self.sink = Sink()
+        self.core = MuxCore(acceptor=self._accept, memory=MemoryBudget(400_000))
+        self.core.receive(frames.frame(frames.OPEN, 1, b"web"))
+        self.error = ""
+
+    def _accept(self, stream: MuxStream) -> None:
+        self.sink.stream, stream.peer = stream, self.sink
+        stream.accept()
+
+    def receive(self, *pieces: bytes) -> None:
+        try:
+            for piece in pieces:
+                if not self.error:
+                    self.core.receive(piece)
+        except MuxError as error:
+            self.error = str(error)
+
+    def state(self) -> list[object]:
+        stream, core = self.sink.stream, self.core
+        assert stream is not None
+        window = stream._window
+        return [
+            bytes(self.sink.got), self.error, b"".join(core.out), core.out_bytes, sorted(core.streams), stream.closed,
+            (window.size, window.left, window.held, window.taking, window._parked),
+            (core.memory.held, core.memory.growth_left, core.memory.overruns, core.growth.left),
+        ]  # fmt: skip
+
+
+data_steps = st.one_of(
+    st.tuples(st.just("data"), st.integers(1, 70_000)),
+    st.tuples(st.just("data"), st.integers(1, 300)),
+    st.tuples(st.sampled_from(["pause", "resume", "other", "fin", "gone"]), st.just(0)),
+    st.tuples(st.just("pause at"), st.integers(0, 200_000)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(data_steps, max_size=40))
+def test_one_frame_in_one_record_is_taken_as_any_frame_is(steps: list[tuple[str, int]]) -> None:
+    """The short way and the long one hand on, count, grant, hold and refuse the same."""
+    short, long = Taker(), Taker()
+    for action, size in steps:
+        for taker in (short, long):
+            stream = taker.sink.stream
+            assert stream is not None
+            if action == "pause":
+                stream.pause_reading()
+            elif action == "resume":
+                stream.resume_reading()
+            elif action == "pause at":
+                taker.sink.pauses_at = size
+        if action in ("pause", "resume", "pause at"):
+            continue
+        stream_id = {"other": 3, "gone": 2}.get(action, 1)
+        frame = frames.frame(frames.FIN, 1) if action == "fin" else frames.header(frames.DATA, stream_id, size or 5)
+        frame += b"" if action == "fin" else b"d" * (size or 5)
+        short.receive(frame)
+        long.receive(frame[:5], frame[5:])
+        assert short.state() == long.state()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(data_steps, max_size=40))
+def test_what_a_stream_counts_by_itself_is_what_its_window_would_count(steps: list[tuple[str, int]]) -> None:
+    taker, growth, memory = Taker(), GrowthBudget(64 * 1024 * 1024), MemoryBudget(400_000)
+    twin = ReceiveWindow(growth, memory)
+    stream = taker.sink.stream
+    assert stream is not None
+    for action, size in steps:
+        taker.core.take_output()
+        wanted = 0
+        if action == "pause":
+            stream.pause_reading()
+            twin.pause()
+        elif action == "resume":
+            wanted = 0 if twin.taking else twin.resume()
+            stream.resume_reading()
+        elif action == "data" and not stream.closed and size <= twin.left:
+            wanted = twin.received(size)
+            taker.receive(frames.header(frames.DATA, 1, size) + b"d" * size)
+        if stream.closed:
+            assert memory.over
+            return
+        window = stream._window
+        assert (window.size, window.left, window.held, window.taking, window._parked) == (
+            twin.size, twin.left, twin.held, twin.taking, twin._parked,
+        )  # fmt: skip
+        granted = b"".join(taker.core.take_output())
+        assert granted == (frames.window(1, wanted) if wanted else b"")
+        assert (taker.core.memory.held, taker.core.memory.growth_left) == (memory.held, memory.growth_left)
+
+
 class Side:
     """An app's end of a stream in the model: what it got, whether it takes, whether it was told to pause."""
 
