@@ -1,0 +1,121 @@
+"""The TLS transport's short way of one record in one read, and its long one: cut as it may be, the same comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.poller import Poller
+from proxy.receiver import Receiver
+from proxy.secure import SecureTransport
+from proxy.tls import make_material
+from tests.support.certs import TestCA
+from tests.support.tls_peers import context
+
+CA = TestCA()
+PEER = context(CA.leaf("backend", "backend-1"), CA.root_pem, server=True)
+OURS = make_material(CA.leaf("web", "web-1"), (CA.root_pem,)).client_plain
+
+
+class Recorder(Receiver):
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.told: list[str] = []
+
+    def connection_made(self, transport: object) -> None:
+        self.told.append("made")
+
+    def data_received(self, data: bytes) -> None:
+        assert data
+        assert "eof" not in self.told
+        self.data += data
+
+    def eof_received(self) -> bool:
+        self.told.append("eof")
+        return True
+
+
+class Ends:
+    """Our end of a TLS connection, and Python's own at the other, with nothing between but this."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.poller = Poller()
+        self.ours = SecureTransport(self.poller, self.recorder, OURS, server=False)
+        self.to_peer, self.from_peer = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.peer = PEER.wrap_bio(self.to_peer, self.from_peer, server_side=True)
+        self.ours.connection_made(None)
+        while True:
+            self.carry()
+            try:
+                self.peer.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self.ours.data_received(self.from_peer.read())
+        self.carry()
+        assert self.recorder.told == ["made"]
+
+    def carry(self) -> None:
+        """Give the peer what ours has sent, which stands in a queue since there is no connection."""
+        queue = self.ours._plain._queue
+        while queue:
+            self.to_peer.write(bytes(queue.popleft()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(1, 60), st.integers(1, 40_000)), max_size=12),
+    st.sampled_from(["records", "pieces", "all"]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_whatever_the_cuts_the_same_comes_out(sizes: list[int], cuts: str, ends: bool, seed: int) -> None:
+    rng = random.Random(seed)
+
+    async def play() -> None:
+        both = Ends()
+        sent = b""
+        wire: list[bytes] = [both.from_peer.read()]  # the tickets, as records of their own
+        for size in sizes:
+            data = rng.randbytes(size)
+            sent += data
+            at = 0
+            while at < size:  # a record each
+                at += both.peer.write(data[at : at + 16384])
+                wire.append(both.from_peer.read())
+        if ends:
+            try:
+                both.peer.unwrap()
+            except ssl.SSLWantReadError:
+                wire.append(both.from_peer.read())
+        if cuts == "all":
+            wire = [b"".join(wire)]
+        elif cuts == "pieces":
+            whole, wire = b"".join(wire), []
+            while whole:
+                count = rng.choice((1, 4, 5, 6, 20, 1000, 16_406, 50_000))
+                # Sometimes what follows is a whole record again, and sometimes the rest of one is.
+                wire.append(whole[:count])
+                whole = whole[count:]
+        for piece in wire:
+            if piece:
+                both.ours.data_received(piece)
+        assert both.recorder.data == sent
+        assert both.recorder.told == (["made", "eof"] if ends else ["made"])
+        if not ends:
+            answer = rng.randbytes(20_000)
+            both.ours.write(answer)
+            both.carry()
+            heard = b""
+            while len(heard) < len(answer):
+                heard += both.peer.read(65536)
+            assert heard == answer
+        both.ours.abort()
+        await asyncio.sleep(0)
+        both.poller.close()
+
+    asyncio.run(play())
