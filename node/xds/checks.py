@@ -37,14 +37,15 @@ class Checks:
         self._told: dict[str, set[str]] = {}
         self._acknowledged: dict[str, set[str]] = {}
         self._changed: dict[str, Callable[[], None]] = {}
+        self._unasked: dict[str, set[str]] = {}
 
     def follow(self, envoy: str, changed: Callable[[], None]) -> None:
-        """Call ``changed`` when :meth:`acknowledged` grows."""
+        """Call ``changed`` when :meth:`acknowledged` grows, and when nothing is :meth:`unasked` any more."""
         self._changed[envoy] = changed
 
     def forget(self, envoy: str) -> None:
         """The Envoy's stream has ended: nothing is known of its instances."""
-        for table in (self._withdrawn, self._told, self._acknowledged, self._changed):
+        for table in (self._withdrawn, self._told, self._acknowledged, self._changed, self._unasked):
             table.pop(envoy, None)
 
     def withdraw(self, envoy: str, labels: Collection[str]) -> None:
@@ -61,9 +62,22 @@ class Checks:
         """Return the instances whose checks have failed and were made once more: Envoy has ended the calls."""
         return set(self._acknowledged.get(envoy, ()))
 
+    def expect(self, envoy: str, labels: Collection[str]) -> None:
+        """Look out for the first checks of these instances."""
+        self._unasked[envoy] = self._unasked.get(envoy, set()) | set(labels)
+
+    def unasked(self, envoy: str) -> set[str]:
+        """Return the instances that are expected to be asked about and were not yet."""
+        return self._unasked.get(envoy, set())
+
     def fails(self, name: Name) -> bool:
         """Answer a check that was made: whether it fails."""
         envoy, one = name
+        unasked = self._unasked.get(envoy, set())
+        if one in unasked:
+            unasked.discard(one)
+            if not unasked and (changed := self._changed.get(envoy)) is not None:
+                changed()
         if one not in self._withdrawn.get(envoy, ()):
             return False
         if one in self._told[envoy]:

@@ -7,7 +7,7 @@ version is not sent again; the subscriber keeps the one before until the resourc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -92,15 +92,41 @@ class Subscriber:
             for name in names:
                 one.sent.pop(name, None)
 
-    def push(self, type_url: str, versions: Mapping[str, str]) -> Push | None:
-        """Return what must be sent for the type to be current, None when nothing; it then counts as sent."""
+    def has(self, type_url: str, name: str) -> bool:
+        """Whether the subscriber was sent a resource, and has said something to it."""
+        one = self._types.get(type_url)
+        return one is not None and name in one.sent and not self._awaits(type_url, name)
+
+    def awaits(self, *type_urls: str) -> bool:
+        """Whether something of these types was sent that the subscriber has not said anything to."""
+        return any(url in type_urls for url, _ in self._pending)
+
+    def was_sent(self, type_url: str) -> set[str]:
+        """Return the names of the resources that the subscriber has, as far as it was sent them or said so."""
+        one = self._types.get(type_url)
+        return set() if one is None else set(one.sent)
+
+    def _awaits(self, type_url: str, name: str) -> bool:
+        return any(url == type_url and name in names for (url, _), names in self._pending.items())
+
+    def push(
+        self, type_url: str, versions: Mapping[str, str], *, hold: Collection[str] = (), removing: bool = True
+    ) -> Push | None:
+        """Return what must be sent for the type to be current, None when nothing; it then counts as sent.
+
+        ``hold``: names that are not sent yet. ``removing``: whether what the subscriber has and is to have no more is
+        taken from it now, or by a later push.
+        """
         one = self._types.get(type_url)
         if one is None:
             return None
         wanted = versions if one.wildcard else {name: versions[name] for name in one.names if name in versions}
-        send = tuple(name for name in wanted if one.sent.get(name) != wanted[name])
+        send = tuple(name for name in wanted if one.sent.get(name) != wanted[name] and name not in hold)
         missing = {name for name in one.names if name not in versions and name not in one.absent}
-        removed = tuple(sorted({name for name in one.sent if name not in versions} | missing))
+        gone = {name for name in one.sent if name not in versions}
+        if not removing:
+            missing -= gone
+        removed = tuple(sorted(gone | missing if removing else missing))
         if not send and not removed and not (one.asked and one.wildcard):
             return None
         one.asked = False

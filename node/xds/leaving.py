@@ -144,6 +144,10 @@ class Leaving:
                 left = True
         return left
 
+    def labels_of(self, cluster: str) -> set[str]:
+        """Return the names of the instances to which calls may lead."""
+        return {label(cluster, key) for key in self._led_to.get(cluster, ())}
+
     def of(self, cluster: str) -> dict[Key, Gone]:
         """Return a cluster's instances that are being withdrawn."""
         return self._gone.get(cluster, {})

@@ -20,6 +20,8 @@ from raftstate.model.sidecar import SidecarUpdate
 log = logging.getLogger("lictor.xds")
 
 _OF_UPSTREAMS = (types.CLUSTER, types.ENDPOINTS)
+READY_S = 0.5
+"""How long what leads to a new cluster waits for it: withdrawals are behind it."""
 WORDS_MAX = 2000
 """How much of what an Envoy says of a refusal is logged."""
 STATE_ENDS = "|"
@@ -40,6 +42,10 @@ class Session:
         self._sidecar_id = sidecar_id
         self._checks, self._checked, self._clock = checks or Checks(), checked, clock
         self._leaving = Leaving()
+        self._ready: set[str] = set()
+        """Clusters that can take calls."""
+        self._awaited: dict[str, float] = {}
+        """Those that cannot yet, and since when they are awaited."""
         self._brought: dict[str, dict[str, str]] = {}
         """Versions of clusters and their instances that Envoy has from an earlier stream, not compared yet."""
         self._merge = Merge()
@@ -63,6 +69,8 @@ class Session:
             self._resume(initial)
         if url in _OF_UPSTREAMS and initial:
             self._brought.setdefault(url, {}).update(initial)
+            if url == types.CLUSTER:
+                self._ready.update(initial)
             self._compare()
         self._subscriber.request(url, request.resource_names_subscribe, request.resource_names_unsubscribe, initial)
 
@@ -147,8 +155,11 @@ class Session:
 
     @property
     def settle_at(self) -> float | None:
-        """When :meth:`settle` has something to do at the latest."""
-        return self._leaving.next_at()
+        """When :meth:`settle` or :meth:`responses` has something to do at the latest."""
+        times = [since + READY_S for since in self._awaited.values()]
+        if (at := self._leaving.next_at()) is not None:
+            times.append(at)
+        return min(times, default=None)
 
     def settle(self) -> None:
         """Take instances out of their clusters whose calls have ended, or could not be ended one by one."""
@@ -182,9 +193,12 @@ class Session:
         """Return the ``DeltaDiscoveryResponse`` messages to send now, in order. None while nothing is known."""
         if not self._resources:
             return []
-        found = []
+        found: list[Any] = []
         for url in types.PUSH_ORDER:
-            push = self._subscriber.push(url, self._versions[url])
+            hold = self._not_ready() if url in types.USERS else set()
+            if hold and not self._subscriber.was_sent(types.LISTENER):
+                return found  # an Envoy that starts is to have all its listeners when it is ready
+            push = self._subscriber.push(url, self._versions[url], hold=hold, removing=url in types.USERS)
             if push is None:
                 continue
             found.append(self._response(push))
@@ -192,7 +206,33 @@ class Session:
                 # A cluster that changes takes the place of the one before once it is told its instances, and does not
                 # ask for what the other had: Envoy gives up waiting after 15 s only.
                 self._subscriber.again(types.ENDPOINTS, push.send)
+        if not self._awaited and not self._subscriber.awaits(*types.USERS):
+            pushes = [self._subscriber.push(url, self._versions[url]) for url in types.PUSH_ORDER]
+            found += [self._response(push) for push in pushes if push is not None]
         return found
+
+    def _not_ready(self) -> set[str]:
+        """Return the listeners and routes that would lead to a cluster which Envoy is still making.
+
+        One that is new can take calls once it was told its instances, and has checked them where they are checked.
+        """
+        clusters, now = self._versions[types.ENDPOINTS].keys(), self._clock()
+        told = self._subscriber.was_sent(types.CLUSTER)
+        self._ready &= clusters
+        awaited = {}
+        unasked = self._checks.unasked(self._sidecar_id)
+        for name in (clusters & told) - self._ready:
+            if name not in self._awaited and upstream_of(name) in self._leaving.checked:
+                self._checks.expect(self._sidecar_id, self._leaving.labels_of(name))
+                unasked = self._checks.unasked(self._sidecar_id)
+            since = self._awaited.get(name, now)
+            made = self._subscriber.has(types.ENDPOINTS, name) and unasked.isdisjoint(self._leaving.labels_of(name))
+            if made or now - since >= READY_S:
+                self._ready.add(name)
+            else:
+                awaited[name] = since
+        self._awaited = awaited
+        return {upstream_of(name) for name in awaited}
 
     def closed(self) -> list[Any]:
         """Return the messages that end all calls to the instance, because it is registered no more."""

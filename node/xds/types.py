@@ -16,6 +16,8 @@ EXTENSION = _PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
 
 PUSH_ORDER = (CLUSTER, ENDPOINTS, SECRET, EXTENSION, LISTENER, ROUTES)
 """What is used before what uses it, so that nothing is missing for a moment."""
+USERS = (LISTENER, ROUTES)
+"""What uses the rest: that is taken away once these have changed."""
 
 LEAF_SECRET, TRUST_SECRET, INBOUND_TRUST_SECRET = "leaf", "trust", "trust-inbound"
 PUBLIC_LISTENER, LOCAL_APP = "public", "local_app"

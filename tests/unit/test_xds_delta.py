@@ -10,7 +10,7 @@ import pytest
 
 from node.xds import messages, types
 from node.xds.delta import Subscriber
-from node.xds.session import Session
+from node.xds.session import READY_S, Session
 from node.xds.snapshot import Snapshot
 from raftstate.model.connect import Revocation
 from raftstate.model.intention import HTTPMatch, Intention, Permission
@@ -72,6 +72,16 @@ def sent(session: Session) -> dict[str, list[str]]:
     return {one.type_url: [row.name for row in one.resources] for one in session.responses()}
 
 
+def taken(session: Session) -> dict[str, list[str]]:
+    """Return what is sent, in order, to an Envoy that takes everything."""
+    found: dict[str, list[str]] = {}
+    while responses := session.responses():
+        for one in responses:
+            found.setdefault(one.type_url, []).extend(row.name for row in one.resources)
+            session.request(messages.DeltaRequest(type_url=one.type_url, response_nonce=one.nonce))
+    return found
+
+
 def test_every_resource_is_a_message_that_envoy_knows() -> None:
     l7 = Intention("web", "backend", permissions=(Permission("allow", HTTPMatch(path_prefix="/", methods=("GET",))),))
     revoked = (Revocation("serial", "01:02"), Revocation("instance", "i"))
@@ -82,7 +92,7 @@ def test_every_resource_is_a_message_that_envoy_knows() -> None:
             session.request(request(url, "*"))
         assert session.responses() == []
         assert session.update(whole(make_snapshot(intention, revocations=revoked, upstreams=upstreams)))
-        names = sent(session)
+        names = taken(session)
         assert list(names) == list(types.PUSH_ORDER)
         assert sorted(names[types.LISTENER]) == ["public", "upstream:api", "upstream:db"]
         assert names[types.ROUTES] == ["upstream:api"]
@@ -175,7 +185,7 @@ def test_what_cannot_be_told_holds_nothing_else_up(caplog: pytest.LogCaptureFixt
     for url in types.PUSH_ORDER:
         session.request(request(url, *(["upstream:db", "upstream:api"] if url == types.ENDPOINTS else [])))
     with caplog.at_level(logging.ERROR, "lictor.xds"):
-        names = sent(session)
+        names = taken(session)
     assert names[types.ENDPOINTS] == ["upstream:api"]
     assert types.PUBLIC_LISTENER in names[types.LISTENER]
     assert "ClusterLoadAssignment upstream:db" in caplog.text
@@ -202,3 +212,41 @@ def test_numbers_beyond_all_measure_are_told_as_the_largest(config: dict[str, ob
         session.request(request(url, *(["upstream:db"] if url == types.ENDPOINTS else [])))
     assert {"upstream:db"} <= set(sent(session)[types.CLUSTER])
     assert session.refused == 0
+
+
+def test_what_is_used_comes_before_what_uses_it_and_goes_after() -> None:
+    """Calls were lost while a listener led to a cluster that was not made yet, or that had gone already."""
+
+    def said(session: Session) -> list[tuple[str, list[str], list[str]]]:
+        found = []
+        for one in session.responses():
+            found.append(
+                (one.type_url.rpartition(".")[2], [row.name for row in one.resources], [*one.removed_resources])
+            )
+            session.request(messages.DeltaRequest(type_url=one.type_url, response_nonce=one.nonce))
+        return found
+
+    clock = [0.0]
+    session = Session("x", clock=lambda: clock[0])
+    session.update(whole(make_snapshot(upstreams=(upstream("db", "tcp", "db-1"),))))
+    for url in types.PUSH_ORDER:
+        session.request(request(url, *(["upstream:db"] if url == types.ENDPOINTS else [])))
+    assert "Listener" not in [kind for kind, _, _ in said(session)], "not before Envoy has the clusters' instances"
+    assert said(session) == [("Listener", ["public", "upstream:db"], []), ("RouteConfiguration", [], [])]
+    assert said(session) == []
+    session.update(SidecarUpdate(version=2, upstreams=(upstream("api", "tcp", "api-1"),), intentions=(ALLOW,)))
+    first = said(session)
+    assert [kind for kind, _, _ in first] == ["Cluster", "Secret", "TypedExtensionConfig", "Listener"]
+    assert first[0] == ("Cluster", ["upstream:api"], []), "the other one is in use still"
+    assert first[-1] == ("Listener", ["public"], ["upstream:db"]), "who may come does not wait for where calls go"
+    assert said(session) == [], "Envoy has not asked for the instances yet"
+    session.request(messages.DeltaRequest(type_url=types.ENDPOINTS, resource_names_subscribe=["upstream:api"]))
+    assert said(session) == [("ClusterLoadAssignment", ["upstream:api"], [])]
+    assert said(session) == [("Listener", ["upstream:api"], [])]
+    assert said(session) == [("Cluster", [], ["upstream:db"]), ("ClusterLoadAssignment", [], ["upstream:db"])]
+    assert said(session) == []
+    session.update(SidecarUpdate(version=3, upstreams=(upstream("mail", "tcp", "mail-1"),)))
+    said(session)
+    assert session.settle_at == clock[0] + READY_S
+    clock[0] += READY_S
+    assert ("Listener", ["upstream:mail"], []) in said(session), "an Envoy that never asks is not waited for"
