@@ -254,8 +254,9 @@ class _Compiler:
         found: list[str] = []
         for where, part in references:
             self._here(part.datacenter, target.service, f"{where}.Datacenter")
-            subset = part.service_subset or ("" if part.service else target.subset)
             service = part.service or target.service
+            # Who names the service itself means the same subset of it, which is no other place.
+            subset = part.service_subset or (target.subset if service == target.service else "")
             to, _ = self._target(service, subset, forms.RESOLVER, target.service, where)
             if to.id != target.id and to.id not in found:
                 found.append(to.id)

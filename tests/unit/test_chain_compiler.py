@@ -114,6 +114,27 @@ def test_redirects_are_followed_with_default_subsets() -> None:
 
 
 @pytest.mark.parametrize(
+    ("failover", "leads_to"),
+    [
+        ({"ServiceSubset": "v2"}, ["v2.web"]),
+        ({"Service": "web", "ServiceSubset": "v2"}, ["v2.web"]),
+        ({"Service": "web"}, []),  # the same subset, which it is already
+        ({"Service": "other"}, ["other"]),
+        ({"Targets": [{"Service": "web"}, {"Service": "other"}, {"ServiceSubset": "v2"}]}, ["other", "v2.web"]),
+    ],
+)
+def test_failover_to_the_service_itself_keeps_the_subset(failover: dict[str, Any], leads_to: list[str]) -> None:
+    entry = {"DefaultSubset": "v1", "Subsets": SUBSETS, "Failover": {"v1": failover}}
+    for subset in ("v1", ""):
+        entry["DefaultSubset"] = subset
+        route = {"Weight": 100, "ServiceSubset": "v1"}
+        found = plan("web", {(SPLITTER, "web"): {"Splits": [route]}, (RESOLVER, "web"): entry})
+        node = found.nodes["resolver:v1.web.default.default.dc1"]
+        assert isinstance(node, ResolverNode)
+        assert list(node.failover) == [f"{name}.default.default.dc1" for name in leads_to]
+
+
+@pytest.mark.parametrize(
     ("service", "entries", "said"),
     [
         (
