@@ -23,7 +23,7 @@ from node.agent.sidecars import SidecarFeed, StreamHolder
 from node.agent.views import Views
 from node.errors import NodeError
 from node.tasks import Tasks
-from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING
+from raftstate.model.catalog import CRITICAL, KIND_CONNECT_PROXY, PASSING, WARNING
 from raftstate.model.sidecar import SidecarAnswer
 
 log = logging.getLogger("lictor.agent")
@@ -139,6 +139,12 @@ class SidecarStreams:
             log.info("sidecar %s answers again", sidecar_id)
             self._judge(stream_check(sidecar_id), PASSING, HOLDS)
         return True
+
+    def note_trouble(self, sidecar_id: str, trouble: str) -> None:
+        """Say in its check what a sidecar that holds its stream does not take; empty: it takes everything."""
+        if sidecar_id in self._live:
+            text = f"{HOLDS} and does not take all that it is sent: {trouble}"
+            self._judge(stream_check(sidecar_id), WARNING if trouble else PASSING, text if trouble else HOLDS)
 
     async def _watch(self, sidecar_id: str, live: _Live) -> None:
         """Turn a sidecar's check critical while it is silent."""

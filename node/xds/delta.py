@@ -22,6 +22,17 @@ class Push:
     removed: tuple[str, ...]
 
 
+NAMES_MAX = 10_000
+"""Names that one subscriber may ask for or say to have, of one type."""
+TYPES_MAX = 32
+PENDING_MAX = 256
+"""Pushes whose answers are awaited; the oldest are forgotten, of a subscriber that answers none."""
+
+
+class TooMuch(Exception):
+    """A subscriber asks for more than is kept for one."""
+
+
 @dataclass(slots=True)
 class _Type:
     """One type's subscription."""
@@ -59,9 +70,17 @@ class Subscriber:
         unsubscribe: Iterable[str],
         initial: Mapping[str, str],
     ) -> None:
-        """Take a request's subscriptions. ``initial`` is what the subscriber has from an earlier stream."""
+        """Take a request's subscriptions. ``initial`` is what the subscriber has from an earlier stream.
+
+        Raises TooMuch.
+        """
         subscribe = list(subscribe)
         one = self._types.get(type_url)
+        if len(self._types) >= TYPES_MAX and one is None:
+            raise TooMuch(f"more than {TYPES_MAX} types of resources are asked for")
+        known = 0 if one is None else len(one.names)
+        if max(known + len(subscribe), len(initial)) > NAMES_MAX:
+            raise TooMuch(f"more than {NAMES_MAX} resources of a type are asked for")
         if one is None:
             # The first request of a type without names means all of them.
             one = self._types[type_url] = _Type(wildcard=not subscribe, asked=True)
@@ -137,4 +156,6 @@ class Subscriber:
         self._nonces += 1
         nonce = str(self._nonces)
         self._pending[type_url, nonce] = send
+        if len(self._pending) > PENDING_MAX:
+            del self._pending[next(iter(self._pending))]
         return Push(type_url, nonce, send, removed)

@@ -8,6 +8,7 @@ outlives the agent registers again by itself. While the stream lives the sidecar
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import time
@@ -28,6 +29,7 @@ from node.http.errors import BadRequest
 from node.tokens import AccessControl
 from node.xds import messages
 from node.xds.checks import Checks
+from node.xds.delta import TooMuch
 from node.xds.known import KnownCallers
 from node.xds.leaving import Checked
 from node.xds.session import Session
@@ -36,6 +38,14 @@ log = logging.getLogger("lictor.xds")
 
 METHOD_SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 FIRST_REQUEST_S = 10.0
+REQUEST_BYTES_MAX = 4 << 20
+"""A request has names, versions and, first, a registration; that of an Envoy with 256 callers takes some 50 KB."""
+STREAMS_MAX = 1024
+"""Of all Envoys together: more are turned away."""
+STREAMS_OF_ONE_MAX = 16
+"""Of one connection: an Envoy has one."""
+SHOWN_MAX = 200
+"""How much of what a client calls itself is logged."""
 PING_S = ANSWER_S = 5.0
 """An Envoy that is stopped but not dead keeps its connection and answers no ping: its stream ends after these two."""
 _PINGS = [
@@ -52,6 +62,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (StreamHeld, "ALREADY_EXISTS"),
     (UnknownTarget, "NOT_FOUND"),
     (BadDefinition, "INVALID_ARGUMENT"),
+    (TooMuch, "RESOURCE_EXHAUSTED"),
 )
 
 
@@ -67,8 +78,13 @@ class XdsServer:
     async def start(self, address: str, port: int) -> int:
         """Listen; returns the port. Raises OSError when it is taken."""
         # One listener per port: without this a second agent would share the port in silence.
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20), *_PINGS]
-        self._server = grpc.aio.server(options=options)
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+            ("grpc.max_concurrent_streams", STREAMS_OF_ONE_MAX),
+            *_PINGS,
+        ]
+        self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=STREAMS_MAX)
         handler = grpc.stream_stream_rpc_method_handler(
             self._delta,
             request_deserializer=messages.DeltaRequest.FromString,
@@ -103,9 +119,11 @@ class XdsServer:
             definition = self._definition(first)
             withdrawn = await self._permit(_token(context), definition)
             async with self._agent.streams.hold(definition, "of Envoy") as feed:
-                log.info("Envoy of %s follows its configuration", first.node.id)
+                log.info("Envoy of %s follows its configuration", _shown(first))
                 session = Session(first.node.id, self._checks, _checked(first))
-                stream = _Stream(first, requests, context, feed, session, self._is_gone(first.node.id), withdrawn)
+                note = functools.partial(self._agent.streams.note_trouble, first.node.id)
+                gone = self._is_gone(first.node.id)
+                stream = _Stream(first, requests, context, feed, session, gone, withdrawn, note)
                 known = KnownCallers(self._agent.views, stream.look_anew)
                 self._checks.follow(first.node.id, stream.look_anew)
                 try:
@@ -113,13 +131,13 @@ class XdsServer:
                 finally:
                     known.close()
                     self._checks.forget(first.node.id)
-        except (NodeError, BadDefinition) as error:
-            log.warning("Envoy of %s is turned away: %s", first.node.id or "?", error)
+        except (NodeError, BadDefinition, TooMuch) as error:
+            log.warning("Envoy of %s is turned away: %s", _shown(first), ascii(str(error)[:SHOWN_MAX])[1:-1])
             code = next((name for kind, name in _CODES if isinstance(error, kind)), "UNAVAILABLE")
             if getattr(error, "http_status", 0) == 403:
                 code = "PERMISSION_DENIED"
-            await _abort(context, grpc.StatusCode[code], str(error))
-        log.info("Envoy of %s has gone or was told to", first.node.id)
+            await _abort(context, grpc.StatusCode[code], str(error)[:1000])
+        log.info("Envoy of %s has gone or was told to", _shown(first))
 
     async def _permit(self, token: str, definition: ServiceDefinition) -> Withdrawn | None:
         """Return what ends once the token does not do any more. Raises Refused (403) when it does not now."""
@@ -171,11 +189,14 @@ class _Stream:
         session: Session,
         deregistered: Callable[[], bool],
         withdrawn: Withdrawn | None = None,
+        on_trouble: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """``on_trouble``: told what Envoy does not take, whenever that changes."""
         self._first, self._requests, self._context, self._feed = first, requests, context, feed
         self._deregistered = deregistered
         self._withdrawn = withdrawn
         self._session = session
+        self._trouble, self._on_trouble = "", on_trouble
         self._wake = asyncio.Event()
 
     def look_anew(self) -> None:
@@ -200,6 +221,9 @@ class _Stream:
         if self._deregistered():
             for response in self._session.closed():
                 await self._context.write(response)
+            if (trouble := self._session.trouble) != self._trouble:
+                self._trouble = trouble
+                self._on_trouble(trouble)
 
     async def _until_withdrawn(self, withdrawn: Withdrawn) -> None:
         log.warning("Envoy of %s gets nothing more: %s", self._first.node.id, await withdrawn())
@@ -229,6 +253,14 @@ class _Stream:
             self._session.know(known.instances(), known.services())
             for response in self._session.responses():
                 await self._context.write(response)
+            if (trouble := self._session.trouble) != self._trouble:
+                self._trouble = trouble
+                self._on_trouble(trouble)
+
+
+def _shown(first: Any) -> str:
+    """Return how a client calls itself, fit for a line of a log: it may be anything."""
+    return ascii(first.node.id[:SHOWN_MAX])[1:-1] or "?"
 
 
 def _checked(first: Any) -> Checked | None:

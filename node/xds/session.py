@@ -20,6 +20,10 @@ from raftstate.model.sidecar import SidecarUpdate
 log = logging.getLogger("lictor.xds")
 
 _OF_UPSTREAMS = (types.CLUSTER, types.ENDPOINTS)
+TROUBLE_MAX = 500
+"""And of that in the sidecar's check."""
+AGAIN_S = 5.0
+"""After which what was refused is sent once more."""
 READY_S = 0.5
 """How long what leads to a new cluster waits for it: withdrawals are behind it."""
 WORDS_MAX = 2000
@@ -56,6 +60,9 @@ class Session:
         self._verdicts: Verdicts | None = None
         self._instances: Mapping[str, Sequence[str]] = {}
         self._services: Sequence[str] = ()
+        self._refused: dict[tuple[str, str], str] = {}
+        """Of what there is, what it does not take now, with its words."""
+        self._again_at: float | None = None
         self.refused = 0
         """Resources that Envoy did not take."""
 
@@ -78,14 +85,24 @@ class Session:
         refused = request.HasField("error_detail")
         verdict = self._subscriber.answered(request.type_url, request.response_nonce, accepted=not refused)
         if not refused:
+            for name in verdict.names if verdict else ():
+                self._refused.pop((request.type_url, name), None)
             return
-        self._refuse(request.type_url, verdict.names if verdict else ["?"], request.error_detail.message)
+        words = request.error_detail.message.strip()
+        names = verdict.names if verdict else ("?",)
+        # The rest of the push may well have been taken: Envoy names what it refuses, in most of its texts.
+        self._refuse(request.type_url, [one for one in names if one in words] or names, words)
+        self._again_at = self._clock() + AGAIN_S
 
     def _refuse(self, type_url: str, names: Sequence[str], why: str) -> None:
         self.refused += len(names)
+        why = why[:WORDS_MAX]
+        if all(self._refused.get((type_url, name)) == why[:TROUBLE_MAX] for name in names):
+            return  # as before
+        self._refused.update({(type_url, name): why[:TROUBLE_MAX] for name in names})
         log.error(
             "Envoy of %s refuses %s %s and keeps what it had: %s",
-            self._sidecar_id, type_url.rpartition(".")[2], ", ".join(names), why[:WORDS_MAX],
+            self._sidecar_id, type_url.rpartition(".")[2], ", ".join(names), why,
         )  # fmt: skip
 
     def _resume(self, versions: Mapping[str, str]) -> None:
@@ -97,6 +114,15 @@ class Session:
             elif state:
                 self._ways.resume(name, state)
         self._compile()
+
+    @property
+    def trouble(self) -> str:
+        """What Envoy is to have and does not take, with its words; empty when it takes everything."""
+        rows: dict[str, list[str]] = {}
+        for (url, name), why in self._refused.items():
+            if name in self._versions.get(url, {}):
+                rows.setdefault(why, []).append(f"{url.rpartition('.')[2]} {name}")
+        return "; ".join(f"{', '.join(names)}: {why}" for why, names in rows.items())[:TROUBLE_MAX]
 
     def update(self, update: SidecarUpdate) -> bool:
         """Take an update of the sidecar's stream; return whether something is to be sent perhaps."""
@@ -157,12 +183,18 @@ class Session:
     def settle_at(self) -> float | None:
         """When :meth:`settle` or :meth:`responses` has something to do at the latest."""
         times = [since + READY_S for since in self._awaited.values()]
-        if (at := self._leaving.next_at()) is not None:
-            times.append(at)
+        times += [at for at in (self._leaving.next_at(), self._again_at) if at is not None]
         return min(times, default=None)
 
     def settle(self) -> None:
-        """Take instances out of their clusters whose calls have ended, or could not be ended one by one."""
+        """Take instances out of their clusters whose calls have ended, or could not be ended one by one.
+
+        And send what was refused once more: a port may have been another process's.
+        """
+        if self._again_at is not None and self._clock() >= self._again_at:
+            self._again_at = None
+            for url, name in self._refused:
+                self._subscriber.again(url, [name])
         done, late = self._leaving.settle(self._checks.acknowledged(self._sidecar_id), self._clock())
         if not done:
             return

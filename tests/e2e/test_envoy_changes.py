@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -64,3 +65,23 @@ def test_no_call_is_lost_while_an_upstream_leads_to_another_service(stage: Mesh,
     print(answers)
     expected = {b"one hello\n", b"two hello\n"} if protocol == "tcp" else {200}
     assert set(answers) == expected, answers
+
+
+def test_the_catalog_tells_what_an_envoy_does_not_take(stage: Mesh) -> None:
+    def check() -> tuple[str, str]:
+        rows = stage.api(1).get("/v1/health/checks/shop-sidecar-proxy").json()
+        row = next((one for one in rows if one["CheckID"] == "service:shop-1-sidecar-proxy"), None)
+        return ("", "") if row is None else (row["Status"], row["Output"])
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        stage.api().put("/v1/agent/service/register", {"Name": "shop", "ID": "shop-1"})
+        way = {"DestinationName": "store", "LocalBindAddress": "127.0.0.1", "LocalBindPort": port}
+        proxy = {"DestinationServiceName": "shop", "DestinationServiceID": "shop-1", "Upstreams": [way]}
+        row = {"ID": "shop-1-sidecar-proxy", "Name": "shop-sidecar-proxy", "Kind": "connect-proxy", "Port": 20990}
+        stage.api().put("/v1/agent/service/register", {**row, "Proxy": proxy})
+        stand(stage, ENVOY, "shop", 0)
+        assert wait_until(lambda: check()[0] == "warning", TIMEOUT_S), check()
+        assert "Listener upstream:store" in check()[1], check()
+        assert str(port) in check()[1], "with Envoy's words"
+    assert wait_until(lambda: check()[0] == "passing", TIMEOUT_S), check()

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from node.xds import messages, types
-from node.xds.delta import Subscriber
-from node.xds.session import READY_S, Session
+from node.xds.delta import NAMES_MAX, PENDING_MAX, TYPES_MAX, Subscriber, TooMuch
+from node.xds.session import AGAIN_S, READY_S, TROUBLE_MAX, Session
 from node.xds.snapshot import Snapshot
 from raftstate.model.connect import Revocation
 from raftstate.model.intention import HTTPMatch, Intention, Permission
@@ -250,3 +250,74 @@ def test_what_is_used_comes_before_what_uses_it_and_goes_after() -> None:
     assert session.settle_at == clock[0] + READY_S
     clock[0] += READY_S
     assert ("Listener", ["upstream:mail"], []) in said(session), "an Envoy that never asks is not waited for"
+
+
+def test_what_envoy_does_not_take_is_known_until_it_takes_it_or_it_is_no_more() -> None:
+    clock = [0.0]
+    session = Session("x", clock=lambda: clock[0])
+    session.update(whole(make_snapshot()))
+
+    def answer(words: str = "") -> None:
+        for one in session.responses():
+            said = messages.DeltaRequest(type_url=one.type_url, response_nonce=one.nonce)
+            if words:
+                said.error_detail.message = words
+            session.request(said)
+
+    session.request(request(types.CLUSTER))
+    assert session.trouble == ""
+    answer("no " + "x" * 10_000)
+    assert session.trouble.startswith("Cluster local_app, Cluster upstream:db: no xxx")
+    assert len(session.trouble) <= TROUBLE_MAX
+    changed = msgspec.structs.replace(upstream(), config={"connect_timeout_ms": 9})
+    session.update(SidecarUpdate(version=2, upstreams=(changed,)))
+    answer()
+    assert session.trouble.startswith("Cluster local_app: no")
+    session.update(SidecarUpdate(version=3, upstreams=(upstream(),)))
+    answer("again")
+    session.update(SidecarUpdate(version=4, upstreams=()))
+    answer()
+    assert "again" not in session.trouble
+    assert session.responses() == []
+    clock[0] += AGAIN_S
+    assert session.settle_at == clock[0]
+    session.settle()
+    answer()
+    assert session.trouble == "", "it may be taken at another time"
+    assert session.settle_at is None
+
+
+def test_a_refusal_that_names_a_resource_is_that_resources() -> None:
+    session = Session("x")
+    session.update(whole(make_snapshot()))
+    session.request(request(types.CLUSTER))
+    (response,) = session.responses()
+    said = messages.DeltaRequest(type_url=types.CLUSTER, response_nonce=response.nonce)
+    said.error_detail.message = "Error adding/updating cluster(s) upstream:db: why not"
+    session.request(said)
+    assert session.trouble.startswith("Cluster upstream:db: Error")
+
+
+def test_what_one_subscriber_may_ask_for_is_bound() -> None:
+    subscriber = Subscriber()
+    names = [str(n) for n in range(NAMES_MAX)]
+    subscriber.request(URL, names, [], {})
+    with pytest.raises(TooMuch):
+        subscriber.request(URL, ["one more"], [], {})
+    with pytest.raises(TooMuch):
+        Subscriber().request(URL, [*names, "one more"], [], {})
+    with pytest.raises(TooMuch):
+        Subscriber().request(URL, [], [], {**dict.fromkeys(names, ""), "one more": ""})
+    many = Subscriber()
+    for n in range(TYPES_MAX):
+        many.request(f"type-{n}", [], [], {})
+    with pytest.raises(TooMuch):
+        many.request("one more", [], [], {})
+    silent = Subscriber()
+    silent.request(URL, [], [], {})
+    pushes = [silent.push(URL, {"a": str(n)}) for n in range(PENDING_MAX + 1)]
+    nonces = [one.nonce for one in pushes if one is not None]
+    assert silent.answered(URL, nonces[0], accepted=True) is None, (
+        "of one that answers nothing, the oldest are forgotten"
+    )
+    assert silent.answered(URL, nonces[-1], accepted=True) is not None
