@@ -251,7 +251,7 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access, service: str, *, shar
 def _http(prefix: str, routes: Rule, filters: list[Rule], more: Rule | None = None) -> Rule:
     router = {
         "name": "envoy.filters.http.router",
-        "typed_config": typed("envoy.extensions.filters.http.router.v3.Router"),
+        "typed_config": typed("envoy.extensions.filters.http.router.v3.Router", suppress_envoy_headers=True),
     }
     config = typed(
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
