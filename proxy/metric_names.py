@@ -33,7 +33,7 @@ HELP: Final = {
     "lictor_retries_total": "Calls that were tried again at another instance.",
     "lictor_sessions": "TLS sessions to other sidecars that are open.",
     "lictor_sessions_opened_total": "TLS sessions to other sidecars that were opened.",
-    "lictor_spans_dropped_total": "Trace spans that no collector has taken.",
+    "lictor_spans_dropped_total": "Trace spans that no collector has taken, by the reason.",
     "lictor_spans_exported_total": "Trace spans that a collector has taken.",
     "lictor_worker_restarts_total": "Worker processes that were replaced.",
     "lictor_workers": "Worker processes that serve.",

@@ -74,6 +74,7 @@ class SpanExporter:
         self._waiting: deque[bytes] = deque()
         self._held = 0
         self._export_task: asyncio.Task[None] | None = None
+        self._session: aiohttp.ClientSession | None = None
         self._closing = asyncio.Event()
         self._hurry = asyncio.Event()
         """A batch is full, or the end has come."""
@@ -121,26 +122,31 @@ class SpanExporter:
         self.dropped_by[STOPPING] += len(self._waiting)
         self._waiting.clear()
         self._held = 0
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     async def _export(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=EXPORT_TIMEOUT_S)
         try:
-            while self._waiting:  # asked again once the session is closed: nothing may come between no and the end
-                async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
-                    await self._export_by(session)
+            # Nothing is awaited between the last answer to this and the end: a span that came then would be left.
+            while self._waiting:
+                if len(self._waiting) < SPANS_PER_BATCH:
+                    self._hurry.clear()
+                    await _until(self._closing if self._closing.is_set() else self._hurry, EXPORT_S)
+                batch = [self._waiting.popleft() for _ in range(min(SPANS_PER_BATCH, len(self._waiting)))]
+                self._held -= sum(map(len, batch))
+                await self._deliver(batch)
         finally:
             self._export_task = None
 
-    async def _export_by(self, session: aiohttp.ClientSession) -> None:
-        while self._waiting:
-            if len(self._waiting) < SPANS_PER_BATCH:
-                self._hurry.clear()
-                await _until(self._closing if self._closing.is_set() else self._hurry, EXPORT_S)
-            batch = [self._waiting.popleft() for _ in range(min(SPANS_PER_BATCH, len(self._waiting)))]
-            self._held -= sum(map(len, batch))
-            await self._deliver(session, batch)
+    def _client(self) -> aiohttp.ClientSession:
+        """Return what keeps the connection to the collector from one batch to the next."""
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=EXPORT_TIMEOUT_S)
+            self._session = aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        return self._session
 
-    async def _deliver(self, session: aiohttp.ClientSession, batch: list[bytes]) -> None:
+    async def _deliver(self, batch: list[bytes]) -> None:
         """Send a batch until it is taken or refused, or too old."""
         clock = asyncio.get_running_loop().time
         give_up_at = clock() + GIVE_UP_S
@@ -150,7 +156,7 @@ class SpanExporter:
                 await _until(self._closing, self._not_before - clock())
                 if self._closing.is_set() and self._told_to_wait and clock() < self._not_before:
                     break
-                if not await self._send(session, batch):
+                if not await self._send(batch):
                     left = False
                 elif self._closing.is_set() or self._not_before > give_up_at:
                     break
@@ -158,7 +164,7 @@ class SpanExporter:
             if left:  # cancelled, too
                 self.dropped_by[STOPPING if self._closing.is_set() else UNREACHABLE] += len(batch)
 
-    async def _send(self, session: aiohttp.ClientSession, batch: list[bytes]) -> bool:
+    async def _send(self, batch: list[bytes]) -> bool:
         """Send a batch once; return whether it is worth another attempt, not before the time that is set then."""
         attributes: list[Attribute] = [attribute(key, value) for key, value in self._resource().items()]
         scope = {"scope": {"name": "lictor"}, "spans": [msgspec.Raw(span) for span in batch]}
@@ -168,7 +174,8 @@ class SpanExporter:
         headers = {"Content-Type": "application/json", "User-Agent": "lictor"}
         wait_s: float | None = None
         try:
-            async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
+            send = self._client().post(self._url, data=body, headers=headers, allow_redirects=False)
+            async with send as answer:
                 status = answer.status
                 if status < 300:
                     self._taken(len(batch), await _read_some(answer.content))

@@ -117,6 +117,8 @@ class Collector:
         self.taken: list[tuple[dict[str, str | int], Span]] = []
         """Of requests that were answered well."""
         self.faults: list[str] = []
+        self.connections: set[object] = set()
+        """Addresses from which somebody sent."""
         self.endpoint = ""
 
     async def start(self) -> str:
@@ -134,6 +136,7 @@ class Collector:
 
     async def _take(self, request: web.Request) -> web.Response:
         self.asked.append(asyncio.get_running_loop().time())
+        self.connections.add(request.transport.get_extra_info("peername") if request.transport else None)
         body = await request.read()
         if self.hold is not None:
             await self.hold.wait()

@@ -64,6 +64,7 @@ async def test_spans_that_come_just_as_the_last_ones_have_left_are_sent() -> Non
         for number in range(1, 31):
             exporter.take(recorded())
             await until(lambda number=number: exporter.exported == number)  # type: ignore[misc]
+        assert len(collector.connections) == 1, "the connection is kept"
 
 
 async def test_only_what_is_recorded_is_sent() -> None:
