@@ -4,6 +4,8 @@ The meaning is that of :mod:`proxy.authz.permission`. Where Envoy cannot decide 
 
 - Envoy matches a path with its escapes, Lictor one that is decoded. So where permissions apply, a path that can be
   read in several ways is never allowed, and behind a ``deny`` with a path no escape is allowed at all.
+- A path with parameters of segments has two readings, and a ``deny`` covers either. Of a rule with an expression that
+  is not known: it refuses every path with a ``;``, unless it has one itself.
 - Envoy sees several values of a header joined by commas. A value with a comma in it counts as several: an ``allow``
   wants each of them to match, a ``deny`` one.
 """
@@ -61,13 +63,46 @@ def _conditions(http: HTTPMatch, *, deny: bool) -> list[Rule]:
     if http.methods:
         names = [{"header": _exact(":method", method.upper())} for method in sorted(set(http.methods))]
         rules.append(names[0] if len(names) == 1 else {"or_rules": {"rules": names}})
-    if http.path_exact:
-        rules.append({"url_path": {"path": {"exact": quote(http.path_exact, safe=_PATH_SAFE)}}})
-    elif http.path_prefix:
-        rules.append({"url_path": {"path": {"prefix": quote(http.path_prefix, safe=_PATH_SAFE)}}})
-    elif http.path_regex:
-        rules.append(_path_regex(http.path_regex))
+    if (path := _path(http, deny=deny)) is not None:
+        rules.append(path)
     return rules + [_header(match, deny=deny) for match in http.header]
+
+
+def _path(http: HTTPMatch, *, deny: bool) -> Rule | None:
+    """Return the condition on the path: of a ``deny`` on either reading of a path that has parameters.
+
+    What an ``allow`` names exactly has none, and a prefix of the one reading is a prefix of the other.
+    """
+    if http.path_exact:
+        exact = quote(http.path_exact, safe=_PATH_SAFE)
+        rule: Rule = {"url_path": {"path": {"exact": exact}}}
+        return _or_bare(rule, exact, "") if deny and ";" not in exact else rule
+    if http.path_prefix:
+        prefix = quote(http.path_prefix, safe=_PATH_SAFE)
+        rule = {"url_path": {"path": {"prefix": prefix}}}
+        return _or_bare(rule, prefix, ".*") if deny and ";" not in prefix else rule
+    if not http.path_regex:
+        return None
+    rule = _path_regex(http.path_regex)
+    if ";" in http.path_regex:
+        return rule
+    # No expression is known for the other reading: a path that has two is covered by a deny, by an allow it is not.
+    parameters = [{"url_path": {"path": {"contains": one}}} for one in (";", "%3b", "%3B")]
+    return _any([rule, *parameters]) if deny else _all([rule, *map(_not, parameters)])
+
+
+_PARAMETER = "(?:;[^/]*)?"
+_EMPTY = "(?:/;[^/]*)*"
+"""Segments of which nothing is left without their parameters."""
+
+
+def _or_bare(rule: Rule, path: str, rest: str) -> Rule:
+    """Return what a rule covers, or covers once parameters are taken away. Escapes are refused behind a ``deny``."""
+    first, *segments = path.split("/")
+    bare = re.escape(first) + "".join(f"{_EMPTY}/{re.escape(one)}{_PARAMETER}" for one in segments if one)
+    if path.endswith("/"):
+        bare += f"{_EMPTY}/{_PARAMETER}"
+    return _any([rule, _all([{"url_path": {"path": {"contains": ";"}}}, _path_regex(bare + rest)])])
 
 
 def _header(match: HeaderMatch, *, deny: bool) -> Rule:
@@ -104,6 +139,10 @@ def _path_regex(regex: str) -> Rule:
 
 def _not(rule: Rule) -> Rule:
     return {"not_rule": rule}
+
+
+def _any(rules: list[Rule]) -> Rule:
+    return {"or_rules": {"rules": rules}}
 
 
 def _all(rules: list[Rule]) -> Rule:

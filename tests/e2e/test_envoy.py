@@ -118,6 +118,14 @@ def test_requests_are_decided_by_method_and_path(stage: Mesh) -> None:
             assert http_call(address, "POST", "/api/x") == (403, {"error": "destination 'site' denies this request"})
             for path in ("/", "/api/../admin", "//admin", "/api/%2e%2e/admin", "/%61dmin", "/api%2f..%2fadmin"):
                 assert http_call(address, "GET", path)[0] in (400, 403), path
+        rules = [("deny", "/admin"), ("deny", "/v1/keys"), ("allow", "/")]
+        allow(stage, "shop", "site", *({"Action": what, "HTTP": {"PathPrefix": path}} for what, path in rules))
+        address = upstream(stage, "shop-1", "site")
+        assert wait_until(lambda: http_call(address, "GET", "/v1")[0] == 200, TIMEOUT_S)
+        for path in ("/admin", "/;/admin", "/;a=1/admin;b", "/v1;x/keys", "/v1/;/keys/1"):
+            assert http_call(address, "GET", path)[0] == 403, path
+        for path in ("/;/admi", "/v1;x/key", "/a;b/c;d", "/v1"):
+            assert http_call(address, "GET", path)[0] == 200, path
 
 
 def test_an_instance_that_comes_is_called_and_one_that_goes_is_not(stage: Mesh) -> None:

@@ -22,6 +22,10 @@ PERMISSIONS = st.sampled_from(
         Permission("allow", HTTPMatch(path_prefix="/")),
         Permission("allow", HTTPMatch(path_exact="/v1/read", methods=("GET",))),
         Permission("deny", HTTPMatch(path_prefix="/admin")),
+        Permission("deny", HTTPMatch(path_prefix="/a/")),
+        Permission("deny", HTTPMatch(path_exact="/v1/read")),
+        Permission("deny", HTTPMatch(path_regex="/v[0-9]/.")),
+        Permission("allow", HTTPMatch(path_regex="/v1;x/.*")),
         Permission("deny", HTTPMatch(methods=("DELETE", "PUT"))),
         Permission("allow", HTTPMatch(path_regex="/v[0-9]+/.*", methods=("get", "POST"))),
         Permission("allow", HTTPMatch(header=(HeaderMatch("x-role", exact="ops"),))),
@@ -35,10 +39,30 @@ PERMISSIONS = st.sampled_from(
         Permission("maybe"),
     ]
 )
+PARAMETERS = (
+    "/;a/admin/x",
+    "/admin;v=1/x",
+    "/;/;b/admin",
+    "/v1;x/y",
+    "/v1/y;x",
+    "/v1%3bx/y",
+    "/v1/read;x",
+    "/a;b/;c/;",
+)
 REQUESTS = [
     Request(method, target, [(b"x-role", value) for value in roles])
     for method in ("GET", "POST", "DELETE")
-    for target in ("/", "/admin/x", "/v1/read", "/v2/x?q=/admin", "/a%20b", "/%61dmin", "/ADMIN", "/x;/y")
+    for target in (
+        "/",
+        "/admin/x",
+        "/v1/read",
+        "/v2/x?q=/admin",
+        "/a%20b",
+        "/%61dmin",
+        "/ADMIN",
+        "/x;/y",
+        *PARAMETERS,
+    )
     for roles in ([], [b"ops"], [b"evil"], [b"ops", b"evil"], [b"no"])
 ]
 SOURCES = [Identity(service, instance) for service in ("web", "api", "other") for instance in ("web-1", "web-2", "")]
@@ -189,3 +213,20 @@ def test_a_subject_is_what_envoy_prints(instance: str, printed: str) -> None:
     assert rbac.subject("caf\xe9", instance) == printed
     (policy,) = rbac.revoked(make_snapshot(revocations=(Revocation("instance", instance),))).values()
     assert printed.startswith(policy["principals"][0]["filter_state"]["string_match"]["prefix"])
+
+
+@pytest.mark.parametrize("target", [one for one in PARAMETERS if "%" not in one])
+@pytest.mark.parametrize("rule", ["/v1", "/admin", "/a/", "/v1/read", "/"])
+@pytest.mark.parametrize("kind", ["path_prefix", "path_exact"])
+def test_parameters_of_segments_are_read_both_ways(target: str, rule: str, kind: str) -> None:
+    """As a Lictor sidecar reads them: an allow covers both readings, a deny either."""
+    everything = Permission("allow", HTTPMatch(path_prefix="/"))
+    for permissions in (
+        (Permission("allow", HTTPMatch(**{kind: rule})),),
+        (Permission("deny", HTTPMatch(**{kind: rule})), everything),
+    ):
+        intention = Intention("web", "backend", permissions=permissions)
+        request = Request("GET", target)
+        source = Identity("web", "web-1")
+        decided = compile_policy([intention], False).decide_request(source, "backend", "backend-1", request).allowed
+        assert admits(rbac.access(make_snapshot(intention)).policies, source, request) is decided
