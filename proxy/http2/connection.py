@@ -11,26 +11,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from h2.errors import ErrorCodes
-from h2.events import (
-    ConnectionTerminated,
-    DataReceived,
-    Event,
-    InformationalResponseReceived,
-    PingReceived,
-    RemoteSettingsChanged,
-    RequestReceived,
-    ResponseReceived,
-    StreamReset,
-    TrailersReceived,
-    WindowUpdated,
-)
-from h2.exceptions import H2Error
 
 from proxy.errors import ProxyError
 from proxy.http.errors import BadRequest
 from proxy.http.head import Field
 from proxy.http.options import HttpStats
 from proxy.http.side import NEVER, HttpSide
+from proxy.http2.events import (
+    DataCame,
+    Event,
+    GoneAway,
+    Pinged,
+    RequestCame,
+    ResponseCame,
+    SettingsCame,
+    StreamWasReset,
+    TrailersCame,
+    WindowOpened,
+)
 from proxy.http2.exchange import Exchange, Part, add_data, fields_size, pump
 from proxy.http2.half import STREAMS_MAX, Half
 from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of, local_answer, passed_on, read_request
@@ -182,46 +180,42 @@ class Http2Connection:
                 if self._done:
                     return
             self.flush()
-        except H2Error as error:
-            self._side.burst_log.warning(f"an HTTP/2 connection of {self._client_name()} is cut: {error!r}")
-            self.cut(error)
         except Exception as error:  # a fault here must end this connection, not the session that carries others
             log.exception("an HTTP/2 connection of %s is cut", self._client_name())
             self.cut(error)
 
     def _client_event(self, event: Event) -> None:
-        if isinstance(event, RequestReceived):
+        if isinstance(event, RequestCame):
             self._request(event)
-        elif isinstance(event, DataReceived):
+        elif isinstance(event, DataCame):
             exchange = self._exchanges.get(event.stream_id)
             if exchange is None:
-                self._client.acknowledge(event.stream_id, event.flow_controlled_length)
+                self._client.acknowledge(event.stream_id, event.flow)
             else:
-                end = event.stream_ended is not None
-                add_data(exchange.to_link, event.data, event.flow_controlled_length, end=end)
-                if end:
+                add_data(exchange.to_link, event.data, event.flow, end=event.end)
+                if event.end:
                     self._asked(exchange)
                 self._more_came(exchange)
-        elif isinstance(event, TrailersReceived):
+        elif isinstance(event, TrailersCame):
             exchange = self._exchanges.get(event.stream_id)
             if exchange is not None:
-                trailers = passed_on(event.headers, response=False) if exchange.keep_trailers else None
+                trailers = passed_on(event.fields, response=False) if exchange.keep_trailers else None
                 exchange.to_link.append(Part(b"", 0, end=True, trailers=trailers))
                 self._asked(exchange)
                 self._more_came(exchange)
-        elif isinstance(event, WindowUpdated):
+        elif isinstance(event, WindowOpened):
             for exchange in self._concerned(event.stream_id):
                 self._pump_to_client(exchange)
-        elif isinstance(event, StreamReset):
+        elif isinstance(event, StreamWasReset):
             self._client_reset(event)
-        elif isinstance(event, RemoteSettingsChanged | PingReceived):
+        elif isinstance(event, SettingsCame | Pinged):
             if not self._client.controlled():
                 self.cut(ProxyError("client makes us answer but reads nothing"))
                 return
-            if isinstance(event, RemoteSettingsChanged):
+            if isinstance(event, SettingsCame):
                 for exchange in list(self._exchanges.values()):
                     self._pump_to_client(exchange)
-        elif isinstance(event, ConnectionTerminated):
+        elif isinstance(event, GoneAway):
             self._leaving = True
 
     def _more_came(self, exchange: Exchange) -> None:
@@ -234,36 +228,36 @@ class Http2Connection:
         exchange = self._exchanges.get(stream_id)
         return [] if exchange is None else [exchange]
 
-    def _client_reset(self, event: StreamReset) -> None:
+    def _client_reset(self, event: StreamWasReset) -> None:
         exchange = self._exchanges.get(event.stream_id)
         self._resets += 1
         if exchange is not None:
             self._count(exchange, 0, "cut")
-            self._forget_link(exchange, event.error_code)
+            self._forget_link(exchange, event.code)
             self._remove(exchange)
         if self._resets > self.resets_max and self._resets * 2 > self._opened:
             self._side.burst_log.warning(f"{self._client_name()} resets streams faster than it uses them; cut off")
             self._client.go_away(ErrorCodes.ENHANCE_YOUR_CALM)
             self.cut()
 
-    def _request(self, event: RequestReceived) -> None:
+    def _request(self, event: RequestCame) -> None:
         self._opened += 1
         if not self._exchanges:
             self.deadline = NEVER
         exchange = Exchange(self, event.stream_id, RequestHead(), self._side.loop.time())
         self._exchanges[event.stream_id] = exchange
-        if event.stream_ended is not None:
+        if event.end:
             exchange.to_link.append(Part(b"", 0, end=True))
             self._asked(exchange)
         try:
-            exchange.head = read_request(event.headers)
+            exchange.head = read_request(event.fields)
         except BadRequest as error:
             self._answer(exchange, error.status, str(error), "malformed")
             return
         if self._leaving or self._side.memory.scarce:
             self._refuse(exchange)
             return
-        exchange.head_bytes = fields_size(event.headers)
+        exchange.head_bytes = fields_size(event.fields)
         self._account(exchange)
         if exchange.client_id in self._exchanges:
             if self._side.tracer is not None:
@@ -348,11 +342,11 @@ class Http2Connection:
 
     # Owner
 
-    def answered(self, exchange: Exchange, event: ResponseReceived | InformationalResponseReceived) -> None:
-        headers = passed_on(event.headers, response=True)
-        ended = isinstance(event, ResponseReceived) and event.stream_ended is not None
-        if isinstance(event, ResponseReceived):
-            exchange.status = int(dict(headers)[b":status"])
+    def answered(self, exchange: Exchange, event: ResponseCame) -> None:
+        headers = passed_on(event.fields, response=True)
+        ended = event.end
+        if event.status >= 200:
+            exchange.status = event.status
             if exchange.replay is not None:
                 exchange.replay.drop()
             if ended:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from h2.errors import ErrorCodes
-from h2.events import InformationalResponseReceived, ResponseReceived
 
 from proxy.http.head import Field
 from proxy.http.side import NEVER
+from proxy.http2.events import ResponseCame
 from proxy.http2.half import Half
 from proxy.http2.head import RequestHead
 from proxy.tracing import RequestTrace
@@ -28,7 +28,7 @@ FIELD_BYTES = 32
 class Owner(Protocol):
     """Who serves an exchange's client. Its link tells it what becomes of the exchange there."""
 
-    def answered(self, exchange: Exchange, event: ResponseReceived | InformationalResponseReceived) -> None:
+    def answered(self, exchange: Exchange, event: ResponseCame) -> None:
         """The response has begun; an informational one comes before it."""
 
     def came(self, exchange: Exchange) -> None:

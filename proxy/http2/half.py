@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Final
 
-from h2.config import H2Configuration
-from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import ConnectionTerminated, Event
-from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes
-from hyperframe.frame import Frame, GoAwayFrame
 
+from proxy.errors import ProxyError
 from proxy.http.head import Field
+from proxy.http2.core import LAST_STREAM_ID, PREFACE, Core, goaway
+from proxy.http2.errors import Http2Error
+from proxy.http2.events import Event
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-STREAMS_MAX = 128
-STREAM_WINDOW_BYTES = 128 * 1024
+__all__ = ["PREFACE", "Half"]
+
+STREAMS_MAX: Final = 128
+STREAM_WINDOW_BYTES: Final = 128 * 1024
 """A connection's window is as much as all its streams together, so that one that is not taken off never holds up the
 others."""
-HEADER_LIST_BYTES_MAX = 64 * 1024
-_CONTROL_WHILE_FULL_MAX = 1000
+HEADER_LIST_BYTES_MAX: Final = 64 * 1024
+_CONTROL_WHILE_FULL_MAX: Final = 1000
 """Pings and settings from an end that reads nothing; then it is cut off."""
-LAST_STREAM_ID = (1 << 31) - 1
-
-
-class _Connection(H2Connection):
-    """h2's, but a GOAWAY leaves the streams under way alone (RFC 9113, section 6.8); h2 would end them all."""
-
-    def release(self) -> None:
-        """Nothing more is received: let go of the methods that take the frames, which refer to this."""
-        self._frame_dispatch_table.clear()
-
-    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
-        event = ConnectionTerminated()
-        event.error_code = frame.error_code
-        event.last_stream_id = frame.last_stream_id
-        event.additional_data = frame.additional_data or None
-        return [], [event]
+OWED_BYTES_MAX: Final = 1024 * 1024
+"""What is sent to an end that reads nothing, beside bodies, which wait: answers, resets, and what else it makes us
+send. Then it is cut off."""
 
 
 def _nothing_came(half: Half, events: list[Event]) -> None:
@@ -65,9 +52,10 @@ class Half:
         "_on_end",
         "_on_events",
         "_on_room",
+        "_owed",
         "channel",
         "closed",
-        "conn",
+        "core",
         "full",
         "peer",
     )
@@ -95,78 +83,53 @@ class Half:
         self._on_events = on_events
         self._on_end = on_end
         self._on_room = on_room
-        config = H2Configuration(
-            client_side=client,
-            header_encoding=None,
-            validate_outbound_headers=False,
-            normalize_outbound_headers=False,
+        self._owed = 0
+        """Bytes sent since then."""
+        self.core = Core(
+            client=client,
+            streams_max=streams_max,
+            stream_window=STREAM_WINDOW_BYTES,
+            list_bytes_max=HEADER_LIST_BYTES_MAX,
         )
-        self.conn = _Connection(config)
-        settings: dict[SettingCodes | int, int] = {
-            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
-            SettingCodes.MAX_CONCURRENT_STREAMS: streams_max,
-            SettingCodes.MAX_HEADER_LIST_SIZE: HEADER_LIST_BYTES_MAX,
-        }
-        if client:
-            settings[SettingCodes.ENABLE_PUSH] = 0
-        self.conn.initiate_connection()
-        self.conn.update_settings(settings)
-        # h2 refuses what is beyond a limit only once its setting was acknowledged; a peer may never do that.
-        self.conn.decoder.max_header_list_size = HEADER_LIST_BYTES_MAX
-        window = streams_max * STREAM_WINDOW_BYTES
-        self.conn.increment_flow_control_window(window - self.conn.inbound_flow_control_window)
 
     def flush(self) -> None:
         """Send what the connection wants to send."""
         if self.channel is not NOBODY and not self.closed:
-            data = self.conn.data_to_send()
+            data = self.core.to_send()
             if data:
+                if self.full:
+                    self._owed += len(data)
                 self.channel.write(data)
 
-    # Streams. Each returns False when the stream has ended: the peer may have reset it in bytes that h2 has seen
-    # already and whose event is still to come.
+    # Streams. Each returns False when the stream has ended: the peer may have reset it in bytes that the core has
+    # seen already and whose event is still to come.
 
     def send_headers(self, stream_id: int, headers: Sequence[Field], *, end: bool) -> bool:
         """Send a header list, or trailers."""
-        try:
-            self.conn.send_headers(stream_id, headers, end_stream=end)
-        except ProtocolError:
-            return False
-        return True
+        return self.core.send_headers(stream_id, headers, end=end)
 
     def send_data(self, stream_id: int, data: bytes | bytearray, *, end: bool) -> bool:
         """Send data, for which there must be room: :meth:`room`."""
-        try:
-            self.conn.send_data(stream_id, bytes(data), end_stream=end)
-        except ProtocolError:
-            return False
-        return True
+        return self.core.send_data(stream_id, bytes(data), end=end)
 
     def room(self, stream_id: int) -> int:
         """How many bytes can be sent on a stream in one frame; -1 when it has ended."""
-        try:
-            return min(self.conn.local_flow_control_window(stream_id), self.conn.max_outbound_frame_size)
-        except ProtocolError:
-            return -1
+        return self.core.room(stream_id)
 
     def acknowledge(self, stream_id: int, size: int) -> None:
         """Give the peer back ``size`` of its window."""
         if size and not self.closed:
-            self.conn.acknowledge_received_data(size, stream_id)
+            self.core.give_back(stream_id, size)
 
     def reset(self, stream_id: int, code: ErrorCodes | int) -> None:
         """Cancel a stream."""
         if not self.closed:
-            try:
-                self.conn.reset_stream(stream_id, code)
-            except ProtocolError:
-                pass  # it had ended by itself
+            self.core.reset(stream_id, code)
 
     def go_away(self, error: ErrorCodes = ErrorCodes.NO_ERROR, last_stream_id: int = LAST_STREAM_ID) -> None:
         """Tell the peer to open no more streams; those under way go on."""
         if not self.closed:
-            frame = GoAwayFrame(stream_id=0, last_stream_id=last_stream_id, error_code=error)
-            self.channel.write(frame.serialize())
+            self.channel.write(goaway(last_stream_id, error))
 
     def controlled(self) -> bool:
         """The peer sent something that we have to answer at once; return whether it may go on so."""
@@ -178,7 +141,7 @@ class Half:
         """End the connection: all streams have ended, and those that still come were not looked at."""
         if not self.closed:
             self.flush()
-            self.go_away(last_stream_id=self.conn.highest_inbound_stream_id)
+            self.go_away(last_stream_id=self.core.last_stream_id)
             self.close()
 
     def close(self) -> None:
@@ -202,7 +165,6 @@ class Half:
         self._on_events = _nothing_came
         self._on_end = _nothing_ended
         self._on_room = _nothing_free
-        self.conn.release()
 
     # Channel
 
@@ -210,11 +172,17 @@ class Half:
         """Bytes from the other end."""
         if self.closed:
             return
-        try:
-            events = self.conn.receive_data(bytes(data))
-        except ProtocolError as error:
+        if self.full and self._owed > OWED_BYTES_MAX:
             on_end = self._on_end
-            self.flush()  # with the GOAWAY that h2 has made
+            beyond = ProxyError("makes us answer but reads nothing")
+            self.cut(beyond)
+            on_end(self, beyond)
+            return
+        try:
+            events = self.core.receive(bytes(data))
+        except Http2Error as error:
+            on_end = self._on_end
+            self.flush()  # with the GOAWAY that the core has made
             self.close()
             on_end(self, error)
             return
@@ -245,6 +213,6 @@ class Half:
 
     def resume_reading(self) -> None:
         self.full = False
-        self._controls_while_full = 0
+        self._controls_while_full = self._owed = 0
         if not self.closed:
             self._on_room(self)

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from h2.errors import ErrorCodes
-from h2.events import (
-    ConnectionTerminated,
-    DataReceived,
-    Event,
-    InformationalResponseReceived,
-    PingReceived,
-    RemoteSettingsChanged,
-    ResponseReceived,
-    StreamReset,
-    TrailersReceived,
-    WindowUpdated,
-)
-from h2.exceptions import H2Error
-from h2.settings import SettingCodes
 
 from proxy.errors import ProxyError
+from proxy.http2.events import (
+    DataCame,
+    Event,
+    GoneAway,
+    ResponseCame,
+    SettingsCame,
+    StreamWasReset,
+    TrailersCame,
+    WindowOpened,
+)
 from proxy.http2.exchange import Exchange, Owner, Part, add_data
 from proxy.http2.half import Half
 from proxy.http2.head import passed_on
@@ -79,15 +75,13 @@ class Link:
     @property
     def full(self) -> bool:
         """Whether the other end takes no further stream for now."""
-        limit: int = self.half.conn.remote_settings.max_concurrent_streams
+        limit = self.half.core.peer_streams_max
         return len(self.exchanges) >= (limit if self._settings_came else min(limit, _STREAMS_BEFORE_SETTINGS))
 
     def open(self, exchange: Exchange, *, end: bool) -> bool:
         """Open a stream with the exchange's headers; return False when no stream can be opened any more."""
-        conn = self.half.conn
-        try:
-            stream_id = conn.get_next_available_stream_id()
-        except H2Error:  # the ids are used up
+        stream_id = self.half.core.open()
+        if not stream_id:  # the ids are used up
             self.leaving = True
             return False
         exchange.link, exchange.link_id = self, stream_id
@@ -132,39 +126,39 @@ class Link:
     def _events(self, half: Half, events: list[Event]) -> None:
         self.heard = True
         owners: set[Owner] = set()
-        try:
-            for event in events:
-                self._event(event, owners)
-        except H2Error as error:
-            half.cut(error)
-            self._ended(half, error)
+        for event in events:
+            self._event(event, owners)
         for owner in owners:
             owner.flush()
         self.flush()
 
     def _event(self, event: Event, owners: set[Owner]) -> None:
-        stream_id: int = getattr(event, "stream_id", 0) or 0
+        stream_id = event.stream_id
+        if not stream_id:
+            self._link_event(event, owners)
+            return
         exchange = self.exchanges.get(stream_id)
-        if isinstance(event, RemoteSettingsChanged | PingReceived) and not self.half.controlled():
-            self.cut(ProxyError("makes us answer but reads nothing"))
-        elif isinstance(event, RemoteSettingsChanged):
-            self._settings_came = True
-            if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
-                self._more_room(owners)
-        elif isinstance(event, WindowUpdated) and not stream_id:
+        if exchange is not None:
+            owners.add(exchange.owner)
+            self._stream_event(exchange, event)
+        elif isinstance(event, DataCame):
+            self.half.acknowledge(stream_id, event.flow)
+
+    def _link_event(self, event: Event, owners: set[Owner]) -> None:
+        if isinstance(event, WindowOpened):
             self._more_room(owners)
-        elif isinstance(event, ConnectionTerminated):
+        elif isinstance(event, GoneAway):
             self.leaving = True
-            for each in [x for id, x in self.exchanges.items() if id > (event.last_stream_id or 0)]:
+            for each in [x for id, x in self.exchanges.items() if id > event.last_stream_id]:
                 owners.add(each.owner)
                 self.forget(each)
                 each.owner.not_served(each, leaving=True)
-        elif exchange is None:
-            if isinstance(event, DataReceived):
-                self.half.acknowledge(stream_id, event.flow_controlled_length)
-        else:
-            owners.add(exchange.owner)
-            self._stream_event(exchange, event)
+        elif not self.half.controlled():
+            self.cut(ProxyError("makes us answer but reads nothing"))
+        elif isinstance(event, SettingsCame):
+            self._settings_came = True
+            if event.windows:
+                self._more_room(owners)
 
     def _more_room(self, owners: set[Owner]) -> None:
         for exchange in list(self.exchanges.values()):
@@ -174,25 +168,25 @@ class Link:
 
     def _stream_event(self, exchange: Exchange, event: Event) -> None:
         owner = exchange.owner
-        if isinstance(event, WindowUpdated):
-            owner.room(exchange)
-        elif isinstance(event, DataReceived):
+        if isinstance(event, DataCame):
             exchange.sent += len(event.data)
-            add_data(exchange.to_client, event.data, event.flow_controlled_length, end=event.stream_ended is not None)
+            add_data(exchange.to_client, event.data, event.flow, end=event.end)
             owner.came(exchange)
-        elif isinstance(event, ResponseReceived | InformationalResponseReceived):
+        elif isinstance(event, ResponseCame):
             owner.answered(exchange, event)
-        elif isinstance(event, TrailersReceived):
-            trailers = passed_on(event.headers, response=False)
+        elif isinstance(event, WindowOpened):
+            owner.room(exchange)
+        elif isinstance(event, TrailersCame):
+            trailers = passed_on(event.fields, response=False)
             exchange.grpc_status = next((value for name, value in trailers if name == b"grpc-status"), b"")
             exchange.to_client.append(Part(b"", 0, end=True, trailers=trailers))
             owner.came(exchange)
-        elif isinstance(event, StreamReset):
+        elif isinstance(event, StreamWasReset):
             self.forget(exchange)
-            if event.error_code == ErrorCodes.REFUSED_STREAM:
+            if event.code == ErrorCodes.REFUSED_STREAM:
                 owner.not_served(exchange, leaving=False)
             else:
-                owner.was_reset(exchange, event.error_code)
+                owner.was_reset(exchange, event.code)
 
     def _room(self, half: Half) -> None:
         owners: set[Owner] = set()

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from h2.errors import ErrorCodes
-from h2.events import InformationalResponseReceived, ResponseReceived
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.head import Field
 from proxy.http.outbound import REPLAY_BYTES
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
+from proxy.http2.events import ResponseCame
 from proxy.http2.exchange import Exchange, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease
 from proxy.http2.link import Link
@@ -251,13 +251,12 @@ class OutboundHttp2Connection(Http2Connection):
 
     # Owner
 
-    def answered(self, exchange: Exchange, event: ResponseReceived | InformationalResponseReceived) -> None:
+    def answered(self, exchange: Exchange, event: ResponseCame) -> None:
         call = self._calls[exchange.client_id]
         exchange.active_at = self._side.loop.time()
-        if isinstance(event, ResponseReceived):
-            headers = dict(event.headers)
-            status = int(headers[b":status"])
-            said = bytes(headers.get(b"grpc-status", b"")) if event.stream_ended is not None else b""
+        if event.status >= 200:
+            status = event.status
+            said = dict(event.fields).get(b"grpc-status", b"") if event.end else b""
             unwanted = self._unwanted(exchange, call, status, said)
             if call.lease is not None and (unwanted or not exchange.head.grpc):
                 call.lease.answered(_as_http(status, said))  # of a gRPC call that is passed on, the end tells

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import h2.connection
 import h2.events
 import pytest
 from h2.errors import ErrorCodes
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http import HttpCounters, HttpOptions, OutboundOptions
 from proxy.http.head import Field
-from proxy.http2.half import PREFACE, _Connection
+from proxy.http2.half import PREFACE
 from proxy.http2.head import RequestHead
 from proxy.http2.link import Link
 from proxy.http2.outbound import OutboundHttp2
@@ -118,6 +119,17 @@ class Fleet:
     def may_retry(self) -> bool:
         self.budget -= 1
         return self.budget >= 0
+
+
+class _Connection(h2.connection.H2Connection):
+    """h2's, but a GOAWAY leaves the streams under way alone (RFC 9113, section 6.8); h2 would end them all."""
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Any], list[h2.events.Event]]:
+        event = h2.events.ConnectionTerminated()
+        event.error_code = frame.error_code
+        event.last_stream_id = frame.last_stream_id
+        event.additional_data = frame.additional_data or None
+        return [], [event]
 
 
 class Client(End):

@@ -1,0 +1,360 @@
+"""Floods of HTTP/2 frames, from a caller, from our own app and from an instance: what they make us hold, do and
+answer is bounded, by counts that have nothing to do with how fast anything is.
+
+The names are those by which the attacks went: rapid reset (CVE-2023-44487), MadeYouReset (CVE-2025-8671),
+CONTINUATION floods (CVE-2024-27316 and others), and those of 2019: pings, settings, resets, empty frames.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from h2.errors import ErrorCodes
+from hpack import Encoder
+
+from proxy.authz import Decision, Request
+from proxy.http import HttpCounters, HttpOptions, OutboundOptions
+from proxy.http2 import InboundHttp2
+from proxy.http2.connection import Http2Connection
+from proxy.http2.core import BLOCK_BYTES_MAX, PREFACE, frame
+from proxy.http2.half import OWED_BYTES_MAX, STREAM_WINDOW_BYTES
+from proxy.http2.link import Link
+from proxy.http2.outbound import OutboundHttp2
+from proxy.mux.flow import MemoryBudget
+from proxy.stream import Channel, Data
+from tests.unit.test_http2_inbound import ALLOWED, DENIED, WEB
+from tests.unit.test_http2_outbound import Fleet
+
+READ_BYTES = 16 * 1024
+"""What the floods send at once."""
+CONTROLS = 1000
+"""Pings and settings that are answered to an end that reads nothing."""
+ACK = frame(4, 1, 0, b"")
+PING = frame(6, 0, 0, b"12345678")
+SETTINGS = frame(4, 0, 0, b"")
+RESET = struct.pack(">L", ErrorCodes.CANCEL)
+BEYOND = struct.pack(">L", (1 << 31) - 1)
+WIDE = frame(8, 0, 0, struct.pack(">L", 1 << 30))
+FIELDS = [(b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"db"), (b":path", b"/a")]
+ASKED = Encoder().encode(FIELDS, huffman=False)
+"""It adds an entry to the other end's table, and needs none there."""
+
+
+class Far:
+    """The far end of a channel: it counts what it gets, by kind of frame."""
+
+    def __init__(self) -> None:
+        self.peer: Channel = self
+        self.bytes = 0
+        self.frames: Counter[int] = Counter()
+        self.codes: list[int] = []
+        """Of the GOAWAYs."""
+        self.ended = self.aborted = False
+        self._rest = b""
+
+    def write(self, data: Data) -> None:
+        self.bytes += len(data)
+        self._rest += bytes(data)
+        self._rest = self._rest.removeprefix(PREFACE)
+        while len(self._rest) >= 9:
+            size, kind = int.from_bytes(self._rest[:3], "big"), self._rest[3]
+            payload = self._rest[9 : 9 + size]
+            self._rest = self._rest[9 + size :]
+            self.frames[kind] += 1
+            if kind == 7:
+                self.codes.append(int.from_bytes(payload[4:8], "big"))
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def abort(self, error: Exception | None = None) -> None:
+        self.aborted = True
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+    @property
+    def over(self) -> bool:
+        return self.ended or self.aborted
+
+
+class Victim:
+    """A side with one client and one connection beyond it, to an app or an instance, on which one request went."""
+
+    def __init__(self, side: InboundHttp2 | OutboundHttp2, connection: Http2Connection, *ends: Far) -> None:
+        self.side, self.connection = side, connection
+        self.client, self.far = ends
+        self._next = 1
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as a client, some at once, until the connection is over."""
+        for at in range(0, len(data), READ_BYTES):
+            if self.client.over:
+                return
+            self.client.peer.write(data[at : at + READ_BYTES])
+
+    def requests(self, count: int, *, after: bytes = b"", kind: int = 3, end: bool = True) -> bytes:
+        """Return so many requests, each followed by a frame of ``kind`` with ``after`` in it."""
+        made = []
+        for _ in range(count):
+            made.append(frame(1, 5 if end else 4, self._next, ASKED))
+            if after:
+                made.append(frame(kind, 0, self._next, after))
+            self._next += 2
+        return b"".join(made)
+
+    @property
+    def under_way(self) -> int:
+        return len(self.connection._exchanges)
+
+
+@asynccontextmanager
+async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any) -> AsyncIterator[Victim]:
+    client, far = Far(), Far()
+    http = HttpOptions(service="db", sweep_s=0.01, **options)
+    side: InboundHttp2 | OutboundHttp2
+    if direction == "inbound":
+
+        async def dial(peer: Channel) -> Channel:
+            far.peer = peer
+            return far
+
+        def decide(request: Request) -> Decision:
+            return decision
+
+        side = InboundHttp2(http)
+        connection: Http2Connection = side.serve(client, peer=WEB, dial=dial, decide=decide, stats=HttpCounters())
+    else:
+        fleet = Fleet("a", None, Far)  # type: ignore[arg-type]
+        if decision is ALLOWED:
+            link = Link(linger_s=0.01, on_end=lambda link, error: fleet.links.clear())
+            fleet.links["a"], fleet.ends["a"] = link, far
+            link.attach(far)
+        else:
+            fleet.keys = ""  # there is nobody to ask
+        side = OutboundHttp2(OutboundOptions(http=http), fleet, HttpCounters())
+        connection = side.serve(client)
+    victim = Victim(side, connection, client, far)
+    victim.send(PREFACE + SETTINGS + ACK + WIDE + victim.requests(1))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    if decision is ALLOWED:
+        assert far.frames[1] == 1
+        far.peer.write(SETTINGS + ACK + WIDE + frame(1, 5, 1, b"\x88"))
+    assert victim.under_way == 0
+    assert client.frames[1] == 1
+    try:
+        yield victim
+    finally:
+        connection.cut()
+        assert side.memory.held == 0
+        assert victim.under_way == 0
+        await side.close()
+
+
+both = pytest.mark.parametrize("direction", ["inbound", "outbound"])
+
+
+@both
+@pytest.mark.parametrize("whose", ["its own", "those it makes us send"])
+async def test_rapid_reset(direction: str, whose: str) -> None:
+    async with attacked(direction) as v:
+        most = v.connection.resets_max
+        if whose == "its own":
+            flood = v.requests(20 * most, after=RESET)
+        else:
+            flood = v.requests(20 * most, after=BEYOND, kind=8)
+        v.send(flood)
+        assert v.client.aborted
+        assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
+        assert v.far.frames[1] <= most + 2, "no more than so many got through"
+        assert v.under_way == 0
+
+
+@both
+async def test_resets_of_those_who_use_most_of_what_they_open_are_no_flood(direction: str) -> None:
+    async with attacked(direction) as v:
+        for _ in range(v.connection.resets_max + 100):
+            at = v._next
+            v.send(v.requests(2))
+            v.send(frame(3, 0, at, RESET))
+            v.far.peer.write(b"".join(frame(1, 5, n, b"\x88") for n in range(at, at + 4, 2)))
+            assert not v.client.over
+            assert v.under_way == 0
+
+
+@both
+@pytest.mark.parametrize("piece", [0, 100, 16384])
+async def test_a_header_block_that_does_not_end(direction: str, piece: int) -> None:
+    async with attacked(direction) as v:
+        v.send(frame(1, 0, v._next, ASKED) + frame(9, 0, v._next, bytes(piece)) * 1000)
+        assert v.client.ended
+        assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
+        core = v.connection._client.core
+        assert (core._block, core._rest) == ([], b""), "nothing of it is kept"
+        assert core._block_bytes <= BLOCK_BYTES_MAX + 16384
+        assert v.far.frames[1] == 1, "nothing of it went on"
+
+
+@both
+async def test_a_header_list_that_unfolds(direction: str) -> None:
+    """A few bytes that name one large entry of the table again and again."""
+    async with attacked(direction) as v:
+        large = b"\x40\x01x\x7f\xa1\x1e" + b"v" * 4000
+        v.send(frame(1, 4, v._next, ASKED + large))
+        v.send(frame(1, 4, v._next + 2, ASKED + b"\xbf" * 10_000))
+        assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
+        assert v.far.frames[1] == 2
+
+
+@both
+async def test_a_frame_that_says_to_be_large_is_not_waited_for(direction: str) -> None:
+    async with attacked(direction) as v:
+        v.send(b"\xff\xff\xff\x00\x00\x00\x00\x00\x01")
+        assert v.client.codes == [ErrorCodes.FRAME_SIZE_ERROR]
+
+
+@both
+@pytest.mark.parametrize("control", [PING, SETTINGS])
+async def test_pings_and_settings(direction: str, control: bytes) -> None:
+    async with attacked(direction) as v:
+        kind = control[3]
+        before = v.client.frames[kind]
+        v.send(control * 5000)
+        assert v.client.frames[kind] == before + 5000, "who reads its answers gets them"
+        v.connection.receiver.pause_reading()
+        v.send(control * 50_000)
+        assert v.client.aborted
+        at_once = READ_BYTES // len(control) + 1
+        assert v.client.frames[kind] <= before + 5000 + CONTROLS + at_once
+
+
+@both
+async def test_pings_from_beyond(direction: str) -> None:
+    """An app or an instance that makes us answer and reads nothing."""
+    async with attacked(direction) as v:
+        v.far.peer.pause_reading()
+        for _ in range(20):
+            v.far.peer.write(PING * 100)
+        assert v.far.aborted
+        assert v.far.frames[6] <= CONTROLS + 100
+        assert not v.client.over, "the client is asked to bear nothing of it"
+
+
+@both
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        frame(2, 0, 77, struct.pack(">LB", 0, 1)),
+        frame(99, 0, 0, b"x" * 10),
+        frame(8, 0, 1, struct.pack(">L", 1)),
+        frame(3, 0, 1, RESET),
+        frame(6, 1, 0, b"12345678"),
+        frame(4, 1, 0, b""),
+    ],
+    ids=["priority", "unknown", "a window that is gone", "a reset of what is gone", "pong", "settings' ack"],
+)
+async def test_what_asks_for_nothing_is_not_answered_and_not_kept(direction: str, nothing: bytes) -> None:
+    async with attacked(direction) as v:
+        sent, passed = v.client.bytes, v.far.bytes
+        v.send(nothing * 20_000)
+        assert (v.client.bytes, v.far.bytes) == (sent, passed)
+        assert not v.client.over
+        assert v.connection._client.core._streams == {}
+        assert v.side.memory.held == 0
+
+
+@both
+@pytest.mark.parametrize("size", [0, 1])
+async def test_data_in_very_small_pieces(direction: str, size: int) -> None:
+    async with attacked(direction) as v:
+        stream_id = v._next
+        v.send(v.requests(1, end=False))
+        v.far.peer.write(frame(4, 0, 0, struct.pack(">HL", 4, 0)))  # it takes nothing, from now on
+        sent = v.client.bytes
+        v.send(frame(0, 0, stream_id, b"x" * size) * 50_000)
+        (exchange,) = v.connection._exchanges.values()
+        assert len(exchange.to_link) <= 8
+        assert exchange.replay is not None
+        assert len(exchange.replay.parts) <= 8
+        assert v.client.bytes - sent <= 64, "no answer but a window or two"
+        assert v.side.memory.held <= STREAM_WINDOW_BYTES + 1024
+
+
+@both
+async def test_data_beyond_a_window_of_which_nothing_was_given_back(direction: str) -> None:
+    async with attacked(direction) as v:
+        v.send(v.requests(1, end=False))
+        v.far.peer.write(frame(4, 0, 0, struct.pack(">HL", 4, 0)))
+        v.send(frame(0, 0, v._next - 2, bytes(16384)) * 100)
+        assert v.client.codes == [ErrorCodes.FLOW_CONTROL_ERROR]
+        assert v.side.memory.held == 0
+
+
+@both
+async def test_data_and_headers_of_streams_that_are_gone(direction: str) -> None:
+    """Each is answered by a reset; an end that does not read these is not served for ever."""
+    async with attacked(direction) as v:
+        v.send(frame(0, 0, 1, b"") * 1000)
+        assert v.client.frames[3] == 1000
+        v.connection.receiver.pause_reading()
+        v.send(frame(0, 0, 1, b"") * 500_000)
+        assert v.client.aborted
+        assert v.client.bytes <= OWED_BYTES_MAX + 1000 * 13 + 8 * READ_BYTES
+
+
+@both
+async def test_requests_that_we_answer_ourselves(direction: str) -> None:
+    """Whoever is denied, or gets nobody, asks again and again and reads no answer."""
+    async with attacked(direction, DENIED) as v:
+        v.connection.receiver.pause_reading()
+        at_once, answer_bytes = 100, 256
+        for _ in range(500):
+            v.send(v.requests(at_once))
+        assert v.client.aborted
+        assert v.client.bytes <= OWED_BYTES_MAX + at_once * answer_bytes
+        assert v.far.frames[1] == 0
+
+
+@both
+async def test_a_client_that_takes_nothing_of_what_it_asks_for(direction: str) -> None:
+    """A window of 0 on all streams, each with a long answer."""
+    async with attacked(direction) as v:
+        budget = v.side.memory = MemoryBudget(1_000_000)
+        v.send(frame(4, 0, 0, struct.pack(">HL", 4, 0)))
+        peak = 0
+        for _ in range(200):
+            at = v._next
+            if v.client.over:
+                break
+            v.send(v.requests(1))
+            if v.far.frames[1] * 2 <= at:
+                continue  # refused
+            stream_id = 2 * v.far.frames[1] - 1
+            v.far.peer.write(frame(1, 4, stream_id, b"\x88"))
+            for _ in range(STREAM_WINDOW_BYTES // 16384):
+                v.far.peer.write(frame(0, 0, stream_id, bytes(16384)))
+            peak = max(peak, budget.held)
+        assert 500_000 < peak <= 1_000_000
+        assert v.under_way <= 1_000_000 // 16384 + 1
+        assert v.client.frames[0] == 0
+        assert v.client.frames[3] >= 100, "the others were turned away"
+
+
+@both
+async def test_informational_responses_without_end(direction: str) -> None:
+    async with attacked(direction) as v:
+        v.send(v.requests(1))
+        before = v.client.frames[1]
+        hint = Encoder().encode([(b":status", b"103")], huffman=False)
+        for _ in range(1000):
+            v.far.peer.write(frame(1, 4, 3, hint))
+        assert v.far.over
+        assert v.client.frames[1] - before <= 101
+        assert v.under_way == 0
