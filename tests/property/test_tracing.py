@@ -7,6 +7,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.http.errors import BadRequest
+from proxy.http.head import read_request_head
 from proxy.tracing import TraceParent, Tracer, read_traceparent, trace_id_of
 
 LOWER_HEX = "0123456789abcdef"
@@ -113,3 +115,27 @@ def test_what_is_sent_on_is_one_valid_context_or_none(fields: list[tuple[bytes, 
         assert all(read_traceparent(value) is not None for value in given_on)
     lines = [name + b": " + value for name, value in fields]
     assert trace.lines(fields, lines) == [name + b": " + value for name, value in sent], "both forms agree"
+
+
+any_names = st.sampled_from(
+    [b"Host", b"TraceParent", b"tracestate", b"Connection", b"Keep-Alive", b"TE", b"Upgrade", b"Content-Length",
+     b"x-forwarded-client-cert", b"Transfer-Encoding", b"X-One", b"x_forwarded_client_cert", b"Expect"]
+)  # fmt: skip
+any_values = st.one_of(
+    st.sampled_from([b"traceparent", b"tracestate, x-one", b"close", b"chunked", b"5", b"a", b"websocket", b""]),
+    valid().map(lambda made: made[0]),
+)
+
+
+@given(st.lists(st.tuples(any_names, any_values), max_size=10))
+def test_a_heads_lines_stay_those_of_its_fields(raw: list[tuple[bytes, bytes]]) -> None:
+    try:
+        head = read_request_head(b"GET", b"/", "1.1", [(b"Host", b"b"), *raw], keep_alive=True)
+    except BadRequest:
+        return
+    trace = Tracer(1.0).begin(head.fields)
+    if trace is None:
+        return
+    sent = trace.lines(head.fields, head.lines)
+    assert [line.partition(b":")[0].lower() for line in sent] == [name for name, _ in trace.fields(head.fields)]
+    assert sum(line.lower().startswith(b"traceparent:") for line in sent) == 1
