@@ -16,7 +16,7 @@ from proxy.metrics import PairStats
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.relay import SocketChannel
-from proxy.stream import NOBODY, Channel, Data, Early, join
+from proxy.stream import NOBODY, READ_LIMIT_BYTES, Channel, Data, Early, join
 from raftstate.model.identity import Identity
 
 if TYPE_CHECKING:
@@ -26,13 +26,14 @@ APP_CONNECT_TIMEOUT_S = 5.0
 
 
 class Call:
-    """One call to our app, on a mux stream or on a foreign connection. Until the app is connected it is the stream's
-    peer and keeps what arrives (at most the stream's window)."""
+    """One call to our app, on a mux stream or on a foreign connection. Where requests are to be decided it is that
+    one's peer until the app is connected, and keeps what arrives."""
 
     __slots__ = (
         "_desk",
         "_dialed",
         "_early",
+        "_early_bytes",
         "_early_eof",
         "_task",
         "app",
@@ -64,6 +65,8 @@ class Call:
         self._dialed: AppChannel | None = None
         """The connection that is relayed, from before the app has taken it."""
         self._early: list[Data] = []
+        self._early_bytes = 0
+        """Of what is kept; the outside is stopped from sending when it is enough."""
         self._early_eof = False
         self._task: asyncio.Task[None] | None = None
         self.started = desk.now() if desk.observer is not None else 0.0
@@ -118,6 +121,8 @@ class Call:
             on_done=self.end,
         )
         early, self._early = self._early, []
+        if self._early_bytes > READ_LIMIT_BYTES:
+            self.outside.resume_reading()  # first: its peer may call for a pause of its own
         for data in early:
             self.outside.peer.write(data)
         if self._early_eof:
@@ -213,6 +218,9 @@ class Call:
 
     def write(self, data: Data) -> None:
         self._early.append(data)
+        self._early_bytes += len(data)
+        if self._early_bytes > READ_LIMIT_BYTES:
+            self.outside.pause_reading()
 
     def write_eof(self) -> None:
         self._early_eof = True

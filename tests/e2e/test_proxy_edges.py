@@ -152,6 +152,62 @@ async def test_a_slow_foreign_peer_makes_us_hold_little_though_much_had_waited_f
     listener.close()
 
 
+@pytest.mark.parametrize("protocol", ["http", "grpc", "tcp"])
+@with_mesh
+async def test_a_caller_sends_no_more_than_a_little_while_our_app_is_being_connected(
+    mesh: Mesh, protocol: str
+) -> None:
+    """An app that does not take connections for now must not make us hold what its callers have to say meanwhile."""
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        address = full.getsockname()
+        held = [await filled(address) for _ in range(2)]
+        server = await mesh.member("backend", "backend-1", port=address[1])
+        await server.allow("web")
+        me = server.sidecar.config.self
+        assert me is not None
+        config = {"local_connect_timeout_ms": 60_000}
+        await server.push(self=msgspec.structs.replace(me, protocol=protocol, config=config))
+        tls = context(mesh.ca.leaf("web", "web-1"), mesh.ca.root_pem)
+        _, writer = await asyncio.open_connection("127.0.0.1", server.ports.public_port, ssl=tls)
+        size = 32 << 20
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        public = server.sidecar._public
+        assert public is not None
+        await until(lambda: bool(server.sidecar._desk.calls))
+        (caller,) = public.callers
+        transport = cast(SecureTransport, caller.transport)
+        await until(lambda: caller.received > size or not transport.is_reading())
+        assert caller.received < 1 << 20
+        # It goes on when the app does.
+        for each in held:
+            each.close()
+        full.listen(16)
+        full.setblocking(False)
+        taken: list[socket.socket] = []
+        received = 0
+        async with asyncio.timeout(60):
+            while received < size:
+                sock, _ = await loop.sock_accept(full)
+                taken.append(sock)
+                while part := await loop.sock_recv(sock, 1 << 20):
+                    received += len(part)
+                    if received >= size:
+                        break
+        for each in taken:
+            each.close()
+        writer.transport.abort()
+
+
+async def filled(address: tuple[str, int]) -> socket.socket:
+    """Begin to connect, and wait no longer than it takes the kernel to queue it, if it does."""
+    sock = socket.socket()
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    await asyncio.sleep(0)
+    return sock
+
+
 # Changes while a handshake is under way
 
 
