@@ -296,7 +296,9 @@ class Encoder:
                 index = self._index(inserted)
         if never:
             _put_integer(out, index, 0x0F, 0x10)
-        elif field in self._seen and len(name) + len(value) + ENTRY_BYTES <= self._size_max // 4:
+        elif len(name) + len(value) + ENTRY_BYTES > self._size_max // 4:
+            _put_integer(out, index, 0x0F, 0x00)  # too large for the table, and for what is remembered
+        elif field in self._seen:
             _put_integer(out, index, 0x3F, 0x40)
             del self._seen[field]
             self._add((name, value))

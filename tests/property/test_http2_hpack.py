@@ -175,6 +175,14 @@ def test_our_table_stays_within_what_is_ours_whatever_is_offered() -> None:
     assert len(ours._seen) <= 64
 
 
+def test_what_is_too_large_for_the_table_is_not_remembered() -> None:
+    ours, theirs = Encoder(), TheirDecoder()
+    for n in range(100):
+        fields = [(b"x-large", b"%d" % n + b"v" * 30_000), (b"x-limit", b"%3d" % n + b"v" * 1000)]
+        assert theirs.decode(ours.encode(fields), raw=True) == fields
+    assert sum(len(name) + len(value) for name, value in ours._seen) <= 64 * TABLE_BYTES // 4
+
+
 def test_what_differs_each_time_drives_nothing_out() -> None:
     ours, theirs = Encoder(), TheirDecoder()
     same = [(b"x-same", b"1"), (b"user-agent", b"grpc")]
