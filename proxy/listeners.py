@@ -254,6 +254,8 @@ class PublicListener:
             session.data_received(data)
         if caller.lost:
             session.connection_lost(None)
+        elif caller.early_eof:
+            session.kill(StreamClosed("the peer ended it as soon as it was made"), frames.NORMAL)
         elif self._closed:
             session.close(frames.DRAINING, "sidecar is draining")  # it began meanwhile: let the peer leave at once
         self._metrics.count("lictor_sessions_opened_total", direction="inbound")

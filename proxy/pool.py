@@ -362,6 +362,8 @@ class SessionPool:
         peer.sessions.append(session)
         if channel.lost:
             session.connection_lost(None)
+        elif channel.early_eof:
+            session.kill(StreamClosed("the peer ended it as soon as it was made"), frames.NORMAL)
         self._metrics.count("lictor_sessions_opened_total", direction="outbound")
         return session
 

@@ -337,16 +337,21 @@ class Sidecar:
         while True:
             await asyncio.sleep(_TICK_S)
             ticks += 1
-            now = loop.time()
-            if self.config.tls_due:
-                await self.apply(SidecarUpdate(version=self.config.version))
-            self._desk.tick(now)
-            for upstream in self._upstreams.values():
-                upstream.tick(now)
-                if ticks % _TICKS_PER_SWEEP == 0:
-                    upstream.sweep()
-            if ticks % _TICKS_PER_SWEEP == 0:
-                self._pool.sweep()
+            try:
+                await self._tick(loop.time(), sweep=ticks % _TICKS_PER_SWEEP == 0)
+            except Exception:  # whatever it is: all timeouts hang on this clock
+                log.exception("a turn of the clock failed; the next one comes all the same")
+
+    async def _tick(self, now: float, *, sweep: bool) -> None:
+        if self.config.tls_due:
+            await self.apply(SidecarUpdate(version=self.config.version))
+        self._desk.tick(now)
+        for upstream in self._upstreams.values():
+            upstream.tick(now)
+            if sweep:
+                upstream.sweep()
+        if sweep:
+            self._pool.sweep()
 
     # Seen from outside
 

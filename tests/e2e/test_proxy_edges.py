@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from typing import Any, cast
@@ -272,6 +273,47 @@ async def test_a_session_whose_handshake_ends_after_the_drain_has_begun_does_not
     assert await client.ask() == b""
     await until(lambda: not public.sessions, listeners.HANDSHAKE_TIMEOUT_S)
     await until(lambda: not client.sidecar._pool._live)
+
+
+@with_mesh
+async def test_a_session_that_its_peer_ends_with_the_handshake_does_not_stay(mesh: Mesh) -> None:
+    """Its end comes before there is a session to be told of it."""
+    _, server, _ = await mesh.pair()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context(mesh.ca.leaf("web", "web-1"), mesh.ca.root_pem, alpn=(ALPN,)).wrap_bio(incoming, outgoing)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.ports.public_port)
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            writer.write(outgoing.read())
+            incoming.write(await reader.read(65536))
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.unwrap()
+    writer.write(outgoing.read())  # the handshake's last flight, and the end
+    metrics = server.sidecar.metrics.counters
+    await until(lambda: bool(metrics["lictor_sessions_opened_total", (("direction", "inbound"),)]))
+    public = server.sidecar._public
+    assert public is not None
+    await until(lambda: not public.sessions)
+    writer.transport.abort()
+
+
+@with_mesh
+async def test_the_clock_of_all_timeouts_survives_one_that_fails(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _, _ = await mesh.pair()
+    ticks: list[float] = []
+
+    def fail(now: float) -> None:
+        ticks.append(now)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(client.sidecar._desk, "tick", fail)
+    await until(lambda: len(ticks) > 1)
+    assert "a turn of the clock failed" in caplog.text
 
 
 # Peers that do not keep to the protocol
