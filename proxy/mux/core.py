@@ -342,6 +342,11 @@ class MuxCore:
         return self._acceptor is not None
 
     @property
+    def newest_stream(self) -> int:
+        """The id of the stream that was opened last; -1 before there was one."""
+        return self._last_id
+
+    @property
     def can_open(self) -> bool:
         """Whether the dialing side may open one more stream here."""
         full = len(self.streams) >= self.max_streams or self._last_id + 2 > MAX_STREAM_ID

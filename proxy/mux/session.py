@@ -110,6 +110,8 @@ class MuxSession(Receiver):
         self._timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
         self._idle_since: float | None = None
+        self._opened = -1
+        """The id of the newest stream when this was last looked at."""
 
     def peername(self) -> object:
         """Return the address that the session came from, as sockets give it; None when it is not known."""
@@ -272,8 +274,9 @@ class MuxSession(Receiver):
         if not self.closed:
             self._ping()
         self._heard = False
-        if self.core.streams:
-            self._idle_since = None
+        newest = self.core.newest_stream
+        if self.core.streams or newest != self._opened:
+            self._idle_since, self._opened = None, newest  # those that came and went in between count as well
         elif self._idle_since is None:
             self._idle_since = self._loop.time()
         self._timer = self._loop.call_later(self._keepalive_s, self._keepalive)

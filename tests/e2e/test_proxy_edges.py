@@ -301,6 +301,23 @@ async def test_a_session_that_its_peer_ends_with_the_handshake_does_not_stay(mes
 
 
 @with_mesh
+async def test_a_session_of_short_calls_is_not_idle(mesh: Mesh) -> None:
+    """Though none of them is there when it is looked at."""
+    client, _, _ = await mesh.pair()
+    assert await client.ask() == b"hi\n"
+    (session,) = client.sidecar._pool._live
+    for used in (True, True, False, True):
+        if used:
+            assert await client.ask() == b"hi\n"
+        await until(lambda: not session.core.streams)
+        session._keepalive()
+        if used:
+            assert session.idle_s == 0
+        else:
+            await until(lambda: session.idle_s > 0)
+
+
+@with_mesh
 async def test_the_clock_of_all_timeouts_survives_one_that_fails(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
