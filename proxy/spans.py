@@ -6,6 +6,7 @@ full name, statuses by name), and its protocol (ids in hexadecimal, 64-bit numbe
 
 from __future__ import annotations
 
+import functools
 import re
 
 import msgspec
@@ -46,13 +47,14 @@ class _Span(msgspec.Struct, gc=False, rename="camel", omit_defaults=True):
     kind: int
     start_time_unix_nano: str
     end_time_unix_nano: str
-    attributes: list[Attribute]
+    attributes: list[Attribute | msgspec.Raw]
     status: _Status
     flags: int
     parent_span_id: str = ""
     trace_state: str = ""
 
 
+_UNSET, _FAILED = _Status(), _Status(ERROR)
 _encoder = msgspec.json.Encoder()
 
 
@@ -72,18 +74,11 @@ def split_host(host: bytes) -> tuple[str, int]:
 def encode_span(entry: Entry, trace: RequestTrace, end_ns: int) -> bytes:
     """Return the span of a request that ended at ``end_ns``, nanoseconds of Unix time, as JSON."""
     inbound = entry.direction == INBOUND
-    address, port = split_host(trace.host)
-    attributes = [
-        attribute("server.address", address or entry.destination),
-        attribute("network.protocol.name", "http"),
-        attribute("network.protocol.version", _VERSIONS.get(entry.protocol, entry.protocol)),
-        attribute("lictor.source", entry.source),
-        attribute("lictor.destination", entry.destination),
-        attribute("lictor.instance", entry.instance),
-        attribute("lictor.origin", entry.origin),
+    host = trace.host[:TEXT_MAX]
+    method = "" if trace.grpc else entry.method[:TEXT_MAX]
+    attributes: list[Attribute | msgspec.Raw] = [
+        *_common(inbound, entry.protocol, method, host, entry.source, entry.destination, entry.instance, entry.origin)
     ]
-    if port:
-        attributes.append(attribute("server.port", port))
     if trace.peer is not None:
         attributes += (
             attribute("network.peer.address", trace.peer[0]),
@@ -91,8 +86,10 @@ def encode_span(entry: Entry, trace: RequestTrace, end_ns: int) -> bytes:
         )
         if inbound:
             attributes.append(attribute("client.address", trace.peer[0]))
-    tell = _tell_grpc if trace.grpc else _tell_http
-    name, error = tell(entry, trace, attributes, inbound=inbound)
+    if trace.grpc:
+        name, error = _tell_grpc(entry, trace, attributes, inbound=inbound)
+    else:
+        name, error = _tell_http(entry, trace, attributes, inbound=inbound)
     if error:
         attributes.append(attribute("error.type", error))
     span = _Span(
@@ -103,7 +100,7 @@ def encode_span(entry: Entry, trace: RequestTrace, end_ns: int) -> bytes:
         str(end_ns - int(entry.seconds * 1e9)),
         str(end_ns),
         attributes,
-        _Status(ERROR if error else 0),
+        _FAILED if error else _UNSET,
         trace.flags | _HAS_IS_REMOTE | (_IS_REMOTE if trace.parent_id else 0),
         trace.parent_id,
         trace.state.decode("latin-1"),
@@ -111,17 +108,39 @@ def encode_span(entry: Entry, trace: RequestTrace, end_ns: int) -> bytes:
     return _encoder.encode(span)
 
 
-def _tell_http(entry: Entry, trace: RequestTrace, attributes: list[Attribute], *, inbound: bool) -> tuple[str, str]:
-    """Add what is HTTP's; return the span's name and its ``error.type``."""
-    known = entry.method in METHODS
+@functools.lru_cache(maxsize=256)
+def _common(
+    inbound: bool, protocol: str, method: str, host: bytes, source: str, destination: str, instance: str, origin: str
+) -> tuple[msgspec.Raw, ...]:
+    """Return the attributes that many requests have in common, encoded. ``method`` is empty for a gRPC call."""
+    address, port = split_host(host)
+    attributes = [
+        attribute("server.address", address or destination),
+        attribute("network.protocol.name", "http"),
+        attribute("network.protocol.version", _VERSIONS.get(protocol, protocol)),
+        attribute("lictor.source", source),
+        attribute("lictor.destination", destination),
+        attribute("lictor.instance", instance),
+        attribute("lictor.origin", origin),
+    ]
+    if port:
+        attributes.append(attribute("server.port", port))
+    if method:
+        attributes += (
+            attribute("http.request.method", method if method in METHODS else "_OTHER"),
+            attribute("url.scheme", "http"),
+        )
+        if method not in METHODS:
+            attributes.append(attribute("http.request.method_original", method))
+    return tuple(msgspec.Raw(_encoder.encode(each)) for each in attributes)
+
+
+def _tell_http(
+    entry: Entry, trace: RequestTrace, attributes: list[Attribute | msgspec.Raw], *, inbound: bool
+) -> tuple[str, str]:
+    """Add what else is HTTP's; return the span's name and its ``error.type``."""
     path = entry.path[:TEXT_MAX]
-    attributes += (
-        attribute("http.request.method", entry.method if known else "_OTHER"),
-        attribute("url.path", path),
-        attribute("url.scheme", "http"),
-    )
-    if not known:
-        attributes.append(attribute("http.request.method_original", entry.method[:TEXT_MAX]))
+    attributes.append(attribute("url.path", path))
     if not inbound:
         host = trace.host[:TEXT_MAX].decode("latin-1") or entry.destination
         attributes.append(attribute("url.full", f"http://{host}{path}"))
@@ -131,12 +150,14 @@ def _tell_http(entry: Entry, trace: RequestTrace, attributes: list[Attribute], *
         attributes.append(attribute("http.response.status_code", entry.code))
     failed = not entry.code or entry.code >= (500 if inbound else 400)
     error = "" if not failed else str(entry.code) if entry.origin == "app" and entry.code else entry.origin
-    return f"{entry.method if known else 'HTTP'} {entry.destination}", error
+    return f"{entry.method if entry.method in METHODS else 'HTTP'} {entry.destination}", error
 
 
-def _tell_grpc(entry: Entry, trace: RequestTrace, attributes: list[Attribute], *, inbound: bool) -> tuple[str, str]:
+def _tell_grpc(
+    entry: Entry, trace: RequestTrace, attributes: list[Attribute | msgspec.Raw], *, inbound: bool
+) -> tuple[str, str]:
     """As :func:`_tell_http`, of a gRPC call."""
-    method = entry.path[1 : TEXT_MAX + 1]
+    method = entry.path[1 : TEXT_MAX + 1] or "_OTHER"
     attributes += (attribute("rpc.system.name", "grpc"), attribute("rpc.method", method))
     number = trace.grpc_status
     if not number.isdigit() or len(number) > 9:

@@ -132,6 +132,12 @@ def test_a_grpc_call_without_a_status_has_failed(status: bytes) -> None:
     assert span(INBOUND._replace(protocol="h2", path="/test.Echo/Unary"), of).values["error.type"] == "200"
 
 
+def test_a_span_always_has_a_name() -> None:
+    of = trace()
+    of.grpc, of.grpc_status = True, b"12"
+    assert span(INBOUND._replace(path="/"), of).name == "_OTHER"
+
+
 def test_what_a_caller_chooses_is_bounded() -> None:
     long = "x" * 70_000
     of = trace(host=long.encode())
