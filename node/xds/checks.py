@@ -34,7 +34,10 @@ class Checks:
         self.connections: set[CheckConnection] = set()
         self._held: dict[Name, set[CheckConnection]] = {}
         self._withdrawn: dict[str, set[str]] = {}
-        self._told: dict[str, set[str]] = {}
+        self._told: dict[Name, set[CheckConnection]] = {}
+        """Of what is withdrawn, the connections on which it was said."""
+        self._owing: dict[Name, set[CheckConnection]] = {}
+        """Those of them, held when it was withdrawn, on which nothing was asked since. Nobody can answer for them."""
         self._acknowledged: dict[str, set[str]] = {}
         self._changed: dict[str, Callable[[], None]] = {}
         self._unasked: dict[str, set[str]] = {}
@@ -45,17 +48,22 @@ class Checks:
 
     def forget(self, envoy: str) -> None:
         """The Envoy's stream has ended: nothing is known of its instances."""
-        for table in (self._withdrawn, self._told, self._acknowledged, self._changed, self._unasked):
+        self.withdraw(envoy, ())
+        for table in (self._withdrawn, self._acknowledged, self._changed, self._unasked):
             table.pop(envoy, None)
 
     def withdraw(self, envoy: str, labels: Collection[str]) -> None:
         """Fail the checks of these instances, all that are withdrawn, and no others of the Envoy."""
-        now = set(labels)
+        before, now = self._withdrawn.get(envoy, set()), set(labels)
         self._withdrawn[envoy] = now
-        for table in (self._told, self._acknowledged):
-            table[envoy] = table.get(envoy, set()) & now
-        for one in now:
-            for connection in tuple(self._held.get((envoy, one), ())):
+        self._acknowledged[envoy] = self._acknowledged.get(envoy, set()) & now
+        for one in before - now:
+            self._told.pop((envoy, one), None)
+            self._owing.pop((envoy, one), None)
+        for one in now - before:
+            held = set(self._held.get((envoy, one), ()))
+            self._told[envoy, one], self._owing[envoy, one] = set(), set(held)
+            for connection in held:
                 connection.end_hold()
 
     def acknowledged(self, envoy: str) -> set[str]:
@@ -70,7 +78,7 @@ class Checks:
         """Return the instances that are expected to be asked about and were not yet."""
         return self._unasked.get(envoy, set())
 
-    def fails(self, name: Name) -> bool:
+    def fails(self, name: Name, connection: CheckConnection) -> bool:
         """Answer a check that was made: whether it fails."""
         envoy, one = name
         unasked = self._unasked.get(envoy, set())
@@ -80,12 +88,25 @@ class Checks:
                 changed()
         if one not in self._withdrawn.get(envoy, ()):
             return False
-        if one in self._told[envoy]:
-            self._acknowledged[envoy].add(one)
-            if (changed := self._changed.get(envoy)) is not None:
-                changed()
-        self._told[envoy].add(one)
+        if connection in self._told[name]:
+            self._acted(name, connection)
+        self._told[name].add(connection)
         return True
+
+    def closed(self, connection: CheckConnection) -> None:
+        """A connection has ended: who was told something on it has read it, or is no more."""
+        for name, told in self._told.items():
+            if connection in told:
+                self._acted(name, connection)
+
+    def _acted(self, name: Name, connection: CheckConnection) -> None:
+        envoy, one = name
+        self._owing[name].discard(connection)
+        if self._owing[name] or one in self._acknowledged[envoy]:
+            return
+        self._acknowledged[envoy].add(one)
+        if (changed := self._changed.get(envoy)) is not None:
+            changed()
 
     def is_withdrawn(self, name: Name) -> bool:
         """Whether a check would fail."""
@@ -144,6 +165,7 @@ class CheckConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._let_go()
         self._checks.connections.discard(self)
+        self._checks.closed(self)
 
     def abort(self) -> None:
         """Drop the connection."""
@@ -179,7 +201,7 @@ class CheckConnection(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(HOLD_S, self.end_hold)
 
     def _answer(self, name: Name) -> None:
-        failed = self._checks.fails(name)
+        failed = self._checks.fails(name, self)
         self._ready = not failed
         self._transport.write((FAILED if failed else PASSED) + _NO_BODY)
 

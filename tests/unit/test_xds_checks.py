@@ -31,6 +31,7 @@ class Asking:
         self.now = 100.0
         self.version = 1
         self.session = Session(ENVOY, self.checks, Checked("127.0.0.1", 8502, ENVOY), lambda: self.now)
+        self.connection: Any = object()
         self.upstream = upstream("db", "tcp", ONE, TWO)
         self.revoked: tuple[Revocation, ...] = ()
         self.generation()
@@ -70,6 +71,10 @@ class Asking:
         endpoints = upstream("db", "tcp", ONE, TWO).endpoints
         return ENVOY, label(WAY, key_of(next(one for one in endpoints if one.service_id == instance)))
 
+    def fails(self, instance: str) -> bool:
+        """Let Envoy make a check."""
+        return self.checks.fails(self.name(instance), self.connection)
+
     def without(self, instance: str) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
         rows = self.upstream.endpoints
         stay = tuple(one for one in rows if one.service_id != instance)
@@ -80,21 +85,21 @@ def test_a_revoked_instance_fails_its_check_and_leaves_once_it_was_asked_again()
     asking = Asking()
     assert asking.resource(types.CLUSTER)["close_connections_on_host_health_failure"]
     assert asking.instances() == {ONE: "service", TWO: "service"}
-    assert not asking.checks.fails(asking.name(ONE))
+    assert not asking.fails(ONE)
     asking.revoke(Revocation("instance", ONE, service="db"))
     assert asking.instances() == {ONE: "withdrawn", TWO: "service"}, "nobody can be called there any more"
-    assert asking.checks.fails(asking.name(ONE))
-    assert not asking.checks.fails(asking.name(TWO))
+    assert asking.fails(ONE)
+    assert not asking.fails(TWO)
     asking.session.settle()
     assert ONE in asking.instances(), "Envoy may not have read it yet"
-    assert asking.checks.fails(asking.name(ONE))
+    assert asking.fails(ONE)
     asking.session.settle()
     assert asking.instances() == {TWO: "service"}
     assert asking.session.settle_at is None
     assert asking.generation() == 0
     asking.revoke()
     assert asking.instances() == {ONE: "service", TWO: "service"}
-    assert not asking.checks.fails(asking.name(ONE))
+    assert not asking.fails(ONE)
 
 
 def test_a_deregistered_instance_is_withdrawn_and_one_that_merely_left_is_not() -> None:
@@ -102,14 +107,14 @@ def test_a_deregistered_instance_is_withdrawn_and_one_that_merely_left_is_not() 
     stay, gone = asking.without(ONE)
     asking.put(endpoints=stay)
     assert asking.instances() == {TWO: "service"}
-    assert not asking.checks.fails(asking.name(ONE))
+    assert not asking.fails(ONE)
     asking = Asking()
     asking.put(endpoints=stay, deregistered=gone)
     assert asking.instances() == {ONE: "withdrawn", TWO: "service"}
-    assert asking.checks.fails(asking.name(ONE))
+    assert asking.fails(ONE)
     asking.put(endpoints=(*gone, *stay), deregistered=())
     assert asking.instances() == {ONE: "service", TWO: "service"}, "it is there again"
-    assert not asking.checks.fails(asking.name(ONE))
+    assert not asking.fails(ONE)
 
 
 def test_where_no_check_comes_all_calls_of_the_upstream_are_ended_in_time() -> None:
@@ -226,6 +231,37 @@ async def test_a_check_is_held_until_its_instance_is_withdrawn() -> None:
             assert not checks._held
             await hang_up(envoy.writer)
             await until(lambda: not checks.connections)
+    finally:
+        await door.stop()
+
+
+@both_loops
+async def test_nobody_can_acknowledge_a_withdrawal_in_an_envoys_place() -> None:
+    async def make() -> Any:
+        raise AssertionError("checks need no gRPC")
+
+    checks = Checks()
+    door = XdsDoor(make, checks)
+    port = await door.start("127.0.0.1", 0)
+    try:
+        async with asyncio.timeout(20):
+            envoy, other = [Envoy(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(2)]
+            envoy.ask(("e", "one"))
+            assert await envoy.answer() == 200
+            envoy.ask(("e", "one"))
+            await until(lambda: bool(checks._held))
+            checks.withdraw("e", ["one"])
+            for _ in range(3):
+                other.ask(("e", "one"))
+                assert await other.answer() == 503
+            assert checks.acknowledged("e") == set()
+            assert await envoy.answer() == 503
+            await hang_up(envoy.writer)
+            await until(lambda: checks.acknowledged("e") == {"one"})
+            checks.forget("e")
+            assert not checks._told
+            assert not checks._owing
+            await hang_up(other.writer)
     finally:
         await door.stop()
 
