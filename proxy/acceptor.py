@@ -40,8 +40,17 @@ class Acceptor(Handler):
     def start(self) -> None:
         """Begin to accept, or again. Idempotent."""
         if not self._accepting and not self._closed:
-            self._accepting = True
-            self._poller.add(self._fd, self, ACCEPT)
+            try:
+                self._poller.add(self._fd, self, ACCEPT)
+            except OSError as error:
+                # As many are watched as this user may, most likely.
+                self._try_again(error)
+            else:
+                self._accepting = True
+
+    def _try_again(self, error: OSError) -> None:
+        self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
+        asyncio.get_running_loop().call_later(PAUSE_S, self.start)
 
     def stop(self) -> None:
         """Leave connections in the kernel's backlog. Idempotent."""
@@ -67,9 +76,8 @@ class Acceptor(Handler):
                 break
             except OSError as error:
                 # Out of descriptors, most likely.
-                self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
                 self.stop()
-                asyncio.get_running_loop().call_later(PAUSE_S, self.start)
+                self._try_again(error)
                 break
             taken = True
             try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import random
 import socket
 from collections.abc import AsyncIterator
@@ -277,3 +279,35 @@ async def test_a_bug_in_one_connection_ends_that_one_alone() -> None:
         await until(lambda: other.data == b"y")
         assert str(reports[0]["exception"]) == "planted"
         assert "lost" not in other.told
+
+
+@all_loops
+async def test_a_listener_that_cannot_be_watched_for_now_is_watched_later() -> None:
+    poller, taken = Poller(), list[int]()
+
+    class Full:
+        """Has no room for another descriptor, twice."""
+
+        left = 2
+
+        def add(self, fd: int, handler: Any, events: int) -> None:
+            if self.left:
+                self.left -= 1
+                raise OSError(errno.ENOSPC, "no space left")
+            poller.add(fd, handler, events)
+
+        def remove(self, fd: int) -> None:
+            poller.remove(fd)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    full = Full()
+    acceptor = Acceptor(full, listener, lambda fd, address: taken.append(fd))  # type: ignore[arg-type]
+    acceptor.start()
+    with socket.create_connection(listener.getsockname()):
+        await until(lambda: bool(taken))
+    assert full.left == 0
+    for fd in taken:
+        os.close(fd)
+    acceptor.close()
+    poller.close()
