@@ -97,8 +97,8 @@ def encode_span(entry: Entry, trace: RequestTrace, end_ns: int) -> bytes:
         trace.span_id,
         name,
         SERVER if inbound else CLIENT,
-        str(end_ns - int(entry.seconds * 1e9)),
-        str(end_ns),
+        str(trace.began_ns),
+        str(max(end_ns, trace.began_ns)),  # the clock may have been set back
         attributes,
         _FAILED if error else _UNSET,
         trace.flags | _HAS_IS_REMOTE | (_IS_REMOTE if trace.parent_id else 0),

@@ -3,13 +3,15 @@
 A sidecar that exports spans takes part in the traces that its requests bring: it makes a span of its own for each
 sampled request and sends the request on as that span's child. One that exports nothing passes all of it on untouched.
 
-Source: W3C Trace Context, levels 1 and 2 (https://www.w3.org/TR/trace-context-2/). Pure: randomness is handed in.
+Source: W3C Trace Context, levels 1 and 2 (https://www.w3.org/TR/trace-context-2/). Pure: randomness
+and clock are handed in.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -70,22 +72,21 @@ class RequestTrace:
     """What a sidecar makes of one request's trace context, and what its span will tell beside the access log."""
 
     __slots__ = (
-        "attempts",
-        "flags",
-        "grpc",
-        "grpc_status",
-        "host",
-        "parent_id",
-        "peer",
-        "span_id",
-        "state",
+        "attempts", "began_ns", "flags", "grpc", "grpc_status", "host", "parent_id", "peer", "span_id", "state",
         "trace_id",
-    )
+    )  # fmt: skip
 
     def __init__(
-        self, trace_id: str = "", parent_id: str = "", span_id: str = "", flags: int = 0, *, state: bytes = b"",
+        self,
+        trace_id: str = "",
+        parent_id: str = "",
+        span_id: str = "",
+        flags: int = 0,
+        *,
+        began_ns: int = 0,
+        state: bytes = b"",
         host: bytes = b"",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.trace_id = trace_id
         """Empty: the request belongs to none, and is sent on without any context."""
         self.parent_id = parent_id
@@ -93,6 +94,8 @@ class RequestTrace:
         self.span_id = span_id
         """Of our own span, which the request is sent on as a child of."""
         self.flags = flags
+        self.began_ns = began_ns
+        """When the request came, in nanoseconds of Unix time: loops' clocks may tick in milliseconds."""
         self.state = state
         """``tracestate`` as it came, for the span."""
         self.host = host
@@ -142,12 +145,18 @@ class RequestTrace:
 class Tracer:
     """Decides what becomes of each request's trace context, in a sidecar that exports spans."""
 
-    def __init__(self, ratio: float = 0.0, random: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(
+        self,
+        ratio: float = 0.0,
+        random: Callable[[int], bytes] = os.urandom,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         """``ratio``: of the requests that belong to no trace, begin one for each, and record so many of them, 0 to 1;
-        0: begin none. ``random`` returns so many random bytes."""
+        0: begin none. ``random`` returns so many random bytes, ``clock`` nanoseconds of Unix time."""
         self._begins = ratio > 0
         self._threshold = round((1 - ratio) * (1 << _THRESHOLD_BITS))
         self._random = random
+        self._clock = clock
 
     def begin(self, fields: Iterable[Field], host: bytes = b"") -> RequestTrace | None:
         """Return what is to be made of a request with these header fields, names in lower case; None: nothing.
@@ -172,12 +181,20 @@ class Tracer:
                 return None
             if len(state) > _STATE_BYTES_MAX:
                 state = b""
-            flags = parent.flags & _KNOWN_FLAGS
-            return RequestTrace(parent.trace_id, parent.parent_id, self._id(8), flags, state=state, host=host)
+            return RequestTrace(
+                parent.trace_id,
+                parent.parent_id,
+                self._id(8),
+                parent.flags & _KNOWN_FLAGS,
+                began_ns=self._clock(),
+                state=state,
+                host=host,
+            )
         if self._begins:
             trace_id = self._id(16)
             sampled = int(trace_id[-_THRESHOLD_BITS // 4 :], 16) >= self._threshold
-            return RequestTrace(trace_id, "", self._id(8), _RANDOM | (SAMPLED if sampled else 0), host=host)
+            flags = _RANDOM | (SAMPLED if sampled else 0)
+            return RequestTrace(trace_id, "", self._id(8), flags, began_ns=self._clock(), host=host)
         return RequestTrace() if parents or stated else None
 
     def _id(self, size: int) -> str:

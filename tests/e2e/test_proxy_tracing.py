@@ -21,6 +21,7 @@ from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.e2e.test_http2_grpc import Raw
 from tests.e2e.test_http2_outbound import UNARY, GrpcStage
 from tests.e2e.test_http_outbound import ask, get
+from tests.e2e.test_proxy_freed import at_rest, nothing_left_to_the_collector
 from tests.support.http_filter import App, Seen, simple
 from tests.support.loops import with_mesh
 from tests.support.otlp import Collector, Span
@@ -225,6 +226,7 @@ async def test_a_request_that_is_tried_again_is_one_span_of_its_caller(mesh: Mes
         assert again.values["network.peer.port"] == stage.servers["b2"].ports.public_port
         assert again.status.code == 0
         tries = [span for span in collector.of("backend") if span.parent_span_id == again.span_id]
+        tries.sort(key=lambda span: str(span.values["lictor.instance"]))
         assert [(span.values["lictor.instance"], span.status.code) for span in tries] == [("b1", 2), ("b2", 0)]
         assert [parent_of(seen) for seen in busy.seen] == [tries[0].span_id]
 
@@ -347,6 +349,19 @@ async def test_a_route_has_the_last_word_on_what_is_sent(mesh: Mesh) -> None:
         assert (out.header("traceparent"), out.header("tracestate")) == ([], [])
         assert (len(within.header("traceparent")), within.header("tracestate")) == (1, ["a=1"])
         await until(lambda: len(collector.of("web")) == 2)
+
+
+@with_mesh
+async def test_what_traced_requests_leave_is_freed_at_once(mesh: Mesh) -> None:
+    async with collecting() as collector:
+        app, options = App(answer=simple(b"hello")), {"otlp_endpoint": collector.endpoint}
+        client, _ = await pair(mesh, app, options, options)
+        await ask(client, traced())
+        await until(lambda: len(collector.spans) == 2)
+        with nothing_left_to_the_collector():
+            for _ in range(3):
+                assert [status for status, _ in await ask(client, traced(), traced())] == [200, 200]
+            await until(lambda: len(collector.spans) == 14 and at_rest(client))
 
 
 # HTTP/2 and gRPC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
@@ -22,7 +23,7 @@ ENTRY = Entry("inbound", "http/1.1", "web", "web-1", "db", "db-1", "GET", "/x", 
 
 
 def recorded(flags: int = 1) -> Entry:
-    return ENTRY._replace(trace=RequestTrace(TRACE, PARENT, "a" * 16, flags))
+    return ENTRY._replace(trace=RequestTrace(TRACE, PARENT, "a" * 16, flags, began_ns=time.time_ns()))
 
 
 @pytest.fixture(autouse=True)

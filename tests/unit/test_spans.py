@@ -13,13 +13,14 @@ from tests.support.otlp import Span
 
 TRACE, PARENT, OWN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "a" * 16
 END_NS = 1_700_000_000_123_456_789
+BEGAN_NS = END_NS - 1_500_000
 INBOUND = Entry("inbound", "http/1.1", "web", "web-1", "db", "db-1", "GET", "/x", 200, "app", 12, 0.5)
 OUTBOUND = INBOUND._replace(direction="outbound")
 KEY = Key("10.9.8.7", 20000, "db", "db-1")
 
 
 def trace(parent: str = PARENT, flags: int = 1, host: bytes = b"db:8080", state: bytes = b"") -> RequestTrace:
-    made = RequestTrace(TRACE, parent, OWN, flags, host=host, state=state)
+    made = RequestTrace(TRACE, parent, OWN, flags, began_ns=BEGAN_NS, host=host, state=state)
     made.peer = ("10.1.2.3", 4321)
     return made
 
@@ -35,7 +36,7 @@ def test_a_server_span_says_what_the_conventions_ask() -> None:
     assert (made.trace_id, made.span_id, made.parent_span_id, made.kind) == (TRACE, OWN, PARENT, 2)
     assert (made.name, made.trace_state) == ("GET db", "a=1,b=2")
     assert int(made.end_time_unix_nano) == END_NS
-    assert int(made.start_time_unix_nano) == END_NS - 500_000_000
+    assert int(made.start_time_unix_nano) == BEGAN_NS
     assert made.flags == 0x301, "the flags of the context, and that the parent is in another process"
     assert made.values == {
         "http.request.method": "GET", "url.path": "/x", "url.scheme": "http", "http.response.status_code": 200,
@@ -130,6 +131,12 @@ def test_a_grpc_call_without_a_status_has_failed(status: bytes) -> None:
     assert made.values["error.type"] == "cut"
     assert "rpc.response.status_code" not in made.values
     assert span(INBOUND._replace(protocol="h2", path="/test.Echo/Unary"), of).values["error.type"] == "200"
+
+
+def test_a_clock_that_is_set_back_makes_no_span_end_before_it_begins() -> None:
+    made = msgspec.json.decode(encode_span(INBOUND, trace(), BEGAN_NS - 10), type=Span)
+    made.check()
+    assert made.start_time_unix_nano == made.end_time_unix_nano == str(BEGAN_NS)
 
 
 def test_a_span_always_has_a_name() -> None:
