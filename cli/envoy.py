@@ -21,6 +21,7 @@ GRPC_PORT = 8502
 PUBLIC_PORT, UPSTREAM_PORT, OWN_PORT = 20000, 21000, 22000
 """First ports that are tried; as the built-in sidecar's."""
 ADMIN_PORT = 19000
+CONNECTIONS_MAX = 40_000
 AGENT_CLUSTER = "lictor_agent"
 HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 SHOWN_TO_AGENT = "lictor_token"
@@ -192,6 +193,7 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
             },
         },
         "admin": {"address": _address(LOOPBACK, admin_port)},
+        "overload_manager": {"resource_monitors": [_connections_bound()]},
         "dynamic_resources": {"ads_config": ads, "cds_config": source, "lds_config": source},
         "static_resources": {
             "clusters": [
@@ -209,6 +211,16 @@ def bootstrap(row: dict[str, Any], agent: tuple[str, int], admin_port: int, toke
             **({"secrets": [_secret(token)]} if token else {}),
         },
     }
+
+
+def _connections_bound() -> dict[str, Any]:
+    """Return the bound on connections, the app's and its callers' together: Envoy itself has none."""
+    name = "envoy.resource_monitors.global_downstream_max_connections"
+    config = _typed(
+        "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+        max_active_downstream_connections=CONNECTIONS_MAX,
+    )
+    return {"name": name, "typed_config": config}
 
 
 def _secret(token: str) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _endpoint(one: Endpoint, cluster: str, checked: Checked | None, *, withdrawn
     matched: Rule = {"withdrawn": True} if withdrawn else {"service": one.service}
     return {
         "endpoint": endpoint,
-        "health_status": "HEALTHY" if one.healthy else "UNHEALTHY",
+        "health_status": "HEALTHY" if one.healthy and not withdrawn else "UNHEALTHY",
         "load_balancing_weight": min(max(one.weight, 1), WEIGHT_MAX),
         "metadata": {"filter_metadata": {"lictor": about, "envoy.transport_socket_match": matched}},
     }

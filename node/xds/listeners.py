@@ -23,6 +23,8 @@ LINGER = "0.1s"
 """How long Envoy waits for the other side to close a connection whose answer was cut; its default is 1 s."""
 ATTEMPTS = 5
 """How often a TCP call is tried, each time with the instance that is due."""
+HEAD_WITHIN = "10s"
+"""How long a caller may take over a request's head: what is half said would be kept for ever."""
 WEBSOCKET = [{"upgrade_type": "websocket"}]
 
 
@@ -194,10 +196,16 @@ def _tcp_proxy(cluster: str, prefix: str, way: Rule | None = None) -> Rule:
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
         stat_prefix=prefix,
         idle_timeout="0s",
-        max_connect_attempts=1 if cluster == types.LOCAL_APP else ATTEMPTS,
+        **({} if cluster == types.LOCAL_APP else _again()),
         **(way or {"cluster": cluster}),
     )
     return {"name": "envoy.filters.network.tcp_proxy", "typed_config": config}
+
+
+def _again() -> Rule:
+    """Return how often a call is tried: with pauses, in which an instance that cannot be reached is ejected."""
+    pauses = {"base_interval": "0.02s", "max_interval": "0.25s"}
+    return {"max_connect_attempts": ATTEMPTS, "backoff_options": pauses}
 
 
 def _inbound_http(snapshot: Snapshot, access: rbac.Access, service: str, *, shared: bool) -> Rule:
@@ -214,6 +222,7 @@ def _inbound_http(snapshot: Snapshot, access: rbac.Access, service: str, *, shar
         # Escaped slashes are left to the policies, which never allow them.
         "normalize_path": True,
         "merge_slashes": True,
+        "request_headers_timeout": HEAD_WITHIN,
         "forward_client_cert_details": "SANITIZE_SET",
         "set_current_client_cert_details": {"uri": True},
         "local_reply_config": {

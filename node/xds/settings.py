@@ -93,6 +93,10 @@ class ClusterSettings:
             "max_ejection_time": seconds(max(options.max_ejection_s, options.base_ejection_s)),
             "interval": seconds(options.interval_s or 1.0),
             "max_ejection_percent": round(options.ejected_share_max * 100),
+            # One may always be ejected, as by Lictor's balancer: of two instances it is half of them at once.
+            "always_eject_one_host": True,
+            # A check that passes (node.xds.checks) does not say that the instance can be reached.
+            "successful_active_health_check_uneject_host": False,
         }
 
     def nearest_first(self, groups: Sequence[Sequence[Endpoint]]) -> tuple[list[list[Endpoint]], int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from collections.abc import Callable
 
@@ -9,7 +11,7 @@ import pytest
 
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
-from tests.e2e.support_envoy import ENVOY, LICTOR, TIMEOUT_S, allow, call, echo, stand, upstream
+from tests.e2e.support_envoy import ENVOY, LICTOR, TIMEOUT_S, allow, call, echo, envoy_admin, stand, upstream
 from tests.e2e.test_envoy import streaming
 from tests.e2e.test_envoy_withdrawal import Busy, busy, untouched
 
@@ -96,3 +98,24 @@ def test_an_agent_that_has_restarted_still_ends_the_calls_to_one_instance_alone(
             assert wait_until(lambda: all(one.ended_at for one in ones), TIMEOUT_S), "calls to it go on"
             assert max(one.ended_at for one in ones) - since < PROMPT_S
             untouched(stage, "shop-1", *twos)
+
+
+def test_no_call_is_lost_to_an_instance_that_cannot_be_reached(stage: Mesh) -> None:
+    """It has the fewest calls, so it is the first choice of nearly every try."""
+    allow(stage, "shop", "store")
+    proxy = {"DestinationServiceName": "store", "DestinationServiceID": "store-9"}
+    with echo("two") as port, contextlib.ExitStack() as held:
+        stand(stage, LICTOR, "store", port, host=1)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "store")
+        store = upstream(stage, "shop-1", "store")
+        assert wait_until(lambda: call(store) == b"two hello\n", TIMEOUT_S)
+        with busy(*[store] * 4) as lines:
+            for _ in range(8):
+                nobody = held.enter_context(socket.socket())
+                nobody.bind(("127.0.0.1", 0))  # it refuses, because it does not listen
+                dead = nobody.getsockname()[1]
+                row = {"ID": "store-9-sidecar-proxy", "Name": "store-sidecar-proxy", "Kind": "connect-proxy"}
+                stage.api().put("/v1/agent/service/register", {**row, "Port": dead, "Proxy": proxy})
+                assert wait_until(lambda at=dead: f":{at}::" in envoy_admin(stage, "shop-1", "clusters"), TIMEOUT_S)
+                assert [call(store) for _ in range(4)] == [b"two hello\n"] * 4
+            untouched(stage, "shop-1", *lines)

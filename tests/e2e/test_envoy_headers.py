@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
 from tests.e2e.support_envoy import ENVOY, LICTOR, TIMEOUT_S, Web, allow, http_call, stand, upstream
+from tests.e2e.test_envoy_withdrawal import Stranger
 from tests.support.apps import serving_http
 
 STEERING = {
@@ -58,3 +60,15 @@ def test_a_caller_steers_no_envoy_by_headers(stage: Mesh, kind: str) -> None:
         connection.close()
         print(kind, sorted(told), sorted(shown))
         assert not [name for name in told | shown if name.startswith("x-envoy-")]
+
+
+def test_a_caller_that_never_finishes_a_requests_head_is_ended(stage: Mesh) -> None:
+    allow(stage, "shop", "site")
+    with serving_http(Web) as port:
+        stand(stage, ENVOY, "site", port, "-protocol", "http")
+        public = stage.api().get("/v1/agent/service/site-1-sidecar-proxy").json()["Port"]
+        with Stranger(stage, "shop").connect(public, None) as stream:
+            stream.sendall(b"GET / HTTP/1.1\r\nhost: a\r\nx-slow: ")
+            since = time.monotonic()
+            assert b"408" in stream.recv(999).partition(b"\r\n")[0]
+            assert time.monotonic() - since < TIMEOUT_S

@@ -9,6 +9,7 @@ import msgspec
 
 from node.xds import messages, types
 from node.xds.checks import HEAD_BYTES_MAX, Checks
+from node.xds.clusters import EJECTED_AFTER
 from node.xds.door import XdsDoor
 from node.xds.leaving import CHECKED_MAX, PATIENCE_S, Checked, Leaving, label
 from node.xds.session import Session
@@ -83,11 +84,17 @@ class Asking:
 
 def test_a_revoked_instance_fails_its_check_and_leaves_once_it_was_asked_again() -> None:
     asking = Asking()
-    assert asking.resource(types.CLUSTER)["close_connections_on_host_health_failure"]
+    cluster = asking.resource(types.CLUSTER)
+    assert cluster["close_connections_on_host_health_failure"]
+    ejection = cluster["outlier_detection"]
+    assert ejection["consecutive_local_origin_failure"] == EJECTED_AFTER, "it ends calls, too"
+    assert not ejection["successful_active_health_check_uneject_host"]
     assert asking.instances() == {ONE: "service", TWO: "service"}
     assert not asking.fails(ONE)
     asking.revoke(Revocation("instance", ONE, service="db"))
     assert asking.instances() == {ONE: "withdrawn", TWO: "service"}, "nobody can be called there any more"
+    rows = asking.resource(types.ENDPOINTS)["endpoints"][0]["lb_endpoints"]
+    assert [one["health_status"] for one in rows] == ["HEALTHY", "UNHEALTHY"], "nor is it chosen while others can be"
     assert asking.fails(ONE)
     assert not asking.fails(TWO)
     asking.session.settle()
