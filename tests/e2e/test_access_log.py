@@ -128,3 +128,28 @@ def test_spans_of_the_last_second_reach_the_collector_when_a_sidecar_is_told_to_
         assert [span.trace_id for _, span in spans] == [TRACE]
         assert [resource["service.instance.id"] for resource, _ in spans] == ["site-1"]
         stage.api().write("DELETE", "/v1/config/service-defaults/site")
+
+
+def test_a_trace_goes_through_two_sidecars(stage: Mesh) -> None:
+    allow(stage, "shop", "site")
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Site)) as port, collecting() as (collector, bodies):
+        endpoint = ("-otlp-endpoint", f"http://127.0.0.1:{collector}", "-drain", "1s")
+        stage.api().put("/v1/config", {"Kind": "service-defaults", "Name": "site", "Protocol": "http"})
+        stand(stage, "lictor", "site", port, *endpoint)
+        stand(stage, "lictor", "shop", 0, "-upstreams", "site", *endpoint, "-otlp-sample", "1", "-workers", "2")
+        address = upstream(stage, "shop-1", "site")
+        assert wait_until(lambda: http_call(address, "GET", "/")[0] == 200, TIMEOUT_S)
+        assert traced(address) == 200
+        for name in ("shop-1", "site-1"):
+            sidecar = next(one for one in stage.backgrounds if one.name == name)
+            sidecar.process.send_signal(signal.SIGTERM)
+            assert sidecar.process.wait(TIMEOUT_S) == 0
+        spans = [one for body in bodies for one in decode(body)]
+        ours = {span.span_id: span for resource, span in spans if resource["service.name"] == "shop"}
+        chains = [(ours[span.parent_span_id], span) for resource, span in spans if resource["service.name"] == "site"]
+        assert [first.parent_span_id for first, _ in chains if first.trace_id == TRACE] == ["00f067aa0ba902b7"]
+        began = [(first, second) for first, second in chains if first.trace_id != TRACE]
+        assert began, "the request that came without a trace has begun one"
+        for first, second in began:
+            assert (first.parent_span_id, first.trace_id, first.kind, second.kind) == ("", second.trace_id, 3, 2)
+        stage.api().write("DELETE", "/v1/config/service-defaults/site")
