@@ -264,6 +264,8 @@ class Session:
             else:
                 awaited[name] = since
         self._awaited = awaited
+        if not awaited:
+            unasked.clear()  # an instance may have gone before anybody asked about it
         return {upstream_of(name) for name in awaited}
 
     def closed(self) -> list[Any]:

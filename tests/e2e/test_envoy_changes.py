@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
-from tests.e2e.support_envoy import ENVOY, TIMEOUT_S, Web, allow, call, echo, http_call, stand, upstream
+from tests.e2e.support_envoy import ENVOY, TIMEOUT_S, Web, allow, call, echo, envoy_admin, http_call, stand, upstream
 from tests.support.apps import serving_http
 
 FLIPS = 12
@@ -84,4 +85,8 @@ def test_the_catalog_tells_what_an_envoy_does_not_take(stage: Mesh) -> None:
         assert wait_until(lambda: check()[0] == "warning", TIMEOUT_S), check()
         assert "Listener upstream:store" in check()[1], check()
         assert str(port) in check()[1], "with Envoy's words"
+        dump = envoy_admin(stage, "shop-1", "config_dump?include_eds")
+        assert "BEGIN CERTIFICATE" in dump or "inline_bytes" in dump, "it has its secrets"
+        assert "PRIVATE KEY" not in dump
+        assert base64.b64encode(b"-----BEGIN PRIVATE").decode()[:20] not in dump
     assert wait_until(lambda: check()[0] == "passing", TIMEOUT_S), check()
