@@ -251,6 +251,8 @@ class WorkerGroup:
         )  # fmt: skip
         worker.link.send(Configure(self._number, self._whole))
         self._workers[index] = worker
+        if self.draining:
+            worker.link.send(Drain(0.0))  # the others were told before this one was there
         return worker
 
     async def _serve(self, worker: _Worker) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -151,6 +152,25 @@ async def test_a_worker_that_dies_takes_its_own_connections_alone_and_the_next_o
         assert {await client.ask() for _ in range(20)} == {b"other\n"}
         for _, writer in held:
             writer.close()
+
+
+@with_mesh
+async def test_a_worker_that_is_started_as_a_drain_begins_does_not_hold_it_up(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = await group_pair(mesh, client_workers=2)
+    group = client.group
+    assert group is not None
+    connect = asyncio.open_connection
+
+    async def as_the_drain_begins(*arguments: Any, **named: Any) -> Any:
+        group.start_drain(60.0)
+        await until(lambda: group.draining)
+        return await connect(*arguments, **named)
+
+    monkeypatch.setattr(asyncio, "open_connection", as_the_drain_begins)
+    os.kill(group.pids[0], signal.SIGKILL)
+    await until(group._drained.is_set, 30)
 
 
 @with_mesh
