@@ -13,6 +13,7 @@ from node.xds.clusters import EJECTED_AFTER
 from node.xds.door import XdsDoor
 from node.xds.leaving import CHECKED_MAX, PATIENCE_S, Checked, Leaving, label
 from node.xds.session import Session
+from raftstate.chain import check_entry, compile_plan
 from raftstate.model.connect import Revocation
 from raftstate.model.sidecar import Endpoint, SidecarUpdate, SidecarUpstream, key_of
 from tests.support.both_loops import both_loops
@@ -307,3 +308,39 @@ async def test_what_is_no_check_is_dropped_and_nothing_is_held_for_it() -> None:
         await door.stop()
         await hang_up(writer)
     assert not checks.connections
+
+
+def test_an_instance_that_takes_over_is_withdrawn_from_its_own_group() -> None:
+    """With a plan: a failover's instance keeps its priority until its calls have ended."""
+    entries = {("service-resolver", "db"): {"Failover": {"*": {"Service": "spare"}}}}
+    checked = {key: check_entry(*key, entry) for key, entry in entries.items()}
+    plan = compile_plan("db", lambda kind, name: checked.get((kind, name)), "dc1")
+    asking = Asking()
+    targets = {
+        one.id: (Endpoint("n", "10.0.0.1", 20000 + i, one.service, f"{one.service}-1"),)
+        for i, one in enumerate(plan.targets.values())
+    }
+    asking.put(plan=plan, endpoints=(), targets=targets)
+    (cluster,) = asking.session._resources[types.ENDPOINTS]
+
+    def rows() -> list[tuple[int, str, str]]:
+        found = asking.session._resources[types.ENDPOINTS][cluster].get("endpoints", ())
+        return [
+            (row["priority"], one["metadata"]["filter_metadata"]["lictor"]["instance"], one["health_status"])
+            for row in found
+            for one in row["lb_endpoints"]
+        ]
+
+    assert rows() == [(0, "db-1", "HEALTHY"), (1, "spare-1", "HEALTHY")]
+    asking.revoke(Revocation("service", "spare"))
+    assert rows() == [(0, "db-1", "HEALTHY"), (1, "spare-1", "UNHEALTHY")]
+    (spare,) = next(group for group in targets.values() if group[0].service == "spare")
+    name = (ENVOY, label(cluster, key_of(spare)))
+    assert asking.checks.fails(name, asking.connection)
+    assert asking.checks.fails(name, asking.connection)
+    asking.session.settle()
+    assert rows() == [(0, "db-1", "HEALTHY")]
+    gone = {id: group for id, group in targets.items() if group[0].service != "db"}
+    asking.revoked = ()
+    asking.put(targets=gone, deregistered=next(group for group in targets.values() if group[0].service == "db"))
+    assert rows() == [(0, "db-1", "UNHEALTHY"), (1, "spare-1", "HEALTHY")]
