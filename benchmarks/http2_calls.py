@@ -22,9 +22,8 @@ from hyperframe.frame import DataFrame, Frame, HeadersFrame, SettingsFrame, Wind
 from benchmarks.http_filter import WEB, Sink, l7_policy
 from proxy.authz import Request
 from proxy.http import HttpCounters, HttpOptions, OutboundOptions, client_cert_header
-from proxy.http2 import InboundHttp2
+from proxy.http2 import InboundHttp2, OutboundHttp2
 from proxy.http2.link import Link
-from proxy.http2.outbound import OutboundHttp2
 from proxy.stream import Channel
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -14,7 +14,7 @@ from proxy.access import OUTBOUND, Entry, Observer, path_of
 from proxy.balancer import Balancer, Key, RetryBudget
 from proxy.balancing.routing import Routing
 from proxy.http import HttpCounters, OutboundHttp
-from proxy.http2.outbound import OutboundHttp2
+from proxy.http2 import OutboundHttp2
 from proxy.http_app import HttpAppConnection
 from proxy.logs import LimitedLog
 from proxy.metrics import Metrics, PairStats

@@ -7,6 +7,7 @@ connection on which they are asked; an *exchange* is one request with its respon
 upgrade is not asked for.
 """
 
-from proxy.http2.inbound import InboundHttp2, InboundHttp2Connection
+from proxy.http2.inbound import InboundHttp2Connection
+from proxy.http2.sides import InboundHttp2, OutboundHttp2
 
-__all__ = ["InboundHttp2", "InboundHttp2Connection"]
+__all__ = ["InboundHttp2", "InboundHttp2Connection", "OutboundHttp2"]

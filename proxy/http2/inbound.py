@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 from h2.errors import ErrorCodes
 
@@ -29,38 +29,12 @@ REPLAY_BYTES = 16 * 1024
 again."""
 
 
-class InboundHttp2(HttpSide):
-    """The HTTP/2 filter in front of one app."""
-
-    def serve(
-        self,
-        downstream: Channel,
-        *,
-        peer: Identity,
-        dial: Dial,
-        decide: Decide,
-        stats: HttpStats,
-        identity: bytes = b"",
-        on_done: Callable[[], None] | None = None,
-    ) -> InboundHttp2Connection:
-        """As :meth:`proxy.http.InboundHttp.serve`."""
-        return InboundHttp2Connection(self, downstream, peer, dial, decide, stats, identity, on_done)
-
-    def recheck(self, sources: Container[tuple[str, str]]) -> int:
-        """As :meth:`proxy.http.InboundHttp.recheck`."""
-        return sum(
-            each.recheck()
-            for each in list(self.connections)
-            if isinstance(each, InboundHttp2Connection) and each.source in sources
-        )
-
-
 class InboundHttp2Connection(Http2Connection):
     """A connection from the mesh and the connection to the app that belongs to it."""
 
     def __init__(
         self,
-        side: InboundHttp2,
+        side: HttpSide,
         channel: Channel,
         source: Identity,
         dial: Dial,

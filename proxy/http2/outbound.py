@@ -10,6 +10,7 @@ What nobody has looked at but can't be sent again is given back to the app as RE
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Final
 
 from h2.errors import ErrorCodes
 
@@ -24,16 +25,8 @@ from proxy.http2.fleet import Aim, Fleet, Lease
 from proxy.http2.link import Link
 from proxy.stream import Channel
 
-STREAMS_MAX = 512
+STREAMS_MAX: Final = 512
 """Of one connection of the app: a gRPC channel keeps to one connection, whatever it has under way."""
-
-
-class OutboundHttp2(OutboundSide[Fleet]):
-    """The HTTP/2 side of one upstream's listener."""
-
-    def serve(self, downstream: Channel, on_done: Callable[[], None] | None = None) -> OutboundHttp2Connection:
-        """Serve a connection of the app. ``on_done`` is called once, at the end."""
-        return OutboundHttp2Connection(self, downstream, on_done)
 
 
 class _Call:
@@ -55,9 +48,10 @@ class _Call:
 class OutboundHttp2Connection(Http2Connection):
     """A connection of the app. Each of its streams may go to another instance."""
 
-    resets_max = 2 * STREAMS_MAX
+    resets_max = 1024
+    """Twice :data:`STREAMS_MAX`."""
 
-    def __init__(self, side: OutboundHttp2, channel: Channel, on_done: Callable[[], None] | None) -> None:
+    def __init__(self, side: OutboundSide[Fleet], channel: Channel, on_done: Callable[[], None] | None) -> None:
         self._outbound = side
         self._channel = channel
         self._calls: dict[int, _Call] = {}

@@ -20,12 +20,11 @@ from hpack import Encoder
 
 from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions, OutboundOptions
-from proxy.http2 import InboundHttp2
+from proxy.http2 import InboundHttp2, OutboundHttp2
 from proxy.http2.connection import Http2Connection
 from proxy.http2.core import BLOCK_BYTES_MAX, PREFACE, frame
 from proxy.http2.half import OWED_BYTES_MAX, STREAM_WINDOW_BYTES
 from proxy.http2.link import Link
-from proxy.http2.outbound import OutboundHttp2
 from proxy.mux.flow import MemoryBudget
 from proxy.stream import Channel, Data
 from tests.unit.test_http2_inbound import ALLOWED, DENIED, WEB

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http import HttpCounters, HttpOptions, OutboundOptions
 from proxy.http.head import Field
+from proxy.http2 import OutboundHttp2
 from proxy.http2.half import PREFACE
 from proxy.http2.head import RequestHead
 from proxy.http2.link import Link
-from proxy.http2.outbound import OutboundHttp2
 from proxy.stream import Channel
 from tests.unit.test_http2_inbound import End, Sink, frames
 
