@@ -18,6 +18,7 @@ from proxy.http.head import RequestHead, ResponseHead
 from proxy.http.parser import Message
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http.upstream import Owner, Upstream
+from proxy.mux.core import MuxStream
 from proxy.stream import Channel, Data
 
 REPLAY_BYTES: Final = 64 * 1024
@@ -332,7 +333,9 @@ class OutboundConnection(HttpConnection):
             return False
         if upstream.served == 1:
             lease.silent(str(error) if error else "closed the connection")
-        repeatable = head.idempotent or (self._aim is not None and self._aim.retry_resets)
+        channel = upstream.channel
+        unsent = isinstance(channel, MuxStream) and not channel.data_sent
+        repeatable = unsent or head.idempotent or (self._aim is not None and self._aim.retry_resets)
         if upstream.heard or not repeatable or self._replay is None:
             self._drop_lease()
             return False

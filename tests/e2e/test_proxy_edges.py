@@ -24,6 +24,8 @@ from proxy.secure import SecureTransport
 from proxy.tls import PeerProof, make_material, proof_of
 from raftstate.model.identity import Identity
 from raftstate.model.sidecar import key_of
+from tests.support.http_filter import App as HttpApp
+from tests.support.http_filter import simple
 from tests.support.loops import with_mesh
 from tests.support.sidecars import Member, Mesh, hang_up, until
 from tests.support.tls_peers import context
@@ -83,6 +85,35 @@ def outgoing_is_full(member: Member) -> bool:
     """Whether the member's one call has something that its instance does not take."""
     connections = member.sidecar._upstreams["backend"].connections
     return any(isinstance(each, Outgoing) and each._stream_full for each in connections)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+@with_mesh
+async def test_a_request_of_which_nothing_was_sent_is_made_elsewhere_whatever_its_method(
+    mesh: Mesh, sent: bool
+) -> None:
+    """As a connection is. One that was sent may have been served."""
+    apps = [HttpApp(answer=simple(b"b%d" % number)) for number in (1, 2)]
+    client, first, _ = await mesh.pair(apps[0].handle)
+    other = await mesh.member("backend", "backend-2", port=(await mesh.app(apps[1].handle)).port)
+    await other.allow("web")
+    await client.route("backend", first.endpoint, protocol="http")
+    session = await client.sidecar._pool.connect(key_of(first.endpoint))
+    assert isinstance(session, MuxSession)
+    session.core.blocked = True
+    reader, writer = await client.dial()
+    writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbody")
+    await until(lambda: bool(session.core.waiting))
+    (stream,) = session.core.streams.values()
+    stream.data_sent = sent
+    await client.route("backend", first.endpoint, other.endpoint, protocol="http")
+    session.kill(StreamClosed("it was lost"))
+    async with asyncio.timeout(WAIT_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 502 " if sent else b"HTTP/1.1 200 ")
+    assert [(seen.method, seen.body) for seen in apps[1].seen] == ([] if sent else [("POST", b"body")])
+    assert apps[0].seen == []
+    await hang_up(writer)
 
 
 @with_mesh
