@@ -412,6 +412,8 @@ def apply(pair: Pair, step: tuple[Any, ...]) -> None:
             return  # one setting at a time: of several the package heeds the last alone
         if kind == 0 and flags & 8 and not payload:
             return
+        if kind == 8 and payload[:1] >= b"\x80":
+            return  # the reserved bit is to be ignored (section 6.9); the package takes it for a part of the number
         pair.come(data, strict=stricter(pair, step, data))
     elif what == "rst":
         data = frame(3, 0, rest[0], struct.pack(">L", rest[1]))
