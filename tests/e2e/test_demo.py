@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,13 @@ def plain_users_home() -> Iterator[Path]:
     need("setpriv", "git")
     home = Path(tempfile.mkdtemp(prefix="lictor-plain-", dir="/tmp"))
     shutil.chown(home, "nobody", "nogroup")
-    yield home
-    shutil.rmtree(home, ignore_errors=True)
+    try:
+        yield home
+    finally:
+        for line in _left_behind(str(home)):  # of a test that failed
+            with suppress(ProcessLookupError):
+                os.kill(int(line.partition(":")[0]), signal.SIGKILL)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.mark.timeout(480)
