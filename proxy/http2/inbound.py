@@ -53,6 +53,8 @@ class InboundHttp2Connection(Http2Connection):
         """All connections to the app that are there, or are being made."""
         self._waiting: list[Exchange] = []
         """Exchanges that wait for a connection to the app."""
+        self._held: list[Exchange] = []
+        """Those that wait until the app has said how many streams it takes."""
         super().__init__(side, channel, stats, on_done)
 
     def adopt(self, channel: Channel) -> None:
@@ -138,7 +140,7 @@ class InboundHttp2Connection(Http2Connection):
     # To the app
 
     def _new_app(self) -> Link:
-        link = Link(linger_s=self._options.linger_s, on_end=self._app_ended)
+        link = Link(linger_s=self._options.linger_s, on_end=self._app_ended, on_known=self._app_known)
         self._apps.add(link)
         return link
 
@@ -148,6 +150,8 @@ class InboundHttp2Connection(Http2Connection):
             self._waiting.append(exchange)
             if len(self._waiting) == 1:
                 self._side.tasks.spawn(self._connect())
+        elif app.full and not app.known:
+            self._held.append(exchange)
         elif app.full:
             self._refuse(exchange)
         elif not self._send(exchange, app):
@@ -197,10 +201,20 @@ class InboundHttp2Connection(Http2Connection):
     def _lost(self, exchange: Exchange, error: Exception | None) -> None:
         self._answer(exchange, 502, f"{self._options.service!r} gave no usable answer", "app-down")
 
+    def _app_known(self) -> None:
+        """What waited to know how many streams the app takes goes on, or learns that it is too much."""
+        held, self._held = self._held, []
+        for exchange in held:
+            if self._exchanges.get(exchange.client_id) is exchange:
+                self._launch(exchange)
+        if held:
+            self.flush()
+
     def _app_ended(self, link: Link, error: Exception | None) -> None:
         self._apps.discard(link)
         if self._app is link:
             self._app = None
+            self._app_known()
         if error is not None:
             self._side.burst_log.warning(f"app of {self._options.service!r}: {error}")
 
@@ -215,4 +229,5 @@ class InboundHttp2Connection(Http2Connection):
             else:
                 app.half.close()
         self._apps.clear()
+        self._held.clear()
         self._app = None  # its link refers to this

@@ -33,7 +33,17 @@ def _nothing_ended(link: Link, error: Exception | None) -> None:
 class Link:
     """One connection with the exchanges on it. ``on_end`` is called once, when nothing more is asked on it."""
 
-    __slots__ = ("_gone", "_on_end", "_on_settled", "_settings_came", "exchanges", "half", "heard", "leaving")
+    __slots__ = (
+        "_gone",
+        "_on_end",
+        "_on_known",
+        "_on_settled",
+        "_settings_came",
+        "exchanges",
+        "half",
+        "heard",
+        "leaving",
+    )
 
     def __init__(
         self,
@@ -41,8 +51,10 @@ class Link:
         linger_s: float,
         on_end: Callable[[Link, Exception | None], None],
         on_settled: Callable[[Link], None] | None = None,
+        on_known: Callable[[], None] | None = None,
     ) -> None:
-        """``on_settled`` is called when the last exchange has ended."""
+        """``on_settled`` is called when the last exchange has ended; ``on_known`` once, when the other end has said
+        how many streams it takes."""
         self.exchanges: dict[int, Exchange] = {}
         """By stream id."""
         self.leaving = False
@@ -52,6 +64,7 @@ class Link:
         self._gone = self._settings_came = False
         self._on_end = on_end
         self._on_settled = on_settled
+        self._on_known = on_known
         self.half = Half(
             client=True, linger_s=linger_s, on_events=self._events, on_end=self._ended, on_room=self._room
         )
@@ -71,6 +84,11 @@ class Link:
     def closed(self) -> bool:
         """Whether nothing can be asked any more."""
         return self.half.closed
+
+    @property
+    def known(self) -> bool:
+        """Whether the other end has said how many streams it takes."""
+        return self._settings_came
 
     @property
     def full(self) -> bool:
@@ -159,6 +177,9 @@ class Link:
             self._settings_came = True
             if event.windows:
                 self._more_room(owners)
+            on_known, self._on_known = self._on_known, None
+            if on_known is not None:
+                on_known()
 
     def _more_room(self, owners: set[Owner]) -> None:
         for exchange in list(self.exchanges.values()):
@@ -209,5 +230,6 @@ class Link:
     def _tell_end(self, error: Exception | None) -> None:
         if not self._gone:
             self._gone = True
+            self._on_known = None
             on_end, self._on_end = self._on_end, _nothing_ended  # who is told may hold this
             on_end(self, error)

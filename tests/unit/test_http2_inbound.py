@@ -291,6 +291,28 @@ async def test_the_apps_limit_of_streams_is_kept() -> None:
         assert len(app.of(h2.events.RequestReceived)) == 1
 
 
+async def test_what_an_app_may_not_take_waits_until_it_says_what_it_takes() -> None:
+    for limit, ends in ((120, False), (128, False), (0, True)):
+        async with setting() as s:
+            await s.step()  # our settings are known
+            s.client.push()
+            ids = [s.request() for _ in range(125)]
+            s.client.push()
+            for _ in range(3):
+                await asyncio.sleep(0)  # the app is dialled, and says nothing yet
+            (app,) = s.apps
+            assert len(app.of(h2.events.RequestReceived)) == 100
+            assert not s.client.of(h2.events.StreamReset)
+            if ends:
+                app.peer.abort(ConnectionResetError())
+            else:
+                app.conn.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: limit})
+            await s.step()
+            assert len(s.apps[-1].of(h2.events.RequestReceived)) == (25 if ends else min(limit, 125))
+            refused = {each.stream_id for each in s.client.of(h2.events.StreamReset)}
+            assert refused == (set() if ends else set(ids[limit:]))
+
+
 async def test_the_end_of_the_app_is_a_502_or_a_reset() -> None:
     async with setting() as s:
         s.request("/begun")
