@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from raftstate.model.intention import HTTPMatch, Intention, Permission
+from tests.e2e.support_e2e import need
 from tests.support.cluster import free_ports
 from tests.support.sidecars import Mesh
 
@@ -84,9 +84,7 @@ async def curl(*arguments: str) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("protocol", ["http2", "grpc"])
 async def test_curl_and_nginx_through_two_sidecars(protocol: str, tmp_path: Path) -> None:
-    missing = [name for name in ("curl", "h2load", "nginx") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
+    need("curl", "h2load", "nginx")
     async with nginx(tmp_path) as port, Mesh() as mesh:
         server = await mesh.member("backend", "backend-1", port=port)
         client = await mesh.member("web", "web-1", upstreams=("backend",))
