@@ -14,11 +14,16 @@ from urllib.parse import unquote
 
 import httptools
 
+from proxy.logs import LimitedLog
+
 log = logging.getLogger("lictor.xds")
 
 CHECKS_MAX = 4096
 """Connections of all Envoys of this node; more are dropped, and Envoy goes on with what it knows."""
 HEAD_BYTES_MAX = 4096
+ASK_S = 30.0
+"""Within which a check must come whole, after the connection was made or the last one was answered: whoever does not
+ask keeps no place from an Envoy. One that comes late, from a process that was stopped, makes a new connection."""
 HOLD_S = 600.0
 """After so long a held request is answered all the same; Envoy asks again."""
 FAILED, PASSED = b"HTTP/1.1 503 Withdrawn\r\n", b"HTTP/1.1 200 OK\r\n"
@@ -41,6 +46,7 @@ class Checks:
         self._acknowledged: dict[str, set[str]] = {}
         self._changed: dict[str, Callable[[], None]] = {}
         self._unasked: dict[str, set[str]] = {}
+        self._log = LimitedLog(log)
 
     def follow(self, envoy: str, changed: Callable[[], None]) -> None:
         """Call ``changed`` when :meth:`acknowledged` grows, and when nothing is :meth:`unasked` any more."""
@@ -126,7 +132,7 @@ class Checks:
     def take(self, transport: asyncio.Transport, early: bytes) -> None:
         """Serve a connection whose first bytes are ``early``."""
         if len(self.connections) >= CHECKS_MAX:
-            log.warning("more than %d checks of instances by Envoys: one is dropped", CHECKS_MAX)
+            self._log.warning("full", f"more than {CHECKS_MAX} checks of instances by Envoys: one is dropped")
             transport.abort()
             return
         connection = CheckConnection(self, transport)
@@ -150,7 +156,8 @@ class CheckConnection(asyncio.Protocol):
         self._ready = False
         """The last answer was no failure and there was one: the next waits."""
         self._name: Name | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = asyncio.get_running_loop().call_later(ASK_S, self.abort)
+        """Until the next check must have come, or the one that is held is answered."""
         checks.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -198,17 +205,18 @@ class CheckConnection(asyncio.Protocol):
             return
         self._name = name
         self._checks.hold(name, self)
+        self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(HOLD_S, self.end_hold)
 
     def _answer(self, name: Name) -> None:
+        self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(ASK_S, self.abort)
         failed = self._checks.fails(name, self)
         self._ready = not failed
         self._transport.write((FAILED if failed else PASSED) + _NO_BODY)
 
     def _let_go(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.cancel()
         if self._name is not None:
             self._checks.release(self._name, self)
             self._name = None

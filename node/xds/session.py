@@ -91,7 +91,10 @@ class Session:
         words = request.error_detail.message.strip()
         names = verdict.names if verdict else ("?",)
         # The rest of the push may well have been taken: Envoy names what it refuses, in most of its texts.
-        self._refuse(request.type_url, [one for one in names if one in words] or names, words)
+        named = [one for one in names if one in words] or names
+        for name in set(names).difference(named):
+            self._refused.pop((request.type_url, name), None)
+        self._refuse(request.type_url, named, words)
         self._again_at = self._clock() + AGAIN_S
 
     def _refuse(self, type_url: str, names: Sequence[str], why: str) -> None:

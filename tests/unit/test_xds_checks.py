@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
+import pytest
 
 from node.xds import messages, types
 from node.xds.checks import HEAD_BYTES_MAX, Checks
@@ -308,6 +310,61 @@ async def test_what_is_no_check_is_dropped_and_nothing_is_held_for_it() -> None:
         await door.stop()
         await hang_up(writer)
     assert not checks.connections
+
+
+@both_loops
+async def test_a_check_that_does_not_come_whole_or_is_not_made_again_frees_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("node.xds.checks.ASK_S", 0.05)
+    checks = Checks()
+    door = XdsDoor(no_grpc, checks)
+    port = await door.start("127.0.0.1", 0)
+    try:
+        async with asyncio.timeout(20):
+            good, silent, slow = [Envoy(*await asyncio.open_connection("127.0.0.1", port)) for _ in range(3)]
+            good.writer.write(b"GET /e HTTP/1.1\r\nhost: one\r\n\r\n")
+            assert await good.answer() == 200
+            good.ask(("e", "one"))
+            await until(lambda: bool(checks._held))
+            silent.ask(("e", "two"))
+            assert await silent.answer() == 200
+            slow.writer.write(b"GET / HTT")
+            for one in (silent, slow):
+                with contextlib.suppress(ConnectionError):
+                    assert await one.reader.read() == b""
+            await until(lambda: len(checks.connections) == 1)
+            assert checks._held, "what is held is not idle"
+            for one in (good, silent, slow):
+                await hang_up(one.writer)
+    finally:
+        await door.stop()
+
+
+@both_loops
+async def test_checks_beyond_those_that_are_taken_do_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An Envoy makes a check that was dropped again after half a second, each of them."""
+    monkeypatch.setattr("node.xds.checks.CHECKS_MAX", 0)
+    checks = Checks()
+    door = XdsDoor(no_grpc, checks)
+    port = await door.start("127.0.0.1", 0)
+    try:
+        async with asyncio.timeout(20):
+            for _ in range(5):
+                envoy = Envoy(*await asyncio.open_connection("127.0.0.1", port))
+                envoy.ask(("e", "one"))
+                with contextlib.suppress(ConnectionError):
+                    assert await envoy.reader.read() == b""
+                await hang_up(envoy.writer)
+    finally:
+        await door.stop()
+    assert caplog.text.count("one is dropped") == 1
+
+
+async def no_grpc() -> Any:
+    raise AssertionError("checks need no gRPC")
 
 
 def test_an_instance_that_takes_over_is_withdrawn_from_its_own_group() -> None:

@@ -321,3 +321,17 @@ def test_what_one_subscriber_may_ask_for_is_bound() -> None:
         "of one that answers nothing, the oldest are forgotten"
     )
     assert silent.answered(URL, nonces[-1], accepted=True) is not None
+
+
+def test_what_a_later_refusal_does_not_name_was_taken() -> None:
+    session = Session("x")
+    session.update(whole(make_snapshot()))
+    session.request(request(types.CLUSTER))
+    for words in ("neither", "upstream:db: why not"):
+        for name in ("local_app", "upstream:db"):
+            session._subscriber.again(types.CLUSTER, [name])
+        (response,) = session.responses()
+        said = messages.DeltaRequest(type_url=types.CLUSTER, response_nonce=response.nonce)
+        said.error_detail.message = words
+        session.request(said)
+    assert session.trouble == "Cluster upstream:db: upstream:db: why not"
