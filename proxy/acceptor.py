@@ -36,6 +36,7 @@ class Acceptor(Handler):
         self._log = BurstLog(log)
         self._accepting = False
         self._closed = False
+        self._again: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to accept, or again. Idempotent."""
@@ -47,13 +48,21 @@ class Acceptor(Handler):
                 self._try_again(error)
             else:
                 self._accepting = True
+                self._forget_again()
 
     def _try_again(self, error: OSError) -> None:
         self._log.warning(f"cannot accept connections: {error.strerror}; trying again shortly")
-        asyncio.get_running_loop().call_later(PAUSE_S, self.start)
+        self._forget_again()  # one at a time, however often others start it
+        self._again = asyncio.get_running_loop().call_later(PAUSE_S, self.start)
+
+    def _forget_again(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
 
     def stop(self) -> None:
         """Leave connections in the kernel's backlog. Idempotent."""
+        self._forget_again()
         if self._accepting:
             self._accepting = False
             self._poller.remove(self._fd)

@@ -311,3 +311,42 @@ async def test_a_listener_that_cannot_be_watched_for_now_is_watched_later() -> N
         os.close(fd)
     acceptor.close()
     poller.close()
+
+
+@all_loops
+async def test_a_listener_without_descriptors_tries_again_once_at_a_time_and_not_while_it_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever ends a handshake starts it anew: each such start left a timer of its own, for as long as it lasted."""
+    monkeypatch.setattr("proxy.acceptor.PAUSE_S", 0.01)
+    tried = 0
+
+    class Full:
+        def add(self, fd: int, handler: Any, events: int) -> None:
+            nonlocal tried
+            tried += 1
+            raise OSError(errno.ENOSPC, "no space left")
+
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+    call_later = loop.call_later
+
+    def counted(*args: Any) -> asyncio.TimerHandle:
+        timers.append(call_later(*args))
+        return timers[-1]
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = Acceptor(Full(), listener, lambda fd, address: None)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "call_later", counted)
+            for _ in range(20):
+                acceptor.start()
+        assert len([one for one in timers if not one.cancelled()]) == 1
+        await until(lambda: tried > 20)
+        acceptor.stop()
+        before = tried
+        done = asyncio.Event()
+        loop.call_later(0.05, done.set)
+        await done.wait()
+        assert tried == before
+        acceptor.close()
