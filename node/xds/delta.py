@@ -105,6 +105,11 @@ class Subscriber:
         names = self._pending.pop((type_url, nonce), None)
         return None if names is None else Verdict(accepted, names)
 
+    def leave_out(self, push: Push, names: Collection[str]) -> None:
+        """A push goes without these: its answer says nothing of them."""
+        key = push.type_url, push.nonce
+        self._pending[key] = tuple(name for name in self._pending[key] if name not in names)
+
     def again(self, type_url: str, names: Iterable[str]) -> None:
         """Send these once more though the subscriber has them: what uses them is made anew, and awaits them."""
         if (one := self._types.get(type_url)) is not None:

@@ -280,10 +280,13 @@ class Session:
     def _response(self, push: Push) -> Any:
         """Return the message. What cannot be told is left out: withdrawals must not wait for it."""
         resources, versions = self._resources[push.type_url], self._versions[push.type_url]
-        rows = []
+        rows, bad = [], []
         for name in push.send:
             try:
                 rows.append((name, versions[name], messages.encode(push.type_url, resources[name])))
             except messages.BadResource as error:
                 self._refuse(push.type_url, [name], f"it cannot be told: {error}")
+                bad.append(name)
+        if bad:
+            self._subscriber.leave_out(push, bad)
         return messages.delta_response(push.type_url, push.nonce, rows, list(push.removed))

@@ -191,6 +191,7 @@ def test_what_cannot_be_told_holds_nothing_else_up(caplog: pytest.LogCaptureFixt
     assert "ClusterLoadAssignment upstream:db" in caplog.text
     assert session.refused == 1
     assert session.responses() == []
+    assert session.trouble.startswith("ClusterLoadAssignment upstream:db: it cannot be told"), "Envoy took the rest"
 
 
 @pytest.mark.parametrize(
