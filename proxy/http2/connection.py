@@ -332,12 +332,9 @@ class Http2Connection:
     def _answered_whole(self, exchange: Exchange) -> None:
         """All of the response was sent."""
         self._count(exchange, exchange.status, exchange.origin)
-        if not exchange.request_ended:
-            # The answer is whole; what the client still sends interests nobody (RFC 9113, section 8.1).
-            self._client.reset(exchange.client_id, ErrorCodes.NO_ERROR)
-            self._forget_link(exchange, ErrorCodes.NO_ERROR)
-        else:
-            self._forget_link(exchange, None)
+        # The answer is whole; what the client still sends, if it does, interests nobody (RFC 9113, section 8.1).
+        self._client.reset(exchange.client_id, ErrorCodes.NO_ERROR)
+        self._forget_link(exchange, None if exchange.request_ended else ErrorCodes.NO_ERROR)
         self._remove(exchange)
 
     # Owner
@@ -416,9 +413,9 @@ class Http2Connection:
         ended = exchange.request_came
         self._remove(exchange)
         client, stream_id = self._client, exchange.client_id
-        headers, body = local_answer(status, error, grpc=exchange.head.grpc)
-        if exchange.head.method == b"HEAD" or client.room(stream_id) < len(body):
-            body = b""
+        is_head = exchange.head.method == b"HEAD"
+        room = client.room(stream_id)
+        headers, body = local_answer(status, error, grpc=exchange.head.grpc, room=room, head=is_head)
         client.send_headers(stream_id, headers, end=not body)
         if body:
             client.send_data(stream_id, body, end=True)

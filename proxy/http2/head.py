@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from proxy.authz import Request
 from proxy.http.errors import BadRequest
@@ -56,11 +57,15 @@ class RequestHead:
 
 
 def read_request(headers: list[Field]) -> RequestHead:
-    """Sort a request's header list, which h2 has validated. Raises :class:`BadRequest`."""
+    """Sort a request's header list, which is well-formed (:mod:`proxy.http2.fields`). Raises :class:`BadRequest`."""
     head = RequestHead()
+    fields: list[Any] = []  # as they came: those that no table may hold are of a type of their own
     host = b""
     lengths = 0
-    for name, value in headers:
+    for each in headers:
+        field: Any = each
+        name: bytes = field[0]
+        value: bytes = field[1]
         if name[:1] == b":":
             if name == b":method":
                 head.method = value
@@ -83,7 +88,8 @@ def read_request(headers: list[Field]) -> RequestHead:
                 lengths += 1
             elif name == b"transfer-encoding":
                 raise BadRequest(400, "Transfer-Encoding has no place in HTTP/2")
-            head.fields.append((bytes(name), bytes(value)))
+            fields.append(field)
+    head.fields = fields
     head.authority = head.authority or host
     if lengths > 1:
         raise BadRequest(400, "several Content-Length headers")
@@ -96,11 +102,16 @@ def read_request(headers: list[Field]) -> RequestHead:
 
 def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
     """Return a response's header list, or trailers, as they are sent on."""
-    return [
-        (bytes(name), bytes(value))
-        for name, value in headers
-        if (response and name == b":status") or (name[:1] != b":" and name not in _DROP and not _forges(name))
-    ]
+    kept: list[Any] = []
+    for each in headers:
+        field: Any = each  # as above
+        name: bytes = field[0]
+        if name[:1] == b":":
+            if response and name == b":status":
+                kept.append(field)
+        elif name not in _DROP and not _forges(name):
+            kept.append(field)
+    return kept
 
 
 def _forges(name: bytes) -> bool:
@@ -123,13 +134,17 @@ def _escaped(character: str) -> str:
     return "".join(f"%{byte:02X}" for byte in character.encode())
 
 
-def local_answer(status: int, error: str, *, grpc: bool) -> tuple[list[Field], bytes]:
-    """Return header list and body of an answer of our own; a gRPC client gets a gRPC status and no body."""
+def local_answer(status: int, error: str, *, grpc: bool, room: int, head: bool) -> tuple[list[Field], bytes]:
+    """Return header list and body of an answer of our own; a gRPC client gets a gRPC status and no body.
+
+    ``room``: bytes of body that can be sent. One that finds none is left out, and then not declared either, as the
+    answer would else be malformed (RFC 9113, section 8.1.1); what answers HEAD declares the body it does not have.
+    """
     if grpc and status in _GRPC_STATUS:
         return [(b":status", b"200"), (b"content-type", _GRPC), *grpc_ending(status, error)], b""
     body = json.dumps({"error": error}).encode() + b"\n"
-    return [
-        (b":status", b"%d" % status),
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-    ], body
+    fields = [(b":status", b"%d" % status), (b"content-type", b"application/json")]
+    if not head and room < len(body):
+        return fields, b""
+    fields.append((b"content-length", b"%d" % len(body)))
+    return fields, b"" if head else body

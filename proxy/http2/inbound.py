@@ -51,10 +51,11 @@ class InboundHttp2Connection(Http2Connection):
         """The connection that takes new streams."""
         self._apps: set[Link] = set()
         """All connections to the app that are there, or are being made."""
-        self._waiting: list[Exchange] = []
-        """Exchanges that wait for a connection to the app."""
-        self._held: list[Exchange] = []
+        self._waiting: dict[int, Exchange] = {}
+        """Exchanges that wait for a connection to the app, by the client's stream id."""
+        self._held: dict[int, Exchange] = {}
         """Those that wait until the app has said how many streams it takes."""
+        self._connecting = False
         super().__init__(side, channel, stats, on_done)
 
     def adopt(self, channel: Channel) -> None:
@@ -147,15 +148,22 @@ class InboundHttp2Connection(Http2Connection):
     def _launch(self, exchange: Exchange) -> None:
         app = self._app
         if app is None or app.closed or app.leaving:
-            self._waiting.append(exchange)
-            if len(self._waiting) == 1:
+            self._waiting[exchange.client_id] = exchange
+            if not self._connecting:
+                self._connecting = True
                 self._side.tasks.spawn(self._connect())
         elif app.full and not app.known:
-            self._held.append(exchange)
+            self._held[exchange.client_id] = exchange
         elif app.full:
             self._refuse(exchange)
         elif not self._send(exchange, app):
-            self._answer(exchange, 502, f"{self._options.service!r} takes no more requests", "app-down")
+            self._touched.add(app)
+            self._launch(exchange)  # its ids are used up and it is leaving: on another one
+
+    def _over(self, exchange: Exchange) -> None:
+        # What a client has given up is let go of at once: an app may be silent for as long as it likes.
+        self._waiting.pop(exchange.client_id, None)
+        self._held.pop(exchange.client_id, None)
 
     async def _connect(self) -> None:
         link = self._new_app()
@@ -170,14 +178,15 @@ class InboundHttp2Connection(Http2Connection):
             self._side.burst_log.warning(f"app of {self._options.service!r} cannot be reached: {error}")
         if link.closed and not problem:
             problem = "closed the connection"
-        waiting, self._waiting = self._waiting, []
+        self._connecting = False
+        waiting, self._waiting = self._waiting, {}
         if problem or self._done:
             self._apps.discard(link)
             link.half.close()
         else:
             self._app = link
             self._touched.add(link)
-        for exchange in waiting:
+        for exchange in list(waiting.values()):
             if self._exchanges.get(exchange.client_id) is not exchange:
                 continue  # the client gave it up
             if problem and isinstance(self._client.channel, MuxStream):
@@ -192,6 +201,9 @@ class InboundHttp2Connection(Http2Connection):
         self.flush()
 
     def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
+        if exchange.response_came:  # all the same; it goes on to the client
+            exchange.request_ended = True
+            return
         exchange.turned_away += 1
         if leaving and exchange.turned_away <= TURNED_AWAY_MAX and self._rewind(exchange):
             self._launch(exchange)
@@ -203,8 +215,8 @@ class InboundHttp2Connection(Http2Connection):
 
     def _app_known(self) -> None:
         """What waited to know how many streams the app takes goes on, or learns that it is too much."""
-        held, self._held = self._held, []
-        for exchange in held:
+        held, self._held = self._held, {}
+        for exchange in list(held.values()):
             if self._exchanges.get(exchange.client_id) is exchange:
                 self._launch(exchange)
         if held:

@@ -9,8 +9,10 @@ from typing import Any
 
 import h2.config
 import h2.connection
+import h2.errors
 import h2.events
 import h2.settings
+from hpack import NeverIndexedHeaderTuple
 from hyperframe.frame import GoAwayFrame, PingFrame, SettingsFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions
 from proxy.http2 import InboundHttp2, InboundHttp2Connection
 from proxy.http2.connection import TURNED_AWAY_MAX
+from proxy.http2.core import LAST_STREAM_ID
 from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import READ_LIMIT_BYTES, Channel, Data, Early
@@ -311,6 +314,107 @@ async def test_what_an_app_may_not_take_waits_until_it_says_what_it_takes() -> N
             assert len(s.apps[-1].of(h2.events.RequestReceived)) == (25 if ends else min(limit, 125))
             refused = {each.stream_id for each in s.client.of(h2.events.StreamReset)}
             assert refused == (set() if ends else set(ids[limit:]))
+
+
+async def test_what_came_as_never_to_be_indexed_is_sent_on_as_such_both_ways() -> None:
+    secret: Any = NeverIndexedHeaderTuple("x-token", "secret")
+    async with setting() as s:
+        s.request("/a", secret)
+        await s.step()
+        (app,) = s.apps
+        (seen,) = app.of(h2.events.RequestReceived)
+        assert [type(field) for field in seen.headers if field[0] == "x-token"] == [NeverIndexedHeaderTuple]
+        app.conn.send_headers(seen.stream_id, [(":status", "200"), secret])
+        app.conn.send_headers(seen.stream_id, [secret], end_stream=True)
+        await s.step()
+        for kind in (h2.events.ResponseReceived, h2.events.TrailersReceived):
+            (came,) = s.client.of(kind)
+            assert [type(field) for field in came.headers if field[0] == "x-token"] == [NeverIndexedHeaderTuple]
+
+
+async def test_an_answer_of_ours_whose_body_finds_no_room_does_not_declare_it() -> None:
+    async with setting(lambda _: DENIED) as s:
+        s.client.conn.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        await s.step()
+        s.request()
+        await s.step()
+        (answer,) = s.client.of(h2.events.ResponseReceived)
+        assert dict(answer.headers)[":status"] == "403"
+        assert "content-length" not in dict(answer.headers)
+        assert s.client.of(h2.events.StreamEnded)
+
+
+async def test_requests_that_wait_for_an_app_and_are_given_up_are_let_go_of() -> None:
+    def decide(request: Request) -> Decision:
+        return DENIED if request.path == "/denied" else ALLOWED
+
+    async with setting(decide) as s:
+        for _ in range(101):  # one more than an app that has said nothing may be sent
+            s.request()
+        s.client.push()
+        await until(lambda: len(s.connection._held) == 1)
+        for _ in range(50):
+            s.request("/denied")
+            stream_id = s.request()
+            s.client.push()
+            s.client.conn.reset_stream(stream_id)
+            s.client.push()
+        assert len(s.connection._exchanges) == 101
+        assert s.counters.requests == {("POST", 403, "denied"): 50, ("POST", 0, "cut"): 50}
+        assert len(s.connection._held) == 1
+        assert not s.connection._waiting
+
+
+async def test_an_answer_to_a_request_that_the_app_stopped_ends_the_clients_stream_too() -> None:
+    async with setting() as s:
+        stream_id = s.request(end=False)
+        s.client.conn.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        await s.step()
+        (app,) = s.apps
+        app.conn.send_headers(1, [(":status", "200")])
+        app.conn.send_data(1, b"enough", end_stream=True)
+        app.conn.reset_stream(1, 0)
+        await s.step()
+        assert not s.client.of(h2.events.StreamEnded)
+        s.client.conn.increment_flow_control_window(100, stream_id)
+        await s.step()
+        assert s.client.of(h2.events.DataReceived)[0].data == b"enough"
+        (reset,) = s.client.of(h2.events.StreamReset)
+        assert (reset.stream_id, reset.error_code) == (stream_id, 0)
+        assert s.counters.requests == {("POST", 200, "app"): 1}
+
+
+async def test_a_whole_answer_is_kept_though_the_app_then_says_that_it_did_not_look() -> None:
+    async with setting() as s:
+        stream_id = s.request(end=False)
+        s.client.conn.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        await s.step()
+        (app,) = s.apps
+        app.conn.send_headers(1, [(":status", "200")])
+        app.conn.send_data(1, b"done", end_stream=True)
+        app.conn.reset_stream(1, h2.errors.ErrorCodes.REFUSED_STREAM)
+        await s.step()
+        s.client.conn.increment_flow_control_window(100, stream_id)
+        await s.step()
+        assert [each.data for each in s.client.of(h2.events.DataReceived)] == [b"done"]
+        assert s.counters.requests == {("POST", 200, "app"): 1}
+
+
+async def test_a_connection_to_the_app_whose_ids_are_used_up_is_followed_by_another() -> None:
+    async with setting() as s:
+        s.request()
+        await s.step()
+        (first,) = s.apps
+        first.conn.send_headers(1, [(":status", "200")], end_stream=True)
+        await s.step()
+        assert s.connection._app is not None
+        s.connection._app.half.core._next_id = LAST_STREAM_ID + 2
+        s.request("/b")
+        await s.step()
+        _, second = s.apps
+        (seen,) = second.of(h2.events.RequestReceived)
+        assert dict(seen.headers)[":path"] == "/b"
+        assert first.ended
 
 
 async def test_the_end_of_the_app_is_a_502_or_a_reset() -> None:
