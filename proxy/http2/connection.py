@@ -69,6 +69,8 @@ class Http2Connection:
         self._touched: set[Link] = set()
         """Links on which something may be there to be sent."""
         self._opened = self._resets = 0
+        self._widened = False
+        """All streams may have room now: they are looked at once for all that came together."""
         self._leaving = False
         """No more streams are taken; the end comes with the last one."""
         self._done = False
@@ -179,6 +181,10 @@ class Http2Connection:
                 self._client_event(event)
                 if self._done:
                     return
+            if self._widened:
+                self._widened = False
+                for exchange in list(self._exchanges.values()):
+                    self._pump_to_client(exchange)
             self.flush()
         except Exception as error:  # a fault here must end this connection, not the session that carries others
             log.exception("an HTTP/2 connection of %s is cut", self._client_name())
@@ -204,29 +210,25 @@ class Http2Connection:
                 self._asked(exchange)
                 self._more_came(exchange)
         elif isinstance(event, WindowOpened):
-            for exchange in self._concerned(event.stream_id):
+            exchange = self._exchanges.get(event.stream_id)
+            if exchange is not None:
                 self._pump_to_client(exchange)
+            elif not event.stream_id:
+                self._widened = True
         elif isinstance(event, StreamWasReset):
             self._client_reset(event)
         elif isinstance(event, SettingsCame | Pinged):
             if not self._client.controlled():
                 self.cut(ProxyError("client makes us answer but reads nothing"))
                 return
-            if isinstance(event, SettingsCame):
-                for exchange in list(self._exchanges.values()):
-                    self._pump_to_client(exchange)
+            if isinstance(event, SettingsCame) and event.windows:
+                self._widened = True
         elif isinstance(event, GoneAway):
             self._leaving = True
 
     def _more_came(self, exchange: Exchange) -> None:
         """There is more in ``to_link``."""
         self._pump_to_link(exchange)
-
-    def _concerned(self, stream_id: int) -> list[Exchange]:
-        if not stream_id:
-            return list(self._exchanges.values())
-        exchange = self._exchanges.get(stream_id)
-        return [] if exchange is None else [exchange]
 
     def _client_reset(self, event: StreamWasReset) -> None:
         exchange = self._exchanges.get(event.stream_id)

@@ -39,6 +39,7 @@ class Link:
         "_on_known",
         "_on_settled",
         "_settings_came",
+        "_widened",
         "exchanges",
         "half",
         "heard",
@@ -62,6 +63,8 @@ class Link:
         self.heard = False
         """Something has come from the other end."""
         self._gone = self._settings_came = False
+        self._widened = False
+        """All streams may have room now: they are looked at once for all that came together."""
         self._on_end = on_end
         self._on_settled = on_settled
         self._on_known = on_known
@@ -146,6 +149,9 @@ class Link:
         owners: set[Owner] = set()
         for event in events:
             self._event(event, owners)
+        if self._widened:
+            self._widened = False
+            self._more_room(owners)
         for owner in owners:
             owner.flush()
         self.flush()
@@ -164,7 +170,7 @@ class Link:
 
     def _link_event(self, event: Event, owners: set[Owner]) -> None:
         if isinstance(event, WindowOpened):
-            self._more_room(owners)
+            self._widened = True
         elif isinstance(event, GoneAway):
             self.leaving = True
             for each in [x for id, x in self.exchanges.items() if id > event.last_stream_id]:
@@ -176,7 +182,7 @@ class Link:
         elif isinstance(event, SettingsCame):
             self._settings_came = True
             if event.windows:
-                self._more_room(owners)
+                self._widened = True
             on_known, self._on_known = self._on_known, None
             if on_known is not None:
                 on_known()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -357,3 +357,33 @@ async def test_informational_responses_without_end(direction: str) -> None:
         assert v.far.over
         assert v.client.frames[1] - before <= 101
         assert v.under_way == 0
+
+
+class Asked(deque[Any]):
+    """What waits to be sent on a stream; it counts how often somebody asks whether anything does."""
+
+    times = 0
+
+    def __len__(self) -> int:
+        Asked.times += 1
+        return super().__len__()
+
+
+@both
+@pytest.mark.parametrize("whose", ["the client", "the far end"])
+@pytest.mark.parametrize("by", ["WINDOW_UPDATE", "SETTINGS"])
+async def test_windows_that_open_by_little_are_looked_at_once_for_all(direction: str, whose: str, by: str) -> None:
+    async with attacked(direction) as v:
+        v.send(v.requests(50))
+        assert v.under_way == 50
+        for exchange in v.connection._exchanges.values():
+            exchange.to_client = Asked()
+            exchange.to_link = Asked()
+        Asked.times = 0
+        peer = v.client.peer if whose == "the client" else v.far.peer
+        if by == "SETTINGS":
+            peer.write(b"".join(frame(4, 0, 0, struct.pack(">HL", 4, 65535 + n % 2)) for n in range(1, 502)))
+        else:
+            peer.write(frame(8, 0, 0, struct.pack(">L", 1)) * 500)
+        assert Asked.times <= 50 * 4
+        assert not v.client.over
