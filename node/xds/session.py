@@ -219,6 +219,8 @@ class Session:
         self._versions = {
             url: {name: version_of(one) for name, one in rows.items()} for url, rows in self._resources.items()
         }
+        for url, name in [one for one in self._refused if one[1] not in self._versions.get(one[0], {})]:
+            del self._refused[url, name]
         listeners = self._versions[types.LISTENER]
         for name, version in listeners.items():
             state = self._chains.state() if name == types.PUBLIC_LISTENER else self._ways.state(name)

@@ -336,3 +336,18 @@ def test_what_a_later_refusal_does_not_name_was_taken() -> None:
         said.error_detail.message = words
         session.request(said)
     assert session.trouble == "Cluster upstream:db: upstream:db: why not"
+
+
+def test_what_is_there_anew_is_not_taken_for_refused() -> None:
+    session = Session("x")
+    session.update(whole(make_snapshot()))
+    session.request(request(types.CLUSTER))
+    (response,) = session.responses()
+    said = messages.DeltaRequest(type_url=types.CLUSTER, response_nonce=response.nonce)
+    said.error_detail.message = "upstream:db: why not"
+    session.request(said)
+    session.update(SidecarUpdate(version=2, upstreams=()))
+    taken(session)
+    session.update(SidecarUpdate(version=3, upstreams=(upstream(),)))
+    assert session.responses()
+    assert session.trouble == ""
