@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from node.errors import NodeError
 from node.xds.checks import Checks
+from proxy.logs import LimitedLog
 from proxy.relay import SocketChannel, as_protocol, dial
 from proxy.stream import Early, join
 
@@ -48,6 +49,7 @@ class XdsDoor:
         self._listener: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.channels: set[_End] = set()
+        self._log = LimitedLog(log)
 
     async def start(self, address: str, port: int) -> int:
         """Listen; returns the port. Raises OSError when it is taken."""
@@ -74,7 +76,7 @@ class XdsDoor:
     def visited(self, visitor: _Visitor) -> None:
         """Take a connection, or drop it because there are too many."""
         if len(self.channels) > 2 * VISITORS_MAX:
-            log.warning("more than %d connections to the xDS port: one is dropped", VISITORS_MAX)
+            self._log.warning("full", f"more than {VISITORS_MAX} connections to the xDS port: one is dropped")
             visitor.abort()
 
     def sort(self, visitor: _Visitor, early: bytes) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator
 
+import pytest
+
 from node.errors import NodeError
 from node.xds.door import XdsDoor
 from tests.support.both_loops import both_loops
@@ -114,3 +116,17 @@ async def test_a_node_loads_no_grpc_before_an_envoy_comes() -> None:
     code = "import sys, node.main, node.agent_side; sys.exit('grpc' in sys.modules)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await process.wait() == 0
+
+
+@both_loops
+async def test_visitors_beyond_those_that_are_taken_do_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("node.xds.door.VISITORS_MAX", 0)
+    async with door([]) as (_, port), asyncio.timeout(20):
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            await hang_up(writer)
+    assert caplog.text.count("one is dropped") == 1
