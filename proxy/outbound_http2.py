@@ -70,6 +70,11 @@ class Http2Fleet(Chooser):
                 return link
         return None
 
+    def shut(self, key: Hashable) -> bool:
+        """Whether a link says that no streams are taken at all: one more would say the same, for each request."""
+        links = self._links.get(key, ())
+        return any(x.known and not (x.closed or x.leaving or x.half.core.peer_streams_max) for x in links)
+
     def _let_go(self, key: Hashable, link: Link) -> None:
         """It takes no more streams, and ends with its last one."""
         self._links[key].remove(link)
@@ -96,6 +101,8 @@ class Http2Fleet(Chooser):
         while True:
             if (link := self.take(key)) is not None:
                 return link
+            if self.shut(key):
+                raise ConnectFailed("refused", "takes no requests for now")
             task = self._coming.get(key)
             if task is None:
                 task = self._coming[key] = self.service.tasks.spawn(self._dial(key, instance, port))
@@ -218,7 +225,7 @@ class InstanceLease(InstanceUse):
 
     def link(self) -> Link | None:
         link = self._fleet.take(self.key)
-        if link is not None:
+        if link is not None or self._fleet.shut(self.key):
             return link
         session = self.service.pool.ready(self.instance.key)
         return None if session is None else self._fleet.open(session, self.instance)
