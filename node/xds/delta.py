@@ -25,6 +25,8 @@ class Push:
 NAMES_MAX = 10_000
 """Names that one subscriber may ask for or say to have, of one type."""
 TYPES_MAX = 32
+ANEW = ""
+"""A version that no resource has."""
 PENDING_MAX = 256
 """Pushes whose answers are awaited; the oldest are forgotten, of a subscriber that answers none."""
 
@@ -114,7 +116,8 @@ class Subscriber:
         """Send these once more though the subscriber has them: what uses them is made anew, and awaits them."""
         if (one := self._types.get(type_url)) is not None:
             for name in names:
-                one.sent.pop(name, None)
+                if name in one.sent:
+                    one.sent[name] = ANEW  # the subscriber has it, or may: it is taken away should it go now
 
     def has(self, type_url: str, name: str) -> bool:
         """Whether the subscriber was sent a resource, and has said something to it."""

@@ -351,3 +351,16 @@ def test_what_is_there_anew_is_not_taken_for_refused() -> None:
     session.update(SidecarUpdate(version=3, upstreams=(upstream(),)))
     assert session.responses()
     assert session.trouble == ""
+
+
+def test_what_is_to_be_sent_again_and_goes_meanwhile_is_taken_away() -> None:
+    """Envoy would have kept it for ever: a listener that was refused once, and led to a cluster that was awaited."""
+    one = Subscriber()
+    one.request(URL, [], [], {})
+    push = one.push(URL, {"a": "1"})
+    assert push is not None
+    one.again(URL, ["a", "b"])
+    assert one.push(URL, {"a": "1"}, hold={"a"}) is None
+    push = one.push(URL, {})
+    assert push is not None
+    assert (push.send, push.removed) == ((), ("a",))
