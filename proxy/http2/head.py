@@ -59,11 +59,11 @@ class RequestHead:
 def read_request(headers: list[Field]) -> RequestHead:
     """Sort a request's header list, which is well-formed (:mod:`proxy.http2.fields`). Raises :class:`BadRequest`."""
     head = RequestHead()
+    came: list[Any] = headers  # compiled, a loop over what is typed would make plain tuples of them
     fields: list[Any] = []  # as they came: those that no table may hold are of a type of their own
     host = b""
     lengths = 0
-    for each in headers:
-        field: Any = each
+    for field in came:
         name: bytes = field[0]
         value: bytes = field[1]
         if name[:1] == b":":
@@ -102,9 +102,9 @@ def read_request(headers: list[Field]) -> RequestHead:
 
 def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
     """Return a response's header list, or trailers, as they are sent on."""
+    came: list[Any] = headers  # as above
     kept: list[Any] = []
-    for each in headers:
-        field: Any = each  # as above
+    for field in came:
         name: bytes = field[0]
         if name[:1] == b":":
             if response and name == b":status":
