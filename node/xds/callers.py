@@ -77,15 +77,24 @@ class Verdicts:
         sources = ((service, instance), (service, ""), rbac.ANYONE)
         return min((self._rules[one] for one in sources if one in self._rules), default=(0, frozenset()))[1]
 
-    def within(self, caller: Caller) -> Iterable[rbac.Source]:
-        """Return the identities of a caller about which different things may be said."""
+    def within(self, caller: Caller, before: Verdicts | None = None) -> Iterable[rbac.Source]:
+        """Return the identities of a caller about which different things may be said, here or ``before``.
+
+        An instance that one of the two names, of whatever service, is one of a service that only the other names.
+        """
         if caller.instance:
             return [(caller.service, caller.instance)]
-        instances = {"", *self._named.get("", ())}
+        both = [self] if before is None else [self, before]
+
+        def named(service: str) -> set[str]:
+            return {""}.union(*(one._named.get(service, ()) for one in both))
+
+        anywhere = named("")
         if caller.service:
-            return [(caller.service, one) for one in instances | self._named.get(caller.service, set())]
-        services = {WILDCARD, *self._named, *(service for service, _ in self._revoked)} - {""}
-        return [(name, one) for name in services for one in instances | self._named.get(name, set())]
+            return [(caller.service, one) for one in anywhere | named(caller.service)]
+        services = {WILDCARD}.union(*(one._named for one in both))
+        services.update(service for each in both for service, _ in each._revoked)
+        return [(name, one) for name in services - {""} for one in anywhere | named(name)]
 
     def services(self) -> list[str]:
         """Return the services of which instances may come by an intention that names the service or an instance."""
@@ -105,8 +114,7 @@ class Verdicts:
         """Whether something that the caller could do before is no longer allowed. Errs towards yes."""
         if not self.serials <= before.serials or not before.roots <= self.roots:
             return True  # nobody knows here whose certificate a serial number is
-        probes = {*self.within(caller), *before.within(caller)}
-        return any(_is_less(self.may(*one), before.may(*one)) for one in probes)
+        return any(_is_less(self.may(*one), before.may(*one)) for one in self.within(caller, before))
 
     def digest(self, caller: Caller) -> str:
         """Return a short text that differs when what the caller may do does."""

@@ -108,6 +108,13 @@ def test_an_instance_that_is_gone_keeps_its_chain_for_a_while() -> None:
     assert told.now(WEB, instances={}) == set(), "what is not known yet has not gone"
 
 
+def test_a_revocation_ends_calls_though_nothing_is_said_of_the_service_any_more() -> None:
+    """Of an instance of whatever service, in the same update that takes away the intention that names its own."""
+    told = Told(WEB)
+    revoked = Revocation("instance", "web-1")
+    assert told.now(revocations=(revoked,), default_allow=True) >= {":", "web:", "web:web-1"}
+
+
 def test_a_caller_that_was_denied_in_between_does_not_get_its_old_chain_back() -> None:
     told = Told(WEB, API)
     before = dict(told.chains.all())[Caller("web", "web-1")]
