@@ -131,9 +131,9 @@ class Leaving:
             if not rbac.is_revoked(one.service, one.service_id, snapshot.revocations)
         }
         before, self._led_to[cluster] = self._led_to.get(cluster, {}), live
+        # One that has come back meanwhile stays withdrawn until its calls of before have ended: a sidecar that is
+        # deregistered registers anew within a tenth of a second.
         gone = self._gone.setdefault(cluster, {})
-        for key in gone.keys() & live.keys():
-            del gone[key]
         left = False
         for key, (group, one) in before.items():
             if key in live or key in gone:

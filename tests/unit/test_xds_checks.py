@@ -123,8 +123,22 @@ def test_a_deregistered_instance_is_withdrawn_and_one_that_merely_left_is_not() 
     assert asking.instances() == {ONE: "withdrawn", TWO: "service"}
     assert asking.fails(ONE)
     asking.put(endpoints=(*gone, *stay), deregistered=())
-    assert asking.instances() == {ONE: "service", TWO: "service"}, "it is there again"
+    assert asking.instances() == {ONE: "withdrawn", TWO: "service"}, "it is there again, and its calls have not ended"
+    assert asking.fails(ONE)
+    asking.session.settle()
+    assert asking.instances() == {ONE: "service", TWO: "service"}
     assert not asking.fails(ONE)
+
+
+def test_the_calls_to_an_instance_that_came_back_at_once_end_though_no_check_was_made() -> None:
+    asking = Asking()
+    stay, gone = asking.without(ONE)
+    asking.put(endpoints=stay, deregistered=gone)
+    asking.put(endpoints=(*gone, *stay), deregistered=())
+    asking.now += PATIENCE_S
+    asking.session.settle()
+    assert asking.instances() == {ONE: "service", TWO: "service"}
+    assert asking.generation() == 1, "all calls of the upstream are ended"
 
 
 def test_where_no_check_comes_all_calls_of_the_upstream_are_ended_in_time() -> None:
