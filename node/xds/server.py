@@ -48,6 +48,8 @@ SHOWN_MAX = 200
 """How much of what a client calls itself is logged."""
 PING_S = ANSWER_S = 5.0
 """An Envoy that is stopped but not dead keeps its connection and answers no ping: its stream ends after these two."""
+SENDING_S = PING_S + ANSWER_S
+"""How long a stream that is to end waits for its last message to leave: whoever reads none is gone by then."""
 _PINGS = [
     ("grpc.keepalive_time_ms", int(PING_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(ANSWER_S * 1000)),
@@ -198,6 +200,8 @@ class _Stream:
         self._session = session
         self._trouble, self._on_trouble = "", on_trouble
         self._wake = asyncio.Event()
+        self._sending: asyncio.Future[None] | None = None
+        """The message that was handed to gRPC last."""
 
     def look_anew(self) -> None:
         """Be told that an instance of a caller has come or gone, or that the calls to a withdrawn one have ended."""
@@ -218,12 +222,19 @@ class _Stream:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+            if self._sending is not None:
+                # gRPC can't end a stream on which a message is on its way; cancelling does not call that back.
+                await asyncio.wait([self._sending], timeout=SENDING_S)
         if self._deregistered():
             for response in self._session.closed():
-                await self._context.write(response)
+                await self._send(response)
             if (trouble := self._session.trouble) != self._trouble:
                 self._trouble = trouble
                 self._on_trouble(trouble)
+
+    async def _send(self, response: Any) -> None:
+        self._sending = asyncio.ensure_future(self._context.write(response))
+        await asyncio.shield(self._sending)
 
     async def _until_withdrawn(self, withdrawn: Withdrawn) -> None:
         log.warning("Envoy of %s gets nothing more: %s", self._first.node.id, await withdrawn())
@@ -252,7 +263,7 @@ class _Stream:
             known.follow(services, everyone=anyone)
             self._session.know(known.instances(), known.services())
             for response in self._session.responses():
-                await self._context.write(response)
+                await self._send(response)
             if (trouble := self._session.trouble) != self._trouble:
                 self._trouble = trouble
                 self._on_trouble(trouble)
