@@ -33,6 +33,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -42,6 +43,10 @@ from benchmarks import data_plane_envoy as envoy_config
 from benchmarks import data_plane_report
 from cli.compiled import is_compiled
 from tests.support.certs import TestCA
+
+if TYPE_CHECKING:
+    from raftstate.model.intention import Intention
+    from raftstate.model.sidecar import SidecarUpdate, SidecarUpstream
 
 CONNECTIONS = 32
 BULK_MB = 1024
@@ -126,6 +131,24 @@ async def run_sidecar(path: str) -> None:
     await sidecar.run(updates())
 
 
+def first_update(
+    ca: TestCA, intention: Intention, protocol: str, service: str, port: int, local: int,
+    upstreams: tuple[SidecarUpstream, ...],
+) -> SidecarUpdate:  # fmt: skip
+    """Return all that a sidecar needs to know: it stands for a ``service`` whose app is at ``local``."""
+    from raftstate.model.sidecar import SidecarSelf, SidecarUpdate
+
+    me = SidecarSelf(
+        proxy_id=f"{service}-1-sidecar-proxy", service=service, service_id=f"{service}-1", node="n",
+        datacenter="dc1", trust_domain=ca.trust_domain, public_address="127.0.0.1", public_port=port,
+        local_address="127.0.0.1", local_port=local, protocol=protocol,
+    )  # fmt: skip
+    return SidecarUpdate(
+        version=1, self=me, leaf=ca.leaf(service, f"{service}-1"), roots=(ca.root_pem,), default_allow=False,
+        intentions=(intention,), revocations=(), upstreams=upstreams,
+    )  # fmt: skip
+
+
 def lictor(
     directory: Path,
     ca: TestCA,
@@ -143,7 +166,7 @@ def lictor(
     import msgspec
 
     from raftstate.model.intention import HTTPMatch, Intention, Permission
-    from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
+    from raftstate.model.sidecar import Endpoint, SidecarUpstream
 
     public, own_public, upstream = free_port(), free_port(), free_port()
     protocol = "http" if http else "tcp"
@@ -152,16 +175,7 @@ def lictor(
         get = Permission("allow", HTTPMatch(path_prefix="/", methods=("GET",)))
         intention = msgspec.structs.replace(intention, action="", permissions=(get,))
 
-    def update(service: str, port: int, local: int, upstreams: tuple[SidecarUpstream, ...]) -> SidecarUpdate:
-        me = SidecarSelf(
-            proxy_id=f"{service}-1-sidecar-proxy", service=service, service_id=f"{service}-1", node="n",
-            datacenter="dc1", trust_domain=ca.trust_domain, public_address="127.0.0.1", public_port=port,
-            local_address="127.0.0.1", local_port=local, protocol=protocol,
-        )  # fmt: skip
-        return SidecarUpdate(
-            version=1, self=me, leaf=ca.leaf(service, f"{service}-1"), roots=(ca.root_pem,), default_allow=False,
-            intentions=(intention,), revocations=(), upstreams=upstreams,
-        )  # fmt: skip
+    update = partial(first_update, ca, intention, protocol)
 
     endpoint = Endpoint("n", "127.0.0.1", public, "backend", "backend-1")
     to_backend = SidecarUpstream("backend", "backend", "127.0.0.1", upstream, protocol, endpoints=(endpoint,))

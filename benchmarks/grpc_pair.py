@@ -17,15 +17,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import msgspec
 
-from benchmarks.data_plane import Target, free_port, wait_for
+from benchmarks.data_plane import Target, first_update, free_port, wait_for
 from raftstate.model.intention import HTTPMatch, Intention, Permission
-from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
+from raftstate.model.sidecar import Endpoint, SidecarUpstream
 from tests.support.certs import TestCA
 
 METHOD = "/test.Echo/Unary"
@@ -52,16 +53,7 @@ def pair(directory: Path, app_port: int, protocol: str) -> Iterator[tuple[int, l
     if protocol == "tcp":
         intention = Intention(source_name="web", destination_name="backend", action="allow")
 
-    def update(service: str, port: int, local: int, upstreams: tuple[SidecarUpstream, ...]) -> SidecarUpdate:
-        me = SidecarSelf(
-            proxy_id=f"{service}-1-sidecar-proxy", service=service, service_id=f"{service}-1", node="n",
-            datacenter="dc1", trust_domain=ca.trust_domain, public_address="127.0.0.1", public_port=port,
-            local_address="127.0.0.1", local_port=local, protocol=protocol,
-        )  # fmt: skip
-        return SidecarUpdate(
-            version=1, self=me, leaf=ca.leaf(service, f"{service}-1"), roots=(ca.root_pem,), default_allow=False,
-            intentions=(intention,), revocations=(), upstreams=upstreams,
-        )  # fmt: skip
+    update = partial(first_update, ca, intention, protocol)
 
     endpoint = Endpoint("n", "127.0.0.1", public, "backend", "backend-1")
     to_backend = SidecarUpstream("backend", "backend", "127.0.0.1", upstream, protocol, endpoints=(endpoint,))
