@@ -23,7 +23,8 @@ from node.http.acl_policies import (
     write,
 )
 from node.http.acl_shapes import TokenBody, policy_shape, require_no_templates, token_shape
-from node.http.answers import Empty, Replication, TokenRow
+from node.http.answers.acl import Replication, TokenRow
+from node.http.answers.common import Empty
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound, NotSupported
 from node.http.ids import new_id

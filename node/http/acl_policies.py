@@ -20,7 +20,7 @@ from node.http.acl_shapes import (
     require_rules,
     role_shape,
 )
-from node.http.answers import PolicyListRow, PolicyRow, RoleRow
+from node.http.answers.acl import PolicyListRow, PolicyRow, RoleRow
 from node.http.context import Context, Handler, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id

@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from node.errors import NodeError
-from node.http.answers import AgentHost, AgentMetrics, AgentSelf, AgentVersion, MemberRow
+from node.http.answers.agent import AgentHost, AgentMetrics, AgentSelf, AgentVersion, MemberRow
 from node.http.context import VERSION, Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound, NotSupported
 from node.http.respond import empty, json_response

@@ -7,7 +7,7 @@ from aiohttp import web
 from node.agent.definitions import CHECK_ALIASES, CheckDefinition
 from node.http.acl_needs import Need, node_write, permit, service_write
 from node.http.agent_services import plain_check
-from node.http.answers import AgentCheckRow
+from node.http.answers.catalog import AgentCheckRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import read_options

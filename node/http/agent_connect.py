@@ -11,7 +11,7 @@ from aiohttp import web
 from node.agent.sidecars import SidecarFeed
 from node.http.acl_needs import permit, service_write
 from node.http.agent_services import definition_of, registration_needs
-from node.http.answers import Authorization, Roots
+from node.http.answers.connect import Authorization, Roots
 from node.http.connect import answer_roots
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound

@@ -14,7 +14,7 @@ from node.agent.agent import SERVER_SERVICE, LocalAgent
 from node.agent.definitions import CHECK_ALIASES, CheckDefinition, ConnectDefinition, ServiceDefinition, sidecar_of
 from node.agent.local import Item
 from node.http.acl_needs import Need, permit, service_write
-from node.http.answers import AgentHealthRow, AgentServiceRow, Status
+from node.http.answers.catalog import AgentHealthRow, AgentServiceRow, Status
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.options import parse_bool, read_options, wait_of

@@ -7,7 +7,8 @@ from typing import Any
 
 from aiohttp import web
 
-from node.http.answers import CatalogServiceRow, Empty, NodeRow, NodeServiceList, NodeServices
+from node.http.answers.catalog import CatalogServiceRow, NodeRow, NodeServiceList, NodeServices
+from node.http.answers.common import Empty
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.reading import answer, answer_rendered, filtered, near_what, nearest, read, with_meta

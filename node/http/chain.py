@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from node.http.answers import Chain, ChainNode, ChainResolver, ChainRoute, ChainSplit, ChainTarget
+from node.http.answers.chain import Chain, ChainNode, ChainResolver, ChainRoute, ChainSplit, ChainTarget
 from raftstate.model.durations import format_duration
 from raftstate.model.plan import HeaderChange, Node, Plan, ResolverNode, Route, RouterNode, Split, Target
 from raftstate.state.step import plain

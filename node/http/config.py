@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from node.http.answers import ChainAnswer, Empty
+from node.http.answers.chain import ChainAnswer
+from node.http.answers.common import Empty
 from node.http.chain import shown_chain
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from node.http.answers import AuthorityConfig, Roots
+from node.http.answers.connect import AuthorityConfig, Roots
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import Reading, answer, read

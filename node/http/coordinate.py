@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from node.http.answers import CoordRow, DatacenterCoords, NodeCoord
+from node.http.answers.agent import CoordRow, DatacenterCoords, NodeCoord
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, NotFound
 from node.http.reading import answer, read

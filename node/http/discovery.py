@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from node.http.answers import TargetGroup
+from node.http.answers.catalog import TargetGroup
 from node.http.context import Context, Routes
 from node.http.options import read_options
 from node.http.reading import filtered

@@ -6,7 +6,8 @@ from typing import Any
 
 from aiohttp import web
 
-from node.http.answers import CheckRow, Empty, HealthRow
+from node.http.answers.catalog import CheckRow, HealthRow
+from node.http.answers.common import Empty
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.options import parse_bool

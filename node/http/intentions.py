@@ -8,7 +8,8 @@ from typing import Any, cast
 import msgspec
 from aiohttp import web
 
-from node.http.answers import Created, HttpMatchRow, IntentionCheck, IntentionRow, PermissionRow
+from node.http.answers.common import Created
+from node.http.answers.connect import HttpMatchRow, IntentionCheck, IntentionRow, PermissionRow
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id

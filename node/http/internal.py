@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from node.http.answers import Neighbour, ServiceSummary, Topology
+from node.http.answers.topology import Neighbour, ServiceSummary, Topology
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest
 from node.http.reading import answer, read

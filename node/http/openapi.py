@@ -9,7 +9,7 @@ from typing import Any, Never, is_typeddict
 import msgspec
 from aiohttp import web
 
-from node.http import answers
+from node.http.answers import acl, agent, catalog, chain, common, connect, operator, topology, txn
 from node.http.context import Context, Route, Routes
 from node.http.respond import json_response
 
@@ -31,6 +31,7 @@ _MEANINGS = {
     429: "A warning: not all is well.",
     503: "Critical.",
 }
+_ANSWERS = (acl, agent, catalog, chain, common, connect, operator, topology, txn)
 _BLOCKING = (
     "/v1/catalog/", "/v1/health/", "/v1/kv/", "/v1/session/", "/v1/connect/", "/v1/config",
     "/v1/agent/connect/ca",
@@ -42,7 +43,7 @@ def describe(table: list[Route], version: str) -> dict[str, Any]:
     types = {route.body: None for route in table} | {route.answer: None for route in table}
     kinds = [kind for kind in types if kind not in (None, bytes, Never)]
     shapes, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for name, kind in vars(answers).items():
+    for name, kind in (pair for module in _ANSWERS for pair in vars(module).items()):
         if is_typeddict(kind) and name in components:
             components[name]["additionalProperties"] = False  # nothing is sent that is not said
     schemas = dict(zip(kinds, shapes, strict=True))

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from node.autopilot import DEFAULTS, state
 from node.errors import NodeError
-from node.http.answers import (
+from node.http.answers.operator import (
     AutopilotHealth,
     AutopilotSettings,
     AutopilotState,

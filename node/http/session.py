@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from node.durations import parse_duration_s
-from node.http.answers import Created
+from node.http.answers.common import Created
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError, NotFound
 from node.http.ids import new_id

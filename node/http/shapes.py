@@ -6,7 +6,7 @@ from typing import cast
 
 import msgspec
 
-from node.http.answers import (
+from node.http.answers.catalog import (  # fmt: skip
     AgentServiceRow,
     CatalogServiceRow,
     CheckRow,
@@ -16,7 +16,7 @@ from node.http.answers import (
     ServiceRow,
     Status,
     UpstreamRow,
-)  # fmt: skip
+)
 from raftstate.model.catalog import (
     CatalogService,
     Check,

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from node.http.acl_writes import denied_operations
-from node.http.answers import TxnAnswer
+from node.http.answers.txn import TxnAnswer
 from node.http.catalog import CatalogCheck, CatalogServiceBody
 from node.http.context import Context, Routes
 from node.http.errors import BadRequest, HttpError
