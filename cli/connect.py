@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -91,6 +92,18 @@ def _tracing(args: Args) -> tuple[str, float]:
     return endpoint, share
 
 
+def _otlp_headers(endpoint: str) -> tuple[tuple[str, str], ...]:
+    """Return what the collector is shown: a secret, as a rule, so that no command line has it."""
+    if not endpoint:
+        return ()
+    from proxy.otlp_headers import headers_of
+
+    try:
+        return headers_of(os.environ)
+    except ValueError as error:
+        raise UsageError(f"lictor connect: {error}") from None
+
+
 def _is_address(url: str) -> bool:
     """Whether a URL says where to send something, and nothing else."""
     try:
@@ -107,6 +120,7 @@ def connect(args: Args) -> int:
     upstreams = merge(entry.upstreams if entry else (), parse_upstreams(args.text("upstreams")))
     workers = _workers(args, entry)
     otlp_endpoint, otlp_sample = _tracing(args)
+    otlp_headers = _otlp_headers(otlp_endpoint)
     api = Api.of(args)
     name, app_port = _service(api, args, name, instance, entry)
 
@@ -126,6 +140,7 @@ def connect(args: Args) -> int:
         workers=workers,
         access_log=args.text("access-log"),
         otlp_endpoint=otlp_endpoint,
+        otlp_headers=otlp_headers,
         otlp_sample=otlp_sample,
         command=tuple(args.rest),
     )

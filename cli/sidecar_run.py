@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from cli.upstreams import UpstreamSpec
 from proxy.descriptors import lower_limit, raise_limit
 from proxy.errors import ProxyError
 from proxy.event_loop import SidecarLoop
+from proxy.otlp_headers import Headers
 from proxy.sidecar import OFF, BoundPorts, Sidecar, SidecarOptions
 from proxy.workers import WorkerGroup
 
@@ -50,6 +51,7 @@ class SidecarPlan:
     access_log: str = ""
     """File, or ``-``: a line of JSON for each call. SIGHUP opens it anew."""
     otlp_endpoint: str = ""
+    otlp_headers: Headers = field(default=(), repr=False)
     otlp_sample: float = 0.0
     command: tuple[str, ...] = ()
 
@@ -67,6 +69,7 @@ class SidecarPlan:
             admin_port=self.admin_port,
             access_log=self.access_log,
             otlp_endpoint=self.otlp_endpoint,
+            otlp_headers=self.otlp_headers,
             otlp_sample=self.otlp_sample,
         )
 

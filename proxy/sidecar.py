@@ -31,6 +31,7 @@ from proxy.listeners import PublicListener, bind
 from proxy.memory import calm_collector, keep_freed_memory
 from proxy.metrics import Labels, Metrics
 from proxy.mux.flow import BUFFER_BYTES, MemoryBudget
+from proxy.otlp_headers import Headers
 from proxy.outbound import Upstream
 from proxy.plain import PlainTransport
 from proxy.poller import Poller
@@ -67,6 +68,8 @@ class SidecarOptions:
     """File to which a line of JSON is appended for each call; ``-``: standard output; empty: none."""
     otlp_endpoint: str = ""
     """Base address of an OTLP/HTTP collector to which spans of traced requests go; empty: none."""
+    otlp_headers: Headers = field(default=(), repr=False)
+    """What the collector is shown with the spans: its token, as a rule."""
     otlp_sample: float = 0.0
     """Of the requests that belong to no trace, the part that is to be traced, 0 to 1; 0: no trace begins here."""
     buffer_bytes: int = BUFFER_BYTES
@@ -120,7 +123,9 @@ class Sidecar:
             except OSError as error:
                 raise ProxyError(f"the access log {options.access_log} can't be written: {error.strerror}") from error
         if options.otlp_endpoint:
-            self._spans = SpanExporter(options.otlp_endpoint, self._resource, self._tasks)
+            self._spans = SpanExporter(
+                options.otlp_endpoint, self._resource, self._tasks, headers=options.otlp_headers
+            )
         # Bound methods: an object that is called itself takes CPython a search for how.
         return all_of([each.take for each in (self._log, self._spans) if each is not None])
 

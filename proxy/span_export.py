@@ -22,6 +22,7 @@ import msgspec
 
 from proxy.access import Entry
 from proxy.logs import LimitedLog
+from proxy.otlp_headers import Headers
 from proxy.spans import Attribute, attribute, encode_span
 from proxy.tasks import Tasks
 
@@ -62,14 +63,17 @@ class _Answer(msgspec.Struct, rename="camel"):
 class SpanExporter:
     """Sends the spans of recorded requests to a collector."""
 
-    def __init__(self, endpoint: str, resource: Callable[[], Mapping[str, str]], tasks: Tasks) -> None:
+    def __init__(
+        self, endpoint: str, resource: Callable[[], Mapping[str, str]], tasks: Tasks, *, headers: Headers = ()
+    ) -> None:
         """``endpoint`` is the collector's base address, such as ``http://127.0.0.1:4318``; ``resource`` returns the
-        attributes of whose spans they are."""
+        attributes of whose spans they are; ``headers`` go with each request, and are shown nowhere."""
         self.exported = 0
         self.dropped_by: Counter[str] = Counter()
         """Spans by the reason why no collector has them."""
         self._url = endpoint.rstrip("/") + ("" if endpoint.rstrip("/").endswith("/v1/traces") else "/v1/traces")
         self._resource = resource
+        self._headers = {**dict(headers), "Content-Type": "application/json", "User-Agent": "lictor"}
         self._tasks = tasks
         self._waiting: deque[bytes] = deque()
         self._held = 0
@@ -171,10 +175,9 @@ class SpanExporter:
         body = msgspec.json.encode(
             {"resourceSpans": [{"resource": {"attributes": attributes}, "scopeSpans": [scope]}]}
         )
-        headers = {"Content-Type": "application/json", "User-Agent": "lictor"}
         wait_s: float | None = None
         try:
-            send = self._client().post(self._url, data=body, headers=headers, allow_redirects=False)
+            send = self._client().post(self._url, data=body, headers=self._headers, allow_redirects=False)
             async with send as answer:
                 status = answer.status
                 if status < 300:

@@ -33,6 +33,7 @@ class Worker:
                 shared=True,
                 access_log=begin.access_log,
                 otlp_endpoint=begin.otlp_endpoint,
+                otlp_headers=begin.otlp_headers,
                 otlp_sample=begin.otlp_sample,
             )
         )

@@ -14,6 +14,7 @@ import msgspec
 
 from proxy.errors import ProxyError
 from proxy.metrics import Snapshot
+from proxy.otlp_headers import Headers
 from raftstate.model.sidecar import SidecarUpdate
 
 MAX_MESSAGE_BYTES = 256 << 20
@@ -29,6 +30,7 @@ class Begin(msgspec.Struct, tag="begin"):
     log_level: int = 20
     access_log: str = ""
     otlp_endpoint: str = ""
+    otlp_headers: Headers = ()
     otlp_sample: float = 0.0
 
 

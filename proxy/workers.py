@@ -247,6 +247,7 @@ class WorkerGroup:
             Begin(
                 index, public, upstreams, log_level=level,
                 access_log=options.access_log, otlp_endpoint=options.otlp_endpoint, otlp_sample=options.otlp_sample,
+                otlp_headers=options.otlp_headers,
             )
         )  # fmt: skip
         worker.link.send(Configure(self._number, self._whole))

@@ -325,13 +325,15 @@ async def test_those_who_get_a_request_hear_that_it_is_not_recorded(mesh: Mesh) 
 async def test_several_workers_take_part_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     async with collecting() as collector, Mesh() as mesh:
         app = App(answer=simple(b"hello"))
-        options = {"otlp_endpoint": collector.endpoint, "otlp_sample": 1.0}
+        shown = (("X-Scope-OrgID", "team"),)
+        options = {"otlp_endpoint": collector.endpoint, "otlp_sample": 1.0, "otlp_headers": shown}
         client, _ = await pair(mesh, app, options, {}, workers=2)
         assert [status for status, _ in await ask(client, traced(), get())] == [200, 200]
         await until(lambda: len(collector.spans) == 2)
         first, second = collector.spans
         assert (first.parent_span_id, first.span_id) == (PARENT, parent_of(app.seen[0]))
         assert second.parent_span_id == ""
+        assert {headers["X-Scope-OrgID"] for headers in collector.headers} == {"team"}
 
 
 @with_mesh

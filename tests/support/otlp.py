@@ -113,6 +113,7 @@ class Collector:
         self.hold: asyncio.Event | None = None
         self.asked: list[float] = []
         """When each request came, by the loop's clock."""
+        self.headers: list[dict[str, str]] = []
         self.batches: list[int] = []
         self.taken: list[tuple[dict[str, str | int], Span]] = []
         """Of requests that were answered well."""
@@ -137,6 +138,7 @@ class Collector:
     async def _take(self, request: web.Request) -> web.Response:
         self.asked.append(asyncio.get_running_loop().time())
         self.connections.add(request.transport.get_extra_info("peername") if request.transport else None)
+        self.headers.append(dict(request.headers))
         body = await request.read()
         if self.hold is not None:
             await self.hold.wait()
