@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cli.client import API_FLAGS, Api, quote
-from cli.cluster.layout import is_free
 from cli.errors import CliError, Refused, UsageError
 from cli.flags import Args, Command, Flag, duration, port
 from cli.upstreams import UpstreamSpec, merge, parse_upstreams
@@ -143,15 +142,14 @@ def _upstreams(specs: tuple[UpstreamSpec, ...], app_port: int) -> list[dict[str,
 def free_port(host: str, first: int) -> int:
     """Return the first free port from ``first``, and keep others from it until Envoy has it. Raises CliError.
 
-    It is bound, with SO_REUSEPORT as Envoy binds it, and takes no connections because nobody listens.
+    It takes no connections because nobody listens. It is bound alone, so that it is nobody else's, and only then
+    opened with SO_REUSEPORT to Envoy, which binds so.
     """
     for number in range(first, first + 1000):
         holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         try:
-            if not is_free(host, number):
-                raise OSError
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             holder.bind((host, number))
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         except OSError:
             holder.close()
             continue
