@@ -178,14 +178,7 @@ class Balancer:
         first = self._weighted(usable, warming)
         if options.policy != LEAST_REQUEST:
             return first
-        if options.choice_count > 2:
-            return self._least(usable, first, warming)
-        second = self._weighted([i for i in usable if i is not first], warming)
-        # (active + 1) / weight, compared without dividing.
-        if warming is None:
-            load = (first.active + 1) * max(1, second.endpoint.weight)
-            return first if load <= (second.active + 1) * max(1, first.endpoint.weight) else second
-        return min(first, second, key=lambda i: (i.active + 1) / self._weight(i, warming))
+        return self._least(usable, first, warming)
 
     def _calm(self, usable: list[Instance], now: float) -> list[Instance]:
         """Return those of the usable instances that calls may go to while some are ejected or avoided."""
@@ -335,6 +328,11 @@ class Balancer:
         return usable[-1]
 
     def _least(self, usable: list[Instance], first: Instance, warming: float | None) -> Instance:
+        """Return the least loaded of ``choice_count`` instances, of which ``first`` is one.
+
+        They are drawn by weight, and compared by the calls they have for each unit of it: what the next call would
+        add is left out, for it would count the weight twice, and leave an idle lighter one without any.
+        """
         chosen = [first]
         left = [i for i in usable if i is not first]
         while left and len(chosen) < self.options.choice_count:
@@ -342,8 +340,8 @@ class Balancer:
             left.remove(further)
             chosen.append(further)
         if warming is None:
-            return min(chosen, key=lambda i: (i.active + 1) / max(1, i.endpoint.weight))
-        return min(chosen, key=lambda i: (i.active + 1) / self._weight(i, warming))
+            return min(chosen, key=lambda i: i.active / max(1, i.endpoint.weight))
+        return min(chosen, key=lambda i: i.active / self._weight(i, warming))
 
     def _next_in_turn(self, usable: list[Instance], warming: float | None) -> Instance:
         """Smooth weighted round robin: in each run of sum(weights) picks, each instance gets its weight, spread."""

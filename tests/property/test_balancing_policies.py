@@ -99,14 +99,36 @@ def test_keys_are_spread_by_weight(policy: str, within: float) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([RANDOM, ROUND_ROBIN]), st.lists(st.integers(1, 5), min_size=2, max_size=5))
-def test_calls_are_spread_by_weight(policy: str, weights: list[int]) -> None:
+@given(
+    st.sampled_from([RANDOM, ROUND_ROBIN, LEAST_REQUEST]),
+    st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    st.integers(2, 4),
+)
+def test_calls_are_spread_by_weight(policy: str, weights: list[int], choices: int) -> None:
     given_ = [msgspec.structs.replace(one, weight=w) for one, w in zip(endpoints(len(weights)), weights, strict=True)]
-    made = balancer(given_, policy=policy)
+    made = balancer(given_, policy=policy, choice_count=choices)
     counted = Counter(made.pick(0.0) for _ in range(3000))
     for instance, count in counted.items():
         assert instance is not None
         assert count / 3000 == pytest.approx(instance.endpoint.weight / sum(weights), abs=0.05)
+
+
+def test_least_request_fills_instances_by_weight() -> None:
+    given_ = [msgspec.structs.replace(one, weight=w) for one, w in zip(endpoints(4), (5, 1, 1, 3), strict=True)]
+    made = balancer(given_, policy=LEAST_REQUEST)
+    for _ in range(400):
+        picked = made.pick(0.0)
+        assert picked is not None
+        picked.active += 1
+    assert [i.active for i in made.instances.values()] == pytest.approx([200, 40, 40, 120], abs=12)
+
+
+@pytest.mark.parametrize("policy", [LEAST_REQUEST, RANDOM])
+def test_an_idle_newcomer_gets_its_warm_share(policy: str) -> None:
+    made = balancer(endpoints(2), policy=policy, slow_start_s=10.0)
+    made.update(endpoints(3), now=100.0)
+    newcomer = list(made.instances.values())[-1]
+    assert sum(made.pick(105.0) is newcomer for _ in range(3000)) / 3000 == pytest.approx(0.5 / 2.5, abs=0.03)
 
 
 def test_more_choices_find_the_idle_one_more_often() -> None:
