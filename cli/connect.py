@@ -11,6 +11,7 @@ from cli.client import API_FLAGS, Api, quote
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag, duration, port, ratio, whole
 from cli.proxyfile import MAX_WORKERS, ProxyService, choose, read_proxy_file
+from cli.registered_sidecar import as_proxy_service, kept
 from cli.upstreams import merge, parse_upstreams
 
 
@@ -72,6 +73,25 @@ def _service(api: Api, args: Args, name: str, instance: str, entry: ProxyService
     return name, app_port
 
 
+def _registered_sidecar(args: Args) -> dict[str, Any]:
+    """Return what the agent has registered as an instance's sidecar."""
+    instance = args.text("sidecar-for")
+    clash = [flag for flag in ("proxy", "register", "name", "id", "service-id", "upstreams") if args.given(flag)]
+    if clash:
+        raise UsageError(
+            f"lictor connect: -sidecar-for runs the sidecar as it is registered, and -{clash[0]} says it anew"
+        )
+    row = _registered(Api.of(args), f"{instance}-sidecar-proxy")
+    if row is None:
+        raise CliError(
+            f"no sidecar of {instance} is registered with this agent. Register the service with"
+            f" Connect.SidecarService, or let this command do it: lictor connect -service-id {instance} -upstreams …"
+        )
+    if row.get("Kind") != "connect-proxy":
+        raise CliError(f"{row['ID']} is no sidecar: it is registered as {row['Service']}, without Kind connect-proxy")
+    return row
+
+
 def _workers(args: Args, entry: ProxyService | None) -> int:
     workers = args.number("workers", entry.workers if entry else 1)
     if not 1 <= workers <= MAX_WORKERS:
@@ -116,13 +136,21 @@ def _is_address(url: str) -> bool:
 
 def connect(args: Args) -> int:
     """Run a sidecar until it is told to end, or the child command ends."""
-    name, instance, entry = _names(args)
+    row = _registered_sidecar(args) if args.given("sidecar-for") else None
+    if row is None:
+        name, instance, entry = _names(args)
+    else:
+        entry = as_proxy_service(row)
+        name, instance = entry.name, args.text("sidecar-for")
     upstreams = merge(entry.upstreams if entry else (), parse_upstreams(args.text("upstreams")))
     workers = _workers(args, entry)
     otlp_endpoint, otlp_sample = _tracing(args)
     otlp_headers = _otlp_headers(otlp_endpoint)
     api = Api.of(args)
-    name, app_port = _service(api, args, name, instance, entry)
+    if row is None:
+        name, app_port = _service(api, args, name, instance, entry)
+    else:
+        app_port = entry.port if entry else 0
 
     from cli.sidecar_run import SidecarPlan, run_sidecar
     from proxy.sidecar import OFF
@@ -132,7 +160,9 @@ def connect(args: Args) -> int:
         service_id=instance,
         app_port=app_port,
         protocol=entry.protocol if entry else "",
-        public_host=args.text("public-addr", "127.0.0.1"),
+        config=entry.config if entry else {},
+        registered=None if row is None else kept(row),
+        public_host=args.text("public-addr") or (entry.public_host if entry else "") or "127.0.0.1",
         public_port=args.number("public-port") or (entry.public_port if entry else 0),
         upstreams=upstreams,
         admin_port=args.number("admin-port", OFF),
@@ -195,6 +225,7 @@ FAMILIES = {
                 Flag("id", "the instance's id, for -register", "ID"),
                 Flag("auto-register", "register the sidecar itself (always done)", switch=True),
                 Flag("service-id", "the instance the sidecar stands for", "ID"),
+                Flag("sidecar-for", "the same, with all else as it is registered (Connect.SidecarService)", "ID"),
                 Flag("upstreams", "what the app calls: NAME[=SERVICE][:PORT],…", "LIST"),
                 Flag("public-addr", "where other sidecars reach this one (default 127.0.0.1)", "ADDRESS"),
                 Flag("public-port", "its port (default: the first free one from 20000)", "PORT", parse=port),

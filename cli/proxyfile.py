@@ -1,7 +1,8 @@
 """``proxy.json``: what a sidecar stands in front of.
 
     {"services": [{"name": "web", "port": 8080, "id": "web-1", "protocol": "http", "public_port": 20000,
-                   "upstreams": [{"name": "backend", "service": "api", "port": 8080, "bind_port": 21000}]}]}
+                   "upstreams": [{"name": "backend", "service": "api", "port": 8080, "bind_port": 21000,
+                                  "config": {"locality": "zone"}}]}]}
 
 Only ``name`` and ``port`` are needed. All errors of a file are reported at once, each by its path in the file.
 """
@@ -9,7 +10,7 @@ Only ``name`` and ``port`` are needed. All errors of a file are reported at once
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cli.upstreams import UpstreamSpec, parse_upstream
 PROTOCOLS = ("tcp", "http", "http2", "grpc")
 _SERVICE_KEYS = ("name", "port", "id", "protocol", "public_port", "upstreams", "workers")
 MAX_WORKERS = 64
-_UPSTREAM_KEYS = ("name", "service", "port", "bind_port")
+_UPSTREAM_KEYS = ("name", "service", "port", "bind_port", "config")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class ProxyService:
     upstreams: tuple[UpstreamSpec, ...] = ()
     workers: int = 1
     """Processes that serve."""
+    public_host: str = ""
+    """Where other sidecars reach it; empty: it is not said here. Of a registration only, as ``config`` is."""
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 class _Reader:
@@ -79,6 +83,17 @@ class _Reader:
             return 1
         return value
 
+    def settings(self, path: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(path, "must be an object")
+            return {}
+        if value:
+            from proxy.upstream_settings import ignored_settings
+
+            for wrong in ignored_settings(value):
+                self.fail(path, wrong)
+        return value
+
     def upstream(self, path: str, value: Any) -> UpstreamSpec | None:
         if isinstance(value, str):
             try:
@@ -93,12 +108,13 @@ class _Reader:
         bind_port = self.port(f"{path}.bind_port", entry["bind_port"], least=1) if "bind_port" in entry else 0
         if not name:
             return None
+        config = self.settings(f"{path}.config", entry.get("config", {}))
         try:
             parse_upstream(f"{name}={service}" if service else name)
         except UsageError as error:
             self.fail(path, str(error))
             return None
-        return UpstreamSpec(name, service, port, bind_port)
+        return UpstreamSpec(name, service, port, bind_port, config)
 
     def service(self, path: str, value: Any) -> ProxyService:
         entry = self.keys(path, value, _SERVICE_KEYS)

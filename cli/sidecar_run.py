@@ -7,10 +7,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from cli.client import Api, quote
@@ -24,6 +25,7 @@ from proxy.event_loop import SidecarLoop
 from proxy.otlp_headers import Headers
 from proxy.sidecar import OFF, BoundPorts, Sidecar, SidecarOptions
 from proxy.workers import WorkerGroup
+from raftstate.model.sidecar import Endpoint, SidecarUpstream, key_of
 
 FIRST_OWN_PORT = 22000
 """Listeners of upstreams that may mean the app's own port. They stay out of the way of those that a client's program
@@ -53,6 +55,10 @@ class SidecarPlan:
     otlp_endpoint: str = ""
     otlp_headers: Headers = field(default=(), repr=False)
     otlp_sample: float = 0.0
+    config: dict[str, Any] = field(default_factory=dict)
+    """What its registration says beside the protocol."""
+    registered: dict[str, Any] | None = None
+    """What else a registration says that was there before. It is its owner's, and stays when the sidecar ends."""
     command: tuple[str, ...] = ()
 
     @property
@@ -87,10 +93,12 @@ class SidecarPlan:
                 "UpstreamName": spec.name,
                 "LocalBindAddress": _LOOPBACK,
                 "LocalBindPort": ports.upstreams[spec.name],
+                **({"Config": spec.config} if spec.config else {}),
             }
             for spec in self.upstreams
         ]
         definition: dict[str, Any] = {
+            **(self.registered or {}),
             "ID": self.sidecar_id,
             "Name": f"{self.service}-sidecar-proxy",
             "Kind": "connect-proxy",
@@ -100,7 +108,7 @@ class SidecarPlan:
                 "DestinationServiceID": self.service_id,
                 "LocalServiceAddress": _LOOPBACK,
                 "LocalServicePort": self.app_port,
-                "Config": {"protocol": self.protocol} if self.protocol else {},
+                "Config": {**self.config, **({"protocol": self.protocol} if self.protocol else {})},
                 "Upstreams": upstreams,
             },
         }
@@ -168,7 +176,7 @@ class Runner:
                 with suppress(asyncio.CancelledError, ProxyError):
                     await running
             await stream.close()
-            if running is not None:
+            if running is not None and self.plan.registered is None:
                 await asyncio.to_thread(self._deregister)
 
     async def _until_end(self, running: asyncio.Task[None]) -> int:
@@ -239,7 +247,7 @@ class Runner:
             elif spec.loopback_port:
                 line = f"upstream {spec.name} is this service's own port {spec.loopback_port}"
             else:
-                count = len(spec.endpoints)
+                count = len({key_of(endpoint) for endpoint in _instances(spec)})
                 line = f"upstream {spec.name} leads to {spec.service}, {count} instance{'' if count == 1 else 's'}"
             if self._upstream_lines.get(spec.name) != line:
                 self._upstream_lines[spec.name] = line
@@ -269,6 +277,13 @@ class Runner:
             if isinstance(error, Refused) and error.status == 404:
                 return  # it is gone already, perhaps with its service
             say(f"the sidecar stays registered as {self.plan.sidecar_id}, critical: {error}")
+
+
+def _instances(upstream: SidecarUpstream) -> Iterable[Endpoint]:
+    """Return those that calls may be led to, by a plan or without one."""
+    if upstream.plan is None:
+        return upstream.endpoints
+    return chain.from_iterable(upstream.targets.values())
 
 
 def run_sidecar(plan: SidecarPlan, api: Api, *, verbose: bool = False) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from cli.errors import UsageError
 
@@ -20,6 +21,8 @@ class UpstreamSpec:
     port: int = 0
     bind_port: int = 0
     """Local listener's port; 0: the first free one."""
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    """How it is called: see :mod:`proxy.upstream_settings`."""
 
     @property
     def variable(self) -> str:
@@ -60,6 +63,6 @@ def merge(*groups: tuple[UpstreamSpec, ...]) -> tuple[UpstreamSpec, ...]:
             raise UsageError(
                 f"upstreams {earlier} and {spec} contradict each other: both would set {spec.variable}_ADDR"
             )
-        elif spec.bind_port:
+        elif spec.bind_port or spec.config:
             merged[spec.variable] = spec
     return tuple(merged.values())

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from cli.errors import UsageError
 from cli.proxyfile import ProxyService, choose, parse_proxy_file, read_proxy_file
+from cli.sidecar_run import SidecarPlan
 from cli.upstreams import UpstreamSpec, merge, parse_upstreams
+from proxy.sidecar import BoundPorts
 
 
 @pytest.mark.parametrize(
@@ -58,12 +60,44 @@ def test_any_text_is_specs_or_a_usage_error(text: str) -> None:
     assert parse_upstreams(",".join(map(str, specs))) == specs
 
 
+def test_merge_keeps_what_the_file_says_beside_the_flag() -> None:
+    flag, file = UpstreamSpec("backend"), UpstreamSpec("backend", config={"locality": "zone"})
+    assert merge((flag,), (file,)) == merge((file,), (flag,)) == (file,)
+
+
 def _file(*services: Any) -> str:
     return json.dumps({"services": list(services)})
 
 
 def test_the_walkthroughs_file() -> None:
     assert parse_proxy_file(_file({"name": "echo-server", "port": 8080}), "p") == (ProxyService("echo-server", 8080),)
+
+
+def test_an_upstream_says_how_it_is_called() -> None:
+    config = {"locality": "node", "slow_start_ms": 5000, "limits": {"max_connections": 10}}
+    text = _file({"name": "web", "port": 80, "upstreams": [{"name": "db", "config": config}]})
+    (service,) = parse_proxy_file(text, "p")
+    assert service.upstreams == (UpstreamSpec("db", config=config),)
+    plan = SidecarPlan("web", "web-1", 80, upstreams=service.upstreams)
+    (row,) = plan.definition(BoundPorts(20000, {"db": 21000}))["Proxy"]["Upstreams"]
+    assert row["Config"] == config
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ([], "config: must be an object"),
+        ({"localty": "zone"}, "config: localty (known: "),
+        ({"locality": "rack"}, "config: locality: 'rack' is neither node nor zone"),
+        ({"slow_start_ms": "5s"}, "config: slow_start_ms: '5s' is no number of 0 or more"),
+        ({"load_balancer": "luck"}, "config: load_balancer: 'luck' is none of least_request"),
+        ({"limits": 3}, "config: limits: it must be an object"),
+    ],
+)
+def test_how_an_upstream_is_called_is_checked(config: Any, told: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_proxy_file(_file({"name": "web", "port": 80, "upstreams": [{"name": "db", "config": config}]}), "p")
+    assert str(error.value).startswith(f"p: services[0].upstreams[0].{told}")
 
 
 def test_the_longer_form() -> None:
