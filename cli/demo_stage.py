@@ -19,14 +19,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from cli.cluster.layout import HOST, Plan, is_free
 from cli.errors import CliError
 from cli.output import paint
 
 COMMAND_TIMEOUT_S = 60.0
-READY_TIMEOUT_S = 20.0
 POLL_S = 0.02
 _WIDTH = 110
 _OFFSETS = (0, 10000, 12000, 14000, 16000, 3000, 5000, 7000)
@@ -122,6 +121,8 @@ class Stage:
     offset: int
     backgrounds: list[Background] = field(default_factory=list)
     cluster_up: bool = False
+    ready_timeout_s: ClassVar[float] = 20.0
+    """How long a sidecar may take until it is ready."""
 
     @property
     def hosts(self) -> tuple[str, str]:
@@ -212,7 +213,7 @@ class Stage:
             )
         background = Background(instance, process, log)
         self.backgrounds.append(background)
-        deadline = time.monotonic() + READY_TIMEOUT_S
+        deadline = time.monotonic() + self.ready_timeout_s
         while "is ready" not in background.text():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise NotHeld(f"the sidecar of {instance} did not become ready:\n{background.text()}")

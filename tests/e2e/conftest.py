@@ -24,6 +24,7 @@ def lictor(cluster: Mesh) -> Iterator[Mesh]:
     for one in reversed(cluster.backgrounds):
         one.end()
     cluster.backgrounds.clear()
+    cluster.revive()
 
 
 @pytest.fixture

@@ -19,9 +19,11 @@ import pytest
 
 from cli.client import Api
 from cli.cluster.layout import Layout
+from cli.cluster.processes import PAUSED
 from cli.cluster.supervisor import NodeStatus, Supervisor
 from cli.demo_stage import Stage, free_offset, free_ports, wait_until
 from cli.errors import CliError
+from tests.support.promises import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS, CLIENTS = 3, 2
@@ -38,6 +40,8 @@ def need(*programs: str) -> None:
 
 class Mesh(Stage):
     """The demo's stage with a cluster on it, and what tests ask of one."""
+
+    ready_timeout_s = PATIENCE_S
 
     @property
     def layout(self) -> Layout:
@@ -64,9 +68,18 @@ class Mesh(Stage):
         """Return what every node tells of itself."""
         return {one.name: one for one in self.supervisor.status()}
 
+    def revive(self) -> None:
+        """Have all nodes run, as the next test expects it; one that failed may have left some dead or paused."""
+        supervisor = self.supervisor
+        for name in supervisor.names:
+            if supervisor.state(name) == PAUSED:
+                supervisor.resume(name)
+        if started := supervisor.start(supervisor.names):
+            supervisor.wait_ready(started, print)
+
     def wait_leader(self, other_than: str = "") -> str:
         """Wait for a leader."""
-        leader = wait_until(lambda: (name := self.supervisor.leader()) != other_than and name, 15.0)
+        leader = wait_until(lambda: (name := self.supervisor.leader()) != other_than and name, PATIENCE_S)
         assert leader, "no leader was elected"
         return leader
 
@@ -77,7 +90,7 @@ class Mesh(Stage):
             applied = [one.applied for one in self.status().values() if one.role == "server"]
             return min(applied) == max(applied) > 0
 
-        assert wait_until(level, 15.0), self.status()
+        assert wait_until(level, PATIENCE_S), self.status()
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a shell in which ``lictor`` is typed on host A."""

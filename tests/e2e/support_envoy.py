@@ -18,8 +18,9 @@ from cli.envoy import find_binary
 from cli.errors import CliError, Refused
 from tests.e2e.support_e2e import Mesh
 from tests.support.apps import QuietHandler, serving
+from tests.support.promises import PATIENCE_S
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = PATIENCE_S
 GREETING = b"welcome\n"
 ENVOY, LICTOR = "envoy", "lictor"
 
@@ -126,13 +127,23 @@ def forbid(mesh: Mesh, source: str, destination: str) -> None:
     mesh.api().write("DELETE", "/v1/connect/intentions/exact", None, {"source": source, "destination": destination})
 
 
+def revoke(mesh: Mesh, instance: str) -> None:
+    """Revoke an instance's identity. A measured promise begins here, where the command's own start is not in it."""
+    mesh.api().put("/v1/connect/revocations", {"Kind": "instance", "Value": instance})
+
+
+def restore(mesh: Mesh, instance: str) -> None:
+    mesh.api().write("DELETE", "/v1/connect/revocations", params={"kind": "instance", "value": instance})
+
+
 @contextmanager
 def cleaned(lictor: Mesh) -> Iterator[Mesh]:
-    """Give a mesh from which the services and intentions of a test are gone afterwards."""
+    """Give a mesh from which what a test, even one that failed, has written is gone afterwards."""
     yield lictor
     for one in reversed(lictor.backgrounds):
         one.end()
     lictor.backgrounds.clear()
+    lictor.revive()
     for host in (0, 1):
         for instance in lictor.api(host).get("/v1/agent/services").json():
             try:
@@ -142,6 +153,17 @@ def cleaned(lictor: Mesh) -> Iterator[Mesh]:
                     raise
     for row in lictor.api().get("/v1/connect/intentions").json():
         lictor.api().write("DELETE", f"/v1/connect/intentions/{row['ID']}")
+    for row in lictor.api().get("/v1/connect/revocations").json():
+        params = {name.lower(): row[name] for name in ("Kind", "Value", "Service") if row.get(name)}
+        lictor.api().write("DELETE", "/v1/connect/revocations", params=params)
+    for kind in (
+        "service-router",
+        "service-splitter",
+        "service-resolver",
+        "service-defaults",
+    ):  # each rests on the next
+        for row in lictor.api().get(f"/v1/config/{kind}").json():
+            lictor.api().write("DELETE", f"/v1/config/{kind}/{row['Name']}")
 
 
 def http_call(address: str, method: str, path: str) -> tuple[int, Any]:

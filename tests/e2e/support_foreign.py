@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.support_e2e import Mesh
+from tests.support.promises import PATIENCE_S
 
 NPM_CONSUL = "consul@2.0.1"
 
@@ -64,7 +65,7 @@ class Lines:
             self._ended = True
             self._new.notify_all()
 
-    def next(self, beginning: str, timeout_s: float = 20.0) -> str:
+    def next(self, beginning: str, timeout_s: float = PATIENCE_S) -> str:
         """Return what follows ``beginning`` in the next line that begins so."""
         found: list[str] = []
 

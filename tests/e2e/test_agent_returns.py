@@ -6,22 +6,23 @@ import sys
 
 from cli.demo_stage import answers_plainly, app, wait_until
 from tests.e2e.support_e2e import Mesh, a_free_port, running
+from tests.support.promises import PATIENCE_S
 
 
 def test_a_call_to_an_instance_that_went_meanwhile_ends_though_the_plan_leads_elsewhere(lictor: Mesh) -> None:
     port = a_free_port()
     redirect = {"Kind": "service-resolver", "Name": "leaver", "Redirect": {"Service": "elsewhere"}}
     with running([sys.executable, app("echo_server")], env=lictor.environment({"PORT": str(port)})):
-        assert wait_until(lambda: answers_plainly(port), 10)
+        assert wait_until(lambda: answers_plainly(port), PATIENCE_S)
         for instance in ("leaver-1", "leaver-2"):
             lictor.stand("leaver", instance, port=port, host=1)
         lictor.stand("stayer", "stayer-1", upstreams="backend=leaver")
         lictor.lictor("intentions", "create", "stayer", "leaver", "-replace", host=0)
         address = lictor.upstream("stayer-1")
-        assert wait_until(lambda: lictor.call(address).returncode == 0, 10)
+        assert wait_until(lambda: lictor.call(address).returncode == 0, PATIENCE_S)
         holding = [lictor.client("hold", address) for _ in range(6)]
         for each in holding:
-            each.wait_line("holding", 5)
+            each.wait_line("holding", PATIENCE_S)
 
         lictor.cluster("kill", "client-1")
         lictor.api(1).put("/v1/config", redirect)
@@ -32,9 +33,9 @@ def test_a_call_to_an_instance_that_went_meanwhile_ends_though_the_plan_leads_el
         def ended() -> int:
             return sum(any(line.startswith("ended") for line in each.lines) for each in holding)
 
-        assert wait_until(lambda: ended() == 3, 15), "those to the instance that went"
+        assert wait_until(lambda: ended() == 3, PATIENCE_S), "those to the instance that went"
         lictor.lictor("services", "deregister", "-id", "leaver-2", host=1)
-        assert wait_until(lambda: ended() == 6, 5), "they lived on until then"
+        assert wait_until(lambda: ended() == 6, PATIENCE_S), "they lived on until then"
         lictor.api(1).write("DELETE", "/v1/config/service-resolver/leaver")
         lictor.lictor("services", "deregister", "-id", "stayer-1", host=0)
         for each in holding:

@@ -14,6 +14,7 @@ from typing import Any
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
 from tests.e2e.support_foreign import Lines, leader_killed
+from tests.support.promises import PATIENCE_S
 
 WORKER = """
 import sys, time
@@ -83,7 +84,7 @@ def test_a_signal_goes_to_the_program_and_the_lock_is_given_back(cluster: Mesh) 
         held.next("began")
         with lock(cluster, 1, "jobs/signal", "-name", "waiting") as waiting:
             sessions = cluster.api(0)
-            assert wait_until(lambda: "waiting" in sessions.get("/v1/session/list").text, 10.0)
+            assert wait_until(lambda: "waiting" in sessions.get("/v1/session/list").text, PATIENCE_S)
             waiting.process.send_signal(signal.SIGTERM)
             assert waiting.process.wait(15) == 128 + signal.SIGTERM
             assert "waiting" not in sessions.get("/v1/session/list").text

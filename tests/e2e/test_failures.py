@@ -12,6 +12,7 @@ import pytest
 
 from cli.demo_stage import Client, answers_plainly, app, calls, wait_until
 from tests.e2e.support_e2e import Mesh, Writer, a_free_port, running
+from tests.support.promises import PATIENCE_S
 
 
 @pytest.fixture
@@ -19,12 +20,12 @@ def echo(lictor: Mesh) -> Iterator[str]:
     """An echo server on host B, a client's sidecar on host A, calls allowed; the address to call."""
     port = a_free_port()
     with running([sys.executable, app("echo_server")], env=lictor.environment({"PORT": str(port)})):
-        assert wait_until(lambda: answers_plainly(port), 10)
+        assert wait_until(lambda: answers_plainly(port), PATIENCE_S)
         lictor.stand("echo-server", "echo-server-1", port=port, host=1)
         lictor.stand("echo-client", "echo-client-1", upstreams="backend=echo-server")
         lictor.lictor("intentions", "create", "echo-client", "echo-server", "-replace", host=0)
         address = lictor.upstream("echo-client-1")
-        assert wait_until(lambda: lictor.call(address).returncode == 0, 5)
+        assert wait_until(lambda: lictor.call(address).returncode == 0, PATIENCE_S)
         yield address
         lictor.lictor("intentions", "delete", "echo-client", "echo-server", host=0)
         for host, instance in ((0, "echo-client-1"), (1, "echo-server-1")):
@@ -44,21 +45,21 @@ def _no_call_broke(load: Client, holding: Client) -> None:
 
 def test_killing_any_server_loses_nothing_and_breaks_no_call(lictor: Mesh, echo: str) -> None:
     holding, load = lictor.client("hold", echo), lictor.client("load", echo)
-    holding.wait_line("holding", 5)
+    holding.wait_line("holding", PATIENCE_S)
     with Writer(lictor.api(), "one") as writer:
         for _ in range(3):
             victim = lictor.wait_leader()
             before = len(writer.services)
-            assert wait_until(lambda before=before: len(writer.services) > before + 3, 10)
+            assert wait_until(lambda before=before: len(writer.services) > before + 3, PATIENCE_S)
             lictor.cluster("kill", victim)
             lictor.wait_leader(other_than=victim)
             after = len(writer.services)
-            assert wait_until(lambda after=after: len(writer.services) > after + 3, 10), writer.failures[-3:]
+            assert wait_until(lambda after=after: len(writer.services) > after + 3, PATIENCE_S), writer.failures[-3:]
             lictor.cluster("start", victim)
         follower = next(name for name, one in lictor.status().items() if one.raft == "follower")
         lictor.cluster("kill", follower)
         after = len(writer.services)
-        assert wait_until(lambda: len(writer.services) > after + 3, 10), writer.failures[-3:]
+        assert wait_until(lambda: len(writer.services) > after + 3, PATIENCE_S), writer.failures[-3:]
         lictor.cluster("start", follower)
     assert len(writer.intentions) > 10
     lictor.wait_caught_up()
@@ -69,17 +70,17 @@ def test_killing_any_server_loses_nothing_and_breaks_no_call(lictor: Mesh, echo:
 
 def test_killing_all_servers_at_once_brings_everything_back(lictor: Mesh, echo: str) -> None:
     holding, load = lictor.client("hold", echo), lictor.client("load", echo)
-    holding.wait_line("holding", 5)
+    holding.wait_line("holding", PATIENCE_S)
     servers = [name for name, one in lictor.status().items() if one.role == "server"]
     with Writer(lictor.api(wait_s=20.0), "all") as writer:
-        assert wait_until(lambda: len(writer.services) > 10, 10)
+        assert wait_until(lambda: len(writer.services) > 10, PATIENCE_S)
         lictor.cluster("kill", *servers)
         # Static stability: the sidecars go on with what they know while there is no server at all.
         length = len(load.lines)
-        assert wait_until(lambda: len(load.lines) > length + 20, 10)
+        assert wait_until(lambda: len(load.lines) > length + 20, PATIENCE_S)
         lictor.cluster("start", *servers)
         after = len(writer.services)
-        assert wait_until(lambda: len(writer.services) > after + 3, 20), writer.failures[-3:]
+        assert wait_until(lambda: len(writer.services) > after + 3, PATIENCE_S), writer.failures[-3:]
     lictor.wait_caught_up()
     assert writer.lost(lictor.api()) == []
     _no_call_broke(load, holding)
@@ -130,18 +131,20 @@ def test_a_paused_server_returns_without_deposing_the_leader(lictor: Mesh) -> No
 
 def test_an_agents_death_and_return_break_no_call(lictor: Mesh, echo: str) -> None:
     holding, load = lictor.client("hold", echo), lictor.client("load", echo)
-    holding.wait_line("holding", 5)
+    holding.wait_line("holding", PATIENCE_S)
     lictor.cluster("kill", "client-1", "client-2")
     length = len(load.lines)
-    assert wait_until(lambda: len(load.lines) > length + 20, 10)
+    assert wait_until(lambda: len(load.lines) > length + 20, PATIENCE_S)
     lictor.cluster("start", "client-1", "client-2")
-    assert wait_until(lambda: "echo-client-1-sidecar-proxy" in lictor.lictor("services", "list", host=0).stdout, 10)
+    assert wait_until(
+        lambda: "echo-client-1-sidecar-proxy" in lictor.lictor("services", "list", host=0).stdout, PATIENCE_S
+    )
     _no_call_broke(load, holding)
     # The sidecars follow their agents again: what is withdrawn now is withdrawn there.
     lictor.lictor("identity", "revoke", "-service-id", "echo-client-1", host=0)
-    assert wait_until(lambda: lictor.call(echo).returncode != 0, 10)
+    assert wait_until(lambda: lictor.call(echo).returncode != 0, PATIENCE_S)
     lictor.lictor("identity", "restore", "-service-id", "echo-client-1", host=0)
-    assert wait_until(lambda: lictor.call(echo).returncode == 0, 10)
+    assert wait_until(lambda: lictor.call(echo).returncode == 0, PATIENCE_S)
 
 
 def test_a_stopped_sidecar_leaves_the_catalogs_healthy_ones_until_it_goes_on(lictor: Mesh) -> None:
@@ -152,13 +155,13 @@ def test_a_stopped_sidecar_leaves_the_catalogs_healthy_ones_until_it_goes_on(lic
         rows = lictor.api(0).get("/v1/health/connect/halted", {"passing": "true"}).json()
         return [row["Service"]["Proxy"]["DestinationServiceID"] for row in rows]
 
-    assert wait_until(lambda: healthy() == ["halted-1"], 10)
+    assert wait_until(lambda: healthy() == ["halted-1"], PATIENCE_S)
     sidecar.signal(signal.SIGSTOP)
     try:
-        assert wait_until(lambda: healthy() == [], 30)
+        assert wait_until(lambda: healthy() == [], PATIENCE_S)
     finally:
         sidecar.signal(signal.SIGCONT)
-    assert wait_until(lambda: healthy() == ["halted-1"], 15)
+    assert wait_until(lambda: healthy() == ["halted-1"], PATIENCE_S)
 
 
 def test_plain_text_gets_nowhere_and_leaves_one_line(lictor: Mesh, echo: str) -> None:
@@ -178,7 +181,7 @@ def test_plain_text_gets_nowhere_and_leaves_one_line(lictor: Mesh, echo: str) ->
             assert b"Hello" not in received
             address = "{}:{}".format(*peer.getsockname())
         log = lictor.layout.log(server) if port == rpc else _log_of(lictor, "echo-server-1")
-        assert wait_until(lambda log=log, address=address: _lines(log, address) == 1, 5), (
+        assert wait_until(lambda log=log, address=address: _lines(log, address) == 1, PATIENCE_S), (
             port,
             log.read_text()[-800:],
         )

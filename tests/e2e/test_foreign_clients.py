@@ -21,6 +21,7 @@ from tests.e2e.support_e2e import Mesh, need, running
 from tests.e2e.support_foreign import Lines, is_root, leader_killed, npm_home
 from tests.e2e.test_dns_haproxy import CONFIG, until_served_by
 from tests.support.apps import QuietHandler, serving_http
+from tests.support.promises import PATIENCE_S
 
 
 def dns_port(cluster: Mesh, host: int = 0) -> int:
@@ -71,7 +72,7 @@ def test_npm_consul_reads_watches_and_locks_through_a_killed_leader(cluster: Mes
         with leader_killed(cluster):
             before = good()
             change(2)
-            assert wait_until(lambda: good() > before + 20, 15.0)
+            assert wait_until(lambda: good() > before + 20, PATIENCE_S)
         change(3)
         npm.tell("end")
         counted = json.loads(npm.next("ended"))
@@ -148,15 +149,15 @@ def test_dig_is_answered_through_a_killed_leader(cluster: Mesh) -> None:
     need("dig")
     register(cluster, 1, "dug", "dug-1", 1)
     digger = Digger(dns_port(cluster), "_dug._tcp.service.consul", {"1", "2"})
-    assert wait_until(lambda: digger.ask() == {"1"}, 15.0)
+    assert wait_until(lambda: digger.ask() == {"1"}, PATIENCE_S)
     digger.start()
     with leader_killed(cluster):
         before = digger.good
         register(cluster, 1, "dug", "dug-2", 2)
-        assert wait_until(lambda: digger.ask() == {"1", "2"}, 15.0)
-        assert wait_until(lambda: digger.good > before + 5, 20.0)
+        assert wait_until(lambda: digger.ask() == {"1", "2"}, PATIENCE_S)
+        assert wait_until(lambda: digger.good > before + 5, PATIENCE_S)
         cluster.api(1).put("/v1/agent/check/fail/service:dug-2")
-        assert wait_until(lambda: digger.ask() == {"1"}, 15.0)
+        assert wait_until(lambda: digger.ask() == {"1"}, PATIENCE_S)
     digger.over.set()
     digger.join(30)
     assert digger.bad == []
@@ -222,14 +223,14 @@ def test_prometheus_finds_targets_through_a_killed_leader(cluster: Mesh, tmp_pat
             mounted = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
             prometheus = ["unshare", "-m", "sh", "-c", mounted, str(tmp_path / "resolv.conf"), *prometheus]
         stack.enter_context(running(prometheus))
-        assert wait_until(lambda: targets.up(job) == 2, 20.0), targets.active(job)
+        assert wait_until(lambda: targets.up(job) == 2, PATIENCE_S), targets.active(job)
         if job == "http":
             assert_labels(cluster, targets.active(job)[f"127.0.0.1:{ports[0]}"]["discoveredLabels"], ports[0])
         with leader_killed(cluster):
             register(cluster, 1, "metrics", "m3", ports[2])
-            assert wait_until(lambda: targets.up(job) == 3, 20.0), targets.active(job)
+            assert wait_until(lambda: targets.up(job) == 3, PATIENCE_S), targets.active(job)
         cluster.api(1).put("/v1/agent/service/deregister/m3")
-        assert wait_until(lambda: targets.up(job) == 2 == len(targets.active(job)), 20.0), targets.active(job)
+        assert wait_until(lambda: targets.up(job) == 2 == len(targets.active(job)), PATIENCE_S), targets.active(job)
 
 
 def assert_labels(cluster: Mesh, labels: dict[str, str], port: int) -> None:

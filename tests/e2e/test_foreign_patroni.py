@@ -19,6 +19,7 @@ from pathlib import Path
 from cli.demo_stage import free_ports, wait_until
 from tests.e2e.support_e2e import Mesh, need, running
 from tests.e2e.support_foreign import is_root, leader_killed
+from tests.support.promises import PATIENCE_S
 
 SCOPE = "pg"
 FAILOVER_S_MAX = 45.0
@@ -117,7 +118,7 @@ def test_patroni_fails_over_while_servers_are_killed(cluster: Mesh) -> None:
     if not found:
         need("initdb")
         return
-    ports = free_ports(24300, 4)
+    ports = free_ports(25000, 4)
     with postgres_home() as home, ExitStack() as stack:
         members = [Member(name, home, *ports[at : at + 2]) for name, at in (("one", 0), ("two", 2))]
         processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -148,16 +149,16 @@ def test_patroni_fails_over_while_servers_are_killed(cluster: Mesh) -> None:
         assert wait_until(shows_roles, 60.0), [one.role() for one in members]
         first, second = sorted(members, key=Member.role)
         assert leader() == first.name
-        assert wait_until(lambda: found_by("primary") == [f"{SCOPE}/{first.name}"], 15.0), found_by("primary")
+        assert wait_until(lambda: found_by("primary") == [f"{SCOPE}/{first.name}"], PATIENCE_S), found_by("primary")
         assert first.sql("create table kept (n int); insert into kept values (1)").startswith("CREATE TABLE")
         with leader_killed(cluster):
             # The lock outlives the election: who led leads, and writes.
             assert leader() == first.name
             assert first.sql("insert into kept values (2) returning n").startswith("2\n")
-            assert wait_until(lambda: second.sql("select n from kept order by n") == "1\n2\n", 15.0)
+            assert wait_until(lambda: second.sql("select n from kept order by n") == "1\n2\n", PATIENCE_S)
             os.killpg(processes[first.name].pid, signal.SIGKILL)
             first.kill_postgres()
             assert wait_until(lambda: leader() == second.name and second.role() == "primary", FAILOVER_S_MAX)
         assert second.sql("insert into kept values (3) returning n").startswith("3\n")
         assert second.sql("select n from kept order by n") == "1\n2\n3\n"
-        assert wait_until(lambda: f"{SCOPE}/{second.name}" in found_by("primary"), 15.0), found_by("primary")
+        assert wait_until(lambda: f"{SCOPE}/{second.name}" in found_by("primary"), PATIENCE_S), found_by("primary")

@@ -12,6 +12,7 @@ import consul
 import pytest
 
 from tests.e2e.support_e2e import Mesh, need, wait_until
+from tests.support.promises import PATIENCE_S
 
 
 def client_of(mesh: Mesh, host: int = 0, consistency: str = "default") -> Any:
@@ -79,23 +80,25 @@ class Watcher(threading.Thread):
 def test_reads_and_watches_live_through_a_killed_leader(cluster: Mesh) -> None:
     here, there = client_of(cluster, 0), client_of(cluster, 1)
     assert here.agent.service.register("steady", service_id="steady-1", port=80)
-    assert wait_until(lambda: there.health.service("steady", passing=True)[1], 10.0)
+    assert wait_until(lambda: there.health.service("steady", passing=True)[1], PATIENCE_S)
     assert here.agent.service.register("watched", port=1)
     readers = [Reader(cluster, 0, "default"), Reader(cluster, 1, "stale"), Reader(cluster, 0, "consistent")]
     watchers = [Watcher(cluster, host) for host in (0, 1)]
     for thread in (*readers, *watchers):
         thread.start()
-    assert wait_until(lambda: all(watcher.seen for watcher in watchers), 10.0)
-    assert wait_until(lambda: all(reader.good > 20 for reader in readers), 10.0), [one.bad[:3] for one in readers]
+    assert wait_until(lambda: all(watcher.seen for watcher in watchers), PATIENCE_S)
+    assert wait_until(lambda: all(reader.good > 20 for reader in readers), PATIENCE_S), [
+        one.bad[:3] for one in readers
+    ]
     leader = cluster.wait_leader()
     cluster.cluster("kill", leader)
     try:
         cluster.wait_leader(other_than=leader)
         before = [reader.good for reader in readers]
         pairs = list(zip(readers, before, strict=True))
-        assert wait_until(lambda: all(reader.good > was + 20 for reader, was in pairs), 15.0)
+        assert wait_until(lambda: all(reader.good > was + 20 for reader, was in pairs), PATIENCE_S)
         assert here.agent.service.register("watched", port=2)
-        assert wait_until(lambda: all(watcher.seen[-1][1] == 2 for watcher in watchers), 10.0)
+        assert wait_until(lambda: all(watcher.seen[-1][1] == 2 for watcher in watchers), PATIENCE_S)
     finally:
         cluster.cluster("start", leader)
     assert here.agent.service.register("watched", port=3)
@@ -121,7 +124,7 @@ def test_dig_finds_services_and_nodes(cluster: Mesh, over: str) -> None:
         command = ["dig", "@127.0.0.1", "-p", port, "+short", "+tries=1", over, name, kind]
         return subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout.strip()
 
-    assert wait_until(lambda: dig("dug.service.consul", "A") == "127.0.0.1", 10.0)
+    assert wait_until(lambda: dig("dug.service.consul", "A") == "127.0.0.1", PATIENCE_S)
     assert dig("_dug._v1.service.lictor", "SRV").startswith("1 1 4321 ")
     node = client.agent.self()["Config"]["NodeName"]
     assert dig(f"{node}.node.consul", "A") == "127.0.0.1"

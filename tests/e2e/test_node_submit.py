@@ -109,7 +109,7 @@ async def test_a_write_whose_leader_is_cut_off_is_told_when_a_new_one_has_done_i
         def another_leads() -> bool:
             return any(running.servers[name].replica.is_leader for name in others)
 
-        await eventually(lambda: another_leads() and not leader.replica.is_leader, 15)
+        await eventually(lambda: another_leads() and not leader.replica.is_leader)
         assert not caller.told
         leader.faults.block([])
         for name in others:

@@ -13,6 +13,7 @@ from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.e2e.test_http2_grpc import setting
 from tests.support.http_filter import App, Seen
 from tests.support.loops import with_mesh
+from tests.support.promises import promptly
 from tests.support.sidecars import Member, Mesh, hang_up, until
 
 
@@ -78,7 +79,7 @@ async def begin(client: Member, target: str, *, websocket: bool = False) -> Conn
 async def ends(reader: asyncio.StreamReader) -> bytes:
     """Return what still comes until the end, or reset, which must come within a second."""
     came = b""
-    async with asyncio.timeout(1):
+    async with promptly():
         with contextlib.suppress(ConnectionError):
             while piece := await reader.read(65536):
                 came += piece
@@ -105,9 +106,9 @@ async def test_http1_requests_under_way_are_decided_anew_each(mesh: Mesh) -> Non
 
     assert b">" not in await ends(dropped[0])
     assert b">" not in await ends(ws_dropped[0])
-    async with asyncio.timeout(1):
+    async with promptly():
         assert (await silent_dropped[0].readline()) == b"HTTP/1.1 403 Forbidden\r\n", "nothing was answered yet"
-    await until(lambda: app.gone == {"/dropped", "/ws-dropped", "/silent-dropped"}, 1)
+        await until(lambda: app.gone == {"/dropped", "/ws-dropped", "/silent-dropped"})
     for target in ("/kept", "/ws", "/silent-kept"):
         app.go_on[target].set()
     async with asyncio.timeout(10):
@@ -160,7 +161,7 @@ async def test_each_grpc_stream_is_decided_anew() -> None:
 
         await server.push(intentions=(paths(method("Up"), method("Unary")),))
 
-        async with asyncio.timeout(1):
+        async with promptly():
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await hang
             assert ended.value.code() == grpc.StatusCode.PERMISSION_DENIED

@@ -15,6 +15,7 @@ import pytest
 
 from cli.demo_stage import answers_plainly, wait_until
 from tests.e2e.support_e2e import Mesh, a_free_port, need, running
+from tests.support.promises import PATIENCE_S
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_curl(allowed: Mesh, tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(os.urandom(5_000_000))
     port = a_free_port()
     with running([sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(tmp_path)]):
-        assert wait_until(lambda: answers_plainly(port), 10)
+        assert wait_until(lambda: answers_plainly(port), PATIENCE_S)
         host, found = _through(allowed, port)
         _output("curl", "-sSf", "--retry", "5", "--retry-all-errors", "--retry-delay", "0", f"http://{host}:{found}/")
         _output("curl", "-sSf", "-o", str(tmp_path / "got"), f"http://{host}:{found}/big")
@@ -87,8 +88,8 @@ def test_a_sidecar_holds_more_connections_than_the_usual_limit_and_leaves_its_pr
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1024), hard))
     try:
         with running([sys.executable, "-c", _ECHO.format(port=port)]):
-            assert wait_until(lambda: answers_plainly(port), 10)
-            assert wait_until(lambda: told.exists() and told.read_text() == "128\n", 10)
+            assert wait_until(lambda: answers_plainly(port), PATIENCE_S)
+            assert wait_until(lambda: told.exists() and told.read_text() == "128\n", PATIENCE_S)
             host, _, found = allowed.upstream("caller-1").partition(":")
             calls = []
             try:
@@ -107,7 +108,7 @@ def test_redis_cli(allowed: Mesh, tmp_path: Path) -> None:
     port = a_free_port()
     server = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with running(server):
-        assert wait_until(lambda: answers_plainly(port), 10)
+        assert wait_until(lambda: answers_plainly(port), PATIENCE_S)
         host, found = _through(allowed, port)
         redis = ["redis-cli", "-h", host, "-p", found]
         assert wait_until(
@@ -165,7 +166,7 @@ def test_psql(allowed: Mesh, tmp_path_factory: pytest.TempPathFactory) -> None:
             def answers() -> bool:
                 return subprocess.run([*psql, "select 1"], capture_output=True, check=False).returncode == 0
 
-            assert wait_until(answers, 20)
+            assert wait_until(answers, PATIENCE_S)
             assert _output(*psql, "select sum(n) from generate_series(1, 100000) n") == "5000050000\n"
             assert len(_output(*psql, "select repeat('x', 1000) from generate_series(1, 2000)")) == 2_002_000
     finally:

@@ -16,6 +16,7 @@ from proxy.secure import SecureTransport
 from proxy.tls import make_material
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
+from tests.support.promises import promptly
 from tests.support.sidecars import Mesh, digest, hang_up, until
 from tests.support.tls_peers import context
 
@@ -189,7 +190,8 @@ async def test_foreign_upstream_is_cut_when_it_is_deregistered(mesh: Mesh) -> No
     assert await reader.readline() == b"one\n"
     await client.route("backend")
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     await hang_up(writer)
     listener.close()
 
@@ -221,7 +223,8 @@ async def test_a_request_under_way_to_a_foreign_instance_ends_when_it_is_deregis
     await client.route("backend", *([other] if gone else [foreign]), protocol="http")
     if gone:
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(reader.read(), 1)
+            async with promptly():
+                await reader.read()
         ended.set()
     else:
         ended.set()

@@ -18,6 +18,7 @@ from proxy.mux.session import MuxSession
 from proxy.sidecar import Sidecar, SidecarOptions
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
+from tests.support.promises import PATIENCE_S, promptly
 from tests.support.sidecars import Mesh, digest, hang_up, naming, until
 
 
@@ -98,7 +99,7 @@ async def test_server_speaks_first(mesh: Mesh) -> None:
 
     client, _, _ = await mesh.pair(greet)
     reader, writer = await client.dial()
-    assert await asyncio.wait_for(reader.readline(), 5) == b"220 ready\n"
+    assert await asyncio.wait_for(reader.readline(), PATIENCE_S) == b"220 ready\n"
     await hang_up(writer)
 
 
@@ -117,7 +118,8 @@ async def test_slow_reader_delays_nobody(mesh: Mesh) -> None:
     pair = server.sidecar.metrics.pair("inbound", "web", "backend")
     await until(lambda: pair.active == 1)
     for _ in range(20):
-        assert await asyncio.wait_for(client.ask(b"now\n"), 2) == b"quick\n"
+        async with promptly(2.0):
+            assert await client.ask(b"now\n") == b"quick\n"
     await hang_up(slow)
 
 
@@ -134,7 +136,8 @@ async def test_deleted_intention_cuts_the_live_call_and_no_other(mesh: Mesh) -> 
         assert await r.readline() == b"one\n"
     await server.allow("other")
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     kept_writer.write(b"two\n")
     assert await kept_reader.readline() == b"two\n"
     assert await client.ask() == b""
@@ -156,7 +159,8 @@ async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
     assert await reader.readline() == b"one\n"
     await server.revoke(revocation)
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     assert await client.ask() == b""
     await server.revoke()
     assert await client.ask() == b"hi\n"
@@ -171,7 +175,8 @@ async def test_own_revocation_stops_our_calls_at_the_source(mesh: Mesh) -> None:
     assert await reader.readline() == b"one\n"
     await client.revoke(Revocation("instance", "web-1"))
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     assert await client.ask() == b""
     await hang_up(writer)
 
@@ -225,7 +230,8 @@ async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
     assert await reader.readline() == b"one\n"
     await client.route("backend")
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     await hang_up(writer)
 
 
@@ -289,7 +295,7 @@ async def test_drain_lets_live_calls_end_and_takes_no_new_ones(mesh: Mesh) -> No
     writer.write(b"two\n")
     assert await reader.readline() == b"two\n"
     await hang_up(writer)
-    await until(lambda: server._running is not None and server._running.done(), 2)
+    await until(lambda: server._running is not None and server._running.done())
 
 
 @with_mesh
@@ -299,7 +305,7 @@ async def test_full_session_makes_way_for_another(mesh: Mesh) -> None:
     held = [await client.dial() for _ in range(25)]
     for reader, writer in held:
         writer.write(b"hello\n")
-        assert await asyncio.wait_for(reader.readline(), 5) == b"hello\n"
+        assert await asyncio.wait_for(reader.readline(), PATIENCE_S) == b"hello\n"
     assert len(server.sidecar._public.sessions) == 3  # type: ignore[union-attr]
     for _, writer in held:
         await hang_up(writer)
@@ -329,7 +335,7 @@ async def test_app_aborts_are_carried_across(mesh: Mesh) -> None:
     reader, writer = await client.dial()
     writer.write(b"bye\n")
     with contextlib.suppress(ConnectionError):
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
     await hang_up(writer)
     await until(lambda: client.sidecar.live_calls() == server.sidecar.live_calls() == 0)
 

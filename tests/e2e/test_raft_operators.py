@@ -17,6 +17,7 @@ from cli.cluster.layout import Layout, Plan, write_plan
 from cli.cluster.supervisor import Supervisor
 from cli.demo_stage import free_offset, wait_until
 from cli.errors import CliError
+from tests.support.promises import PATIENCE_S
 
 LIVENESS = '\n[liveness]\nheartbeat = "200ms"\nnode_ttl = "1s"\nremove_server_after = "2s"\n'
 
@@ -68,7 +69,7 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
         words = ["operator", "raft", "add-peer", "-id", "server-4", "-address", address]
         words += ["-http-addr", supervisor.http_addr(other)]
         with subprocess.Popen([sys.executable, "-m", "cli", *words], stdout=subprocess.PIPE, text=True) as adding:
-            assert wait_until(lambda: voters(supervisor, third).get("server-4") is False, 15)
+            assert wait_until(lambda: voters(supervisor, third).get("server-4") is False, PATIENCE_S)
             api.put("/v1/kv/k/50", b"x")
             supervisor.start(["server-4"])
             said, _ = adding.communicate(timeout=60)
@@ -83,13 +84,13 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
         assert "server-9" not in voters(supervisor, third)
 
         supervisor.start(["server-5"])  # this one asks by itself
-        assert wait_until(lambda: voters(supervisor, other).get("server-5") is True, 20)
+        assert wait_until(lambda: voters(supervisor, other).get("server-5") is True, PATIENCE_S)
         assert lictor(supervisor, "server-5", "raft", "list-peers").count("true") == 5
         late = Api(supervisor.http_addr("server-5"))
         assert len(late.get("/v1/kv/k/", {"keys": "", "stale": ""}).json()) == 51
 
         lictor(supervisor, "server-4", "raft", "transfer-leader", "-id", third)
-        assert wait_until(lambda: supervisor.leader() == third, 10)
+        assert wait_until(lambda: supervisor.leader() == third, PATIENCE_S)
         # Else autopilot may take out the dead one before the operator does, 3 s after it stopped.
         assert "CleanupDeadServers = true" in lictor(supervisor, other, "autopilot", "get-config")
         lictor(supervisor, other, "autopilot", "set-config", "-cleanup-dead-servers=false")
@@ -106,12 +107,12 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
             answer: dict[str, Any] = api.get("/v1/operator/autopilot/state").json()
             return answer
 
-        assert wait_until(lambda: report()["Servers"]["server-4"]["NodeStatus"] == "failed", 15)
+        assert wait_until(lambda: report()["Servers"]["server-4"]["NodeStatus"] == "failed", PATIENCE_S)
         assert (report()["Healthy"], report()["Leader"], report()["FailureTolerance"]) == (False, third, 0)
         assert "failed" in lictor(supervisor, other, "autopilot", "state")
         assert len(voters(supervisor, other)) == 4
         lictor(supervisor, leader, "autopilot", "set-config", "-cleanup-dead-servers=true")
-        assert wait_until(lambda: len(voters(supervisor, other)) == 3, 15), "the dead one leaves by itself"
+        assert wait_until(lambda: len(voters(supervisor, other)) == 3, PATIENCE_S), "the dead one leaves by itself"
         assert report()["Healthy"]
         assert report()["FailureTolerance"] == 1
 

@@ -17,6 +17,7 @@ from raftstate.errors import JournalDamaged, Stopped
 from raftstate.state.commands import KVSet
 from tests.e2e.support_e2e import Mesh, mesh, wait_until
 from tests.support.cluster import cluster, make_config
+from tests.support.promises import PATIENCE_S
 from tests.support.rpc import eventually
 
 
@@ -136,7 +137,7 @@ def test_a_damaged_server_recovers_by_the_command_it_names(tmp_path: Path) -> No
         damage(supervisor.config.node(victim).data_dir / "raft")
         config = str(lictor.layout.config)
         supervisor.start([victim])
-        assert wait_until(lambda: supervisor.state(victim) == "dead", 30)
+        assert wait_until(lambda: supervisor.state(victim) == "dead", PATIENCE_S)
         assert "lictor operator raft recover" in supervisor.log_end(victim, 40)
         said = lictor.lictor("operator", "raft", "recover", "-config", config, "-node", victim).stdout
         assert "raft.damaged-1" in said
@@ -148,9 +149,9 @@ def test_a_damaged_server_recovers_by_the_command_it_names(tmp_path: Path) -> No
         def votes() -> bool:
             return [row["Voter"] for row in _servers(lictor) if row["ID"] == victim] == [True]
 
-        assert wait_until(votes, 30), _servers(lictor)
+        assert wait_until(votes, PATIENCE_S), _servers(lictor)
         assert len(own.get("/v1/kv/kept/", {"keys": ""}).json()) == 21
-        assert wait_until(lambda: len(own.get("/v1/kv/kept/", {"keys": "", "stale": ""}).json()) == 21, 10)
+        assert wait_until(lambda: len(own.get("/v1/kv/kept/", {"keys": "", "stale": ""}).json()) == 21, PATIENCE_S)
 
 
 def _servers(lictor: Mesh) -> list[dict[str, object]]:

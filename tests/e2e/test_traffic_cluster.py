@@ -13,8 +13,9 @@ from cli.demo_stage import wait_until
 from cli.hclfile import entry_of
 from tests.e2e.support_e2e import Mesh
 from tests.support.apps import QuietHandler, serving_http
+from tests.support.promises import PATIENCE_S, Since
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 
 
 def shop(name: str) -> AbstractContextManager[int]:
@@ -121,9 +122,9 @@ def test_a_canary_from_its_first_entry_to_its_end(lictor: Mesh) -> None:
         assert wait_until(lambda: names(address, 8, "/v2/x", X_Tester="1") == {"v2": 8}, TIMEOUT_S)
         assert get(address, "/v2/x?y=1", X_Tester="1")[1]["path"] == "/x?y=1"
         assert len(names(address, 40, "/v2/x", X_Tester="2")) == 2
-        began = time.monotonic()
+        since = Since()
         assert get(address, "/hang")[0] == 504
-        assert time.monotonic() - began < 1.5
+        since.took(1.5, "the bounded request")
         write('Kind = "service-defaults"\nName = "shop"\nProtocol = "tcp"\n', refused="requests can only be routed")
         deleted = config("delete", "-kind", "service-resolver", "-name", "shop", may_fail=True)
         assert (deleted.returncode, "without a way" in deleted.stderr) == (1, True)
@@ -141,7 +142,7 @@ def test_a_canary_from_its_first_entry_to_its_end(lictor: Mesh) -> None:
 
         # The stable ones go: the canary takes over, and gives back.
         lictor.end_background("v1")
-        assert wait_until(lambda: names(address, 10) == {"v2": 10}, TIMEOUT_S)
+        assert wait_until(lambda: names(address, PATIENCE_S) == {"v2": 10}, TIMEOUT_S)
         lictor.sidecar("v1", 0, ["-service-id", "v1"], {})
         assert wait_until(lambda: len(names(address, 10)) == 2, TIMEOUT_S)
 

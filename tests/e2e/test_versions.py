@@ -13,6 +13,7 @@ from typing import Any
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import Mesh
 from tests.e2e.support_foreign import leader_killed
+from tests.support.promises import PATIENCE_S
 
 Version = Callable[[Any], int]
 BY_KEY: Version = lambda rows: int(rows[0]["Flags"]) if rows else 0  # noqa: E731
@@ -100,10 +101,10 @@ def test_leader_changes_wake_none_falsely_and_lose_no_change(cluster: Mesh) -> N
             last = number
             api.put("/v1/kv/versions/a", b"", {"flags": str(number)})
             api.put("/v1/agent/service/register", {"Name": "versions", "Port": number})
-            assert wait_until(lambda: not late(), 20.0), late()
+            assert wait_until(lambda: not late(), PATIENCE_S), late()
 
     try:
-        assert wait_until(lambda: all(one.answers == 1 for one in everyone), 15.0), [
+        assert wait_until(lambda: all(one.answers == 1 for one in everyone), PATIENCE_S), [
             (one.path, one.answers, one.faults) for one in everyone if one.answers != 1
         ]
         write(5)

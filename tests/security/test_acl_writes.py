@@ -17,6 +17,7 @@ from raftstate.state import commands as c
 from tests.support.acl import token_with
 from tests.support.cluster import cluster
 from tests.support.http_api import SigningBackend, TestCa
+from tests.support.promises import PATIENCE_S
 from tests.support.rpc import eventually
 
 SECRET = "7d1f1f0e-4c0b-4f6a-9b9b-0f1f2f3f4f5f"
@@ -111,7 +112,7 @@ async def test_an_agent_writes_through_any_server_and_reads_what_it_wrote(tmp_pa
             with pytest.raises(Refused, match=r"acl:write|ACL not found"):
                 await backend.operator("acl.write", encode_write("wrong", c.DeleteToken(row.accessor_id), ""))
             await backend.operator("acl.write", encode_write(mine, c.DeleteToken(row.accessor_id), ""))
-            assert await asyncio.wait_for(_until_refused(tokens, mine), 5) == "ACL not found"
+            assert await asyncio.wait_for(_until_refused(tokens, mine), PATIENCE_S) == "ACL not found"
 
 
 async def _until_refused(tokens: Tokens, secret: str) -> str:

@@ -13,6 +13,7 @@ import grpc
 from cli.envoy import bootstrap, find_binary
 from node.xds.server import METHOD_SERVICE
 from tests.e2e.support_envoy import need_envoy
+from tests.support.promises import PATIENCE_S
 from tests.support.sidecars import until
 
 TOKEN = "11111111-2222-3333-4444-555555555555"
@@ -43,7 +44,7 @@ async def test_an_envoys_admin_endpoint_does_not_show_the_token(tmp_path: Path) 
     ]  # fmt: skip
     envoy = await asyncio.create_subprocess_exec(*command)
     try:
-        await until(lambda: TOKEN in shown and admin.exists(), 20)
+        await until(lambda: TOKEN in shown and admin.exists(), PATIENCE_S)
         for page in ("config_dump", "config_dump?include_eds", "server_info", "init_dump", "clusters", "stats"):
             text = await asyncio.to_thread(_get, f"http://{admin.read_text()}/{page}")
             assert text
@@ -55,5 +56,5 @@ async def test_an_envoys_admin_endpoint_does_not_show_the_token(tmp_path: Path) 
 
 
 def _get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
         return str(answer.read().decode())

@@ -23,6 +23,7 @@ from node.rpc.hello import ALERT_BUSY
 from node.rpc.listener import Listener
 from node.rpc.server import Call, Methods
 from tests.support.both_loops import both_loops
+from tests.support.promises import PATIENCE_S
 from tests.support.rpc import RpcEnds, eventually, make_pki, rpc_ends
 
 
@@ -43,7 +44,7 @@ async def knock(port: int, data: bytes = b"", context: ssl.SSLContext | None = N
         return b""
     try:
         writer.write(data)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             return await reader.read()
     except OSError:
         return b""

@@ -18,6 +18,7 @@ from proxy.secure import SecureTransport
 from proxy.tls import make_material, proof_of
 from tests.support.both_loops import all_loops
 from tests.support.certs import TestCA
+from tests.support.promises import PATIENCE_S
 from tests.support.sidecars import until
 from tests.support.tls_peers import context
 
@@ -250,7 +251,7 @@ async def test_a_slow_peer_pauses_the_writer() -> None:
 async def test_a_handshake_that_fails_is_told_once_and_ends(answer: bytes) -> None:
     recorder, transport, running = await with_peer(lambda sock: sock.sendall(answer))
     with pytest.raises((ssl.SSLError, OSError)):
-        await asyncio.wait_for(transport.handshake(), 5)
+        await asyncio.wait_for(transport.handshake(), PATIENCE_S)
     with pytest.raises((ssl.SSLError, OSError)):
         await transport.handshake()  # however late it is asked
     assert transport.is_closing()
@@ -294,6 +295,6 @@ async def test_a_handshake_that_is_given_up_leaves_nothing() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await transport.handshake()
-    await asyncio.wait_for(done.wait(), 5)
+    await asyncio.wait_for(done.wait(), PATIENCE_S)
     await running
     assert recorder.told == []

@@ -17,6 +17,7 @@ from proxy.mux import ALPN, frames
 from raftstate.model.connect import Leaf, Revocation
 from tests.support.certs import TestCA
 from tests.support.loops import with_mesh
+from tests.support.promises import PATIENCE_S, promptly
 from tests.support.sidecars import Member, Mesh, until
 from tests.support.tls_peers import context
 
@@ -24,7 +25,7 @@ from tests.support.tls_peers import context
 async def knock(port: int, tls: ssl.SSLContext | None, data: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") -> bytes:
     """Connect, send, and return what comes back until the end; ``b""`` when there is no entry."""
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             reader, writer = await asyncio.open_connection(
                 "127.0.0.1", port, ssl=tls, server_hostname=None if tls is None else ""
             )
@@ -198,12 +199,13 @@ async def test_good_foreign_client_reaches_the_app_and_is_cut_with_its_intention
     tls = context(mesh.ca.leaf("web", "web-1"), mesh.ca.root_pem)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.ports.public_port, ssl=tls, server_hostname="")
     writer.write(b"hello\n")
-    assert await asyncio.wait_for(reader.readline(), 5) == b"hello\n"
+    assert await asyncio.wait_for(reader.readline(), PATIENCE_S) == b"hello\n"
     session = tls.session_stats()
     assert session["hits"] == 0
     await server.push(intentions=())
     with contextlib.suppress(ConnectionError):
-        assert await asyncio.wait_for(reader.read(), 1) == b""
+        async with promptly():
+            assert await reader.read() == b""
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -261,7 +263,8 @@ async def test_root_that_left_the_bundle_ends_its_sessions(mesh: Mesh) -> None:
     assert await reader.readline() == b"two\n"
     await server.push(roots=(new.root_pem,))
     with pytest.raises(ConnectionError):
-        await asyncio.wait_for(reader.read(), 1)
+        async with promptly():
+            await reader.read()
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()
@@ -321,7 +324,7 @@ async def test_peer_that_breaks_the_protocol_loses_its_session_and_nobody_else_d
     )
     bad_writer.write(attack)
     with contextlib.suppress(ConnectionError):
-        await asyncio.wait_for(bad_reader.read(), 5)
+        await asyncio.wait_for(bad_reader.read(), PATIENCE_S)
     bad_writer.close()
     with contextlib.suppress(OSError):
         await bad_writer.wait_closed()

@@ -90,7 +90,7 @@ class Cluster:
         def leads() -> bool:
             return any(server.duties.in_office for server in self.servers.values())
 
-        await eventually(leads, 15)
+        await eventually(leads)
         return next(server for server in self.servers.values() if server.duties.in_office)
 
     async def follower(self) -> ServerNode:

@@ -30,6 +30,7 @@ from raftstate.model.connect import CARoot
 from raftstate.model.identity import SpiffeId
 from raftstate.state import commands
 from raftstate.state.commands import MalformedCommand
+from tests.support.promises import PATIENCE_S
 
 TRUST_DOMAIN = "11111111-2222-3333-4444-555555555555.consul"
 
@@ -181,7 +182,7 @@ async def serving(
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = runner.addresses[0][1]
-    session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
+    session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S))
     try:
         yield Node(backend, agent, session, f"http://127.0.0.1:{port}", runner)
     finally:
@@ -192,7 +193,7 @@ async def serving(
             await backend.close()
 
 
-async def eventually(condition: Callable[[], Any], timeout_s: float = 5.0) -> Any:
+async def eventually(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     """Await a condition on the loop's own progress; fail when it does not come to hold."""
     async with asyncio.timeout(timeout_s):
         while not (found := condition()):  # noqa: ASYNC110 - the condition is on anything

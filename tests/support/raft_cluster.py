@@ -14,6 +14,7 @@ from raftstate.raft import Member, Members, RaftConfig
 from raftstate.replica import Replica
 from raftstate.snapshots import SnapshotStore
 from raftstate.state.machine import Applied
+from tests.support.promises import PATIENCE_S
 from tests.support.raft_machine import RegisterMachine
 
 FAST = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=0.15, election_timeout_max_s=0.3)
@@ -97,7 +98,7 @@ class ReplicaCluster:
         # What a sync under way has begun may land or not; here it lands, since the file is real.
         await replica._syncs.close()
 
-    async def leader(self, timeout_s: float = 5.0) -> Replica:
+    async def leader(self, timeout_s: float = PATIENCE_S) -> Replica:
         async with asyncio.timeout(timeout_s):
             while True:
                 for replica in self.wire.replicas.values():
@@ -107,7 +108,7 @@ class ReplicaCluster:
                             return replica
                 await asyncio.sleep(0.01)
 
-    async def apply(self, data: bytes, timeout_s: float = 10.0) -> Applied:
+    async def apply(self, data: bytes, timeout_s: float = PATIENCE_S) -> Applied:
         """Write as a client does: at whoever leads, and again under the same request id when that came to an end.
 
         All servers share one loop here. When the machine lets that wait for longer than an election timeout, the

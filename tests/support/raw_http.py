@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from httptools import HttpResponseParser
 
-TIMEOUT_S = 10.0
+from tests.support.promises import PATIENCE_S
+
+TIMEOUT_S = PATIENCE_S
 
 
 @dataclass

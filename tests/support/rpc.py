@@ -13,9 +13,10 @@ from node.config import Limits
 from node.rpc.client import ClientConnection, dial
 from node.rpc.listener import Listener, RaftAccept
 from node.rpc.server import Methods
+from tests.support.promises import PATIENCE_S
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Await a condition that no event announces."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110

@@ -16,8 +16,9 @@ from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import ALLOW, DENY, Intention
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
 from tests.support.certs import TestCA
+from tests.support.promises import PATIENCE_S
 
-WAIT_S = 10.0
+WAIT_S = PATIENCE_S
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -161,7 +162,7 @@ class Member:
         """Send an update and wait until the sidecar has taken it."""
         self.version += 1
         self._queue.put_nowait(SidecarUpdate(version=self.version, **parts))  # type: ignore[arg-type]
-        async with asyncio.timeout(WAIT_S if self.group is None else 6 * WAIT_S):
+        async with asyncio.timeout(WAIT_S):
             await self._queue.join()
 
     async def allow(self, *sources: str) -> None:
