@@ -17,6 +17,7 @@ import pytest
 
 from cli.demo_stage import wait_until
 from tests.e2e.support_e2e import ROOT, need
+from tests.support.promises import PATIENCE_S
 
 DEMO = [sys.executable, "-P", "-m", "cli", "demo"]
 
@@ -39,7 +40,7 @@ def _left_behind(marker: str) -> list[str]:
 
 def test_the_demo_holds_and_leaves_nothing_behind(tmp_path: Path) -> None:
     directory = tmp_path / "demo"
-    done = subprocess.run([*DEMO, "-dir", str(directory)], capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run([*DEMO, "-dir", str(directory)], capture_output=True, text=True, timeout=220, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every step held" in done.stdout
     for measured in ("calls refused after", "next write acknowledged after", "calls answered after"):
@@ -60,9 +61,9 @@ def test_an_interrupted_demo_clears_up(number: signal.Signals, tmp_path: Path) -
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", program, "demo", "-dir", str(directory)], stdout=output, stderr=output
         )
-    assert wait_until(lambda: "is ready" in log.read_text(), 60)
+    assert wait_until(lambda: "is ready" in log.read_text(), PATIENCE_S)
     process.send_signal(number)
-    assert process.wait(60) == 130, log.read_text()
+    assert process.wait(PATIENCE_S) == 130, log.read_text()
     assert _left_behind(str(directory)) == []
 
 
@@ -83,7 +84,7 @@ def plain_users_home() -> Iterator[Path]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(1100)
 def test_readmes_first_command_from_a_fresh_clone_as_a_plain_user(plain_users_home: Path) -> None:
     command = next(line.strip() for line in (ROOT / "README.md").read_text().splitlines() if "lictor demo" in line)
     assert command.startswith("python3 -m venv"), command
@@ -112,7 +113,7 @@ def test_readmes_first_command_from_a_fresh_clone_as_a_plain_user(plain_users_ho
             env=environment,
             capture_output=True,
             text=True,
-            timeout=220,
+            timeout=500,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
