@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cli.cluster.processes import reap
 from cli.compiled import warning
 
 # No example of a property test has a deadline, and no slow generation of examples fails one: on a loaded machine both
@@ -27,3 +31,26 @@ def pytest_configure() -> None:
     """Test no code that is not what stands in the sources."""
     if (stale := warning()) is not None:
         raise pytest.UsageError(stale)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fail the last test of a file that leaves a process running, or one that has ended and was not waited for.
+
+    Python's own warning of it comes when the object is freed, often in another file's tests or at the very end.
+    """
+    before = {child.pid for child in psutil.Process().children()}
+    yield
+    reap()
+    left = [_told(child) for child in psutil.Process().children() if child.pid not in before]
+    assert left == []
+
+
+def _told(process: psutil.Process) -> str:
+    """Return a process as a failure shows it."""
+    try:
+        return f"{process.pid} ({process.status()}): {' '.join(process.cmdline())}"
+    except psutil.ZombieProcess:
+        return f"{process.pid}, ended and not waited for"
+    except psutil.NoSuchProcess:
+        return f"{process.pid}, which has just ended"

@@ -102,6 +102,7 @@ def spawn(arguments: Sequence[str], log: Path, pid_file: Path, program: Sequence
 
     A program that only prepares must end in an exec, as ``env`` does: the process that was started is the node.
     """
+    reap()
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [*program, *arguments]
     with log.open("ab") as output:
@@ -113,6 +114,13 @@ def spawn(arguments: Sequence[str], log: Path, pid_file: Path, program: Sequence
     process = Process(child.pid, stat[1] if stat else 0)
     process.write(pid_file)
     return process
+
+
+def reap() -> None:
+    """Take note of the ends of processes that we started: others kill them too, and few are looked at again."""
+    for pid, child in list(_children.items()):
+        if child.poll() is not None:
+            del _children[pid]
 
 
 def forget_children() -> None:

@@ -18,7 +18,7 @@ from cli.cluster.processes import DEAD, LICTOR
 from cli.cluster.supervisor import Supervisor
 from cli.demo_stage import free_offset
 
-SETTLE_S = 30.0
+SETTLE_S = 60.0
 REQUEST_ID_HEADER = "X-Lictor-Request-Id"
 
 
@@ -99,7 +99,7 @@ class Witness:
         return time.monotonic() - self._began
 
     def write(
-        self, node: str, key: str, value: str, *, timeout_s: float = 5.0, request_id: str = "", begun_s: float = -1.0
+        self, node: str, key: str, value: str, *, timeout_s: float = 30.0, request_id: str = "", begun_s: float = -1.0
     ) -> bool:
         """Write; return whether it was acknowledged. With `begun_s` this is the retry of a write begun then."""
         began_s = self.now_s() if begun_s < 0 else begun_s
@@ -113,7 +113,7 @@ class Witness:
     def lost_answer(self, node: str, key: str, value: str, request_id: str) -> float:
         """Write so that it takes effect, and forget the answer, as when the network lost it; return when it began."""
         began_s = self.now_s()
-        status, body = self._ask(node, "PUT", f"/v1/kv/{key}", value, 5.0, {REQUEST_ID_HEADER: request_id})
+        status, body = self._ask(node, "PUT", f"/v1/kv/{key}", value, 30.0, {REQUEST_ID_HEADER: request_id})
         assert status == 200, body
         return began_s
 

@@ -88,7 +88,7 @@ def _keys(supervisor: Supervisor, node: str, mode: str) -> set[str]:
         connection.close()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("means", "role"), [("tmpfs", "leader"), ("rlimit", "follower")])
 def test_a_server_with_a_full_disk_stops_and_comes_back(means: str, role: str, tmp_path: Path) -> None:
     if means == "tmpfs" and not _may_mount(tmp_path / "mount"):

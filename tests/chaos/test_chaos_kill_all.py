@@ -11,7 +11,7 @@ from tests.chaos.kill_all import play
 from tests.chaos.support_chaos import server_processes
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 async def test_power_cuts_of_all_servers_lose_nothing_acknowledged_and_double_nothing(tmp_path: Path) -> None:
     with server_processes(tmp_path / "c", program=planted_server.program()) as cluster:
         ledger, faults = await play(cluster, rounds=3, seed=1)
@@ -21,7 +21,7 @@ async def test_power_cuts_of_all_servers_lose_nothing_acknowledged_and_double_no
     assert ledger.retried >= 4
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("bug", "seen"), [("skip the fsync", "is lost"), ("apply a retry twice", "was applied twice")]
 )

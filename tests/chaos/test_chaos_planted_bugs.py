@@ -80,7 +80,7 @@ SCENARIOS: dict[str, Callable[[Supervisor, Witness], None]] = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("bug", SCENARIOS)
 def test_a_planted_bug_is_caught_on_real_processes(bug: str, tmp_path: Path) -> None:
     with server_processes(tmp_path / "c", program=planted_server.program(bug), toml=PATIENT) as cluster:
@@ -92,7 +92,7 @@ def test_a_planted_bug_is_caught_on_real_processes(bug: str, tmp_path: Path) -> 
     pytest.fail(f"nobody noticed that servers {bug}: {witness.operations}")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_without_the_bugs_the_same_scenarios_find_nothing(tmp_path: Path) -> None:
     assert set(planted_server.BUGS) == {planted_server.NONE, *SCENARIOS}
     with server_processes(tmp_path / "c", program=planted_server.program(), toml=PATIENT) as cluster:

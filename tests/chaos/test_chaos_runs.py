@@ -14,13 +14,13 @@ from cli.demo_stage import free_offset
 FAULTS = "kill,pause,partition,one-way,kill-all"
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize(("servers", "seed"), [(3, 1), (5, 2)])
 def test_what_clients_saw_under_faults_is_linearizable(tmp_path: Path, servers: int, seed: int) -> None:
     command = [sys.executable, "-P", "-m", "cli", "chaos", "run", "-seed", str(seed), "-minutes", "0.5"]
     command += ["-servers", str(servers), "-faults", FAULTS, "-port-offset", str(free_offset(servers, 2))]
     done = subprocess.run(
-        [*command, "-out", str(tmp_path / "out")], capture_output=True, text=True, timeout=180, check=False
+        [*command, "-out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     history = json.loads((tmp_path / "out" / "history.json").read_text())

@@ -70,7 +70,7 @@ def _prefixes() -> dict[str, tuple[str, ...]]:
         pytest.skip(str(error))
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 async def test_clocks_that_are_minutes_apart_break_no_promise(tmp_path: Path) -> None:
     with server_processes(tmp_path / "c", prefixes=_prefixes()) as cluster:
         for name, skew_s in SKEWS_S.items():

@@ -15,6 +15,7 @@ import pytest
 from cli.cluster.supervisor import NodeStatus, Supervisor
 from node.http.context import HttpOptions
 from tests.chaos.support_chaos import leader_of, server_processes
+from tests.support.promises import PATIENCE_S
 
 HEALTHY_S, STOPPED_S, STOPPED_S_MAX = 3.0, 22.0, 90.0
 WRITERS = 8
@@ -63,7 +64,7 @@ class _Load:
 
 
 def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20))
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S))
 
 
 @pytest.mark.timeout(240)
@@ -77,30 +78,43 @@ async def test_a_stopped_follower_costs_the_leader_neither_pace_nor_memory_and_c
     async with _session() as http:
         load = _Load(http, [cluster.http_addr(leader)], LARGEST)
         async with load.running(WRITERS):
-            await asyncio.sleep(HEALTHY_S)
-            healthy_rate = load.bytes / HEALTHY_S
+            rate_before = await _healthy_rate(load)
             cluster.pause(follower)
-            began, at_first, written = time.monotonic(), process.memory_info().rss, load.bytes
-            most = at_first
-            while (took_s := time.monotonic() - began) < STOPPED_S or load.bytes - written < BYTES_WRITTEN_MIN:
-                assert took_s < STOPPED_S_MAX, f"{load.bytes - written} bytes were taken in {took_s:.0f} s"
-                await asyncio.sleep(0.2)
-                most = max(most, process.memory_info().rss)
-            rate = (load.bytes - written) / took_s
-            cluster.resume(follower)
-        print(f"{healthy_rate / 1e6:.1f} MB/s, then {rate / 1e6:.1f}; memory {at_first >> 20} to {most >> 20} MiB")
-        assert set(load.answers) == {200}
-        assert most - at_first < MEMORY_GROWTH_MAX
-        assert rate > healthy_rate / 2
-    goal = _status(cluster, leader)
-    deadline = time.monotonic() + 30
-    while (now := _status(cluster, follower)).applied < goal.applied:
-        assert time.monotonic() < deadline, f"the follower has applied {now.applied} of {goal.applied}"
-        await asyncio.sleep(0.1)
-    assert (goal.raft, goal.term) == ("leader", before.term)
+            try:
+                began, at_first, written = time.monotonic(), process.memory_info().rss, load.bytes
+                most = at_first
+                while (took_s := time.monotonic() - began) < STOPPED_S or load.bytes - written < BYTES_WRITTEN_MIN:
+                    assert took_s < STOPPED_S_MAX, f"{load.bytes - written} bytes were taken in {took_s:.0f} s"
+                    await asyncio.sleep(0.2)
+                    most = max(most, process.memory_info().rss)
+                rate = (load.bytes - written) / took_s
+            finally:
+                cluster.resume(follower)
+        goal = _status(cluster, leader)
+        deadline = time.monotonic() + PATIENCE_S
+        while (now := _status(cluster, follower)).applied < goal.applied:
+            assert time.monotonic() < deadline, f"the follower has applied {now.applied} of {goal.applied}"
+            await asyncio.sleep(0.1)
+        assert (goal.raft, goal.term) == ("leader", before.term)
+        # What else the machine does may slow one of the measurements: the pace is no less than that of a healthy
+        # cluster just before, or just after.
+        async with load.running(WRITERS):
+            rate_after = await _healthy_rate(load)
+    rates = ", ".join(f"{one / 1e6:.1f}" for one in (rate_before, rate, rate_after))
+    print(f"{rates} MB/s before, while it was stopped, after; memory {at_first >> 20} to {most >> 20} MiB")
+    assert set(load.answers) == {200}
+    assert most - at_first < MEMORY_GROWTH_MAX
+    assert rate > min(rate_before, rate_after) / 2
 
 
-@pytest.mark.timeout(90)
+async def _healthy_rate(load: _Load) -> float:
+    """Return how many bytes are taken in a second, all servers being well."""
+    began, written = time.monotonic(), load.bytes
+    await asyncio.sleep(HEALTHY_S)
+    return (load.bytes - written) / (time.monotonic() - began)
+
+
+@pytest.mark.timeout(240)
 async def test_writes_of_the_largest_size_depose_no_leader_and_larger_ones_are_refused(cluster: Supervisor) -> None:
     leader = leader_of(cluster)
     before = _status(cluster, leader)
@@ -110,7 +124,7 @@ async def test_writes_of_the_largest_size_depose_no_leader_and_larger_ones_are_r
         async with load.running(2 * WRITERS):
             began = time.monotonic()
             while time.monotonic() < began + 4.0 or load.answers[200] < 50:
-                assert time.monotonic() < began + 60, load.answers
+                assert time.monotonic() < began + 120, load.answers
                 async with http.put(f"http://{addresses[0]}/v1/kv/slow/large", data="v" * (LARGEST + 1)) as answer:
                     assert answer.status == 413
                     assert f"max allowed is {LARGEST} bytes" in await answer.text()

@@ -103,7 +103,7 @@ def test_reads_and_watches_live_through_a_killed_leader(cluster: Mesh) -> None:
         cluster.cluster("start", leader)
     assert here.agent.service.register("watched", port=3)
     for thread in watchers:
-        thread.join(15)
+        thread.join(PATIENCE_S)
     for reader in readers:
         reader.halt()
     assert [reader.bad for reader in readers] == [[], [], []]
@@ -122,7 +122,7 @@ def test_dig_finds_services_and_nodes(cluster: Mesh, over: str) -> None:
 
     def dig(name: str, kind: str) -> str:
         command = ["dig", "@127.0.0.1", "-p", port, "+short", "+tries=1", over, name, kind]
-        return subprocess.run(command, capture_output=True, text=True, timeout=15, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout.strip()
 
     assert wait_until(lambda: dig("dug.service.consul", "A") == "127.0.0.1", PATIENCE_S)
     assert dig("_dug._v1.service.lictor", "SRV").startswith("1 1 4321 ")

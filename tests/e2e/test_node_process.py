@@ -17,6 +17,7 @@ from node.main import NodeProcess
 from raftstate.errors import RaftError
 from raftstate.replica import Replica
 from tests.support.cluster import free_ports
+from tests.support.promises import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ async def test_a_server_and_a_client_are_put_together_and_taken_down(tmp_path: P
     for node in nodes:
         await node.start()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             for node in nodes:
                 while await leader_of(node.node.http_port) != config.node("server-1").rpc_endpoint:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)

@@ -10,6 +10,7 @@ from node.backend import Applied
 from node.errors import NodeError
 from raftstate.state.commands import KVCas, KVLock, KVSet, SessionRenew
 from tests.support.cluster import cluster
+from tests.support.promises import PATIENCE_S
 from tests.support.rpc import eventually
 
 
@@ -22,7 +23,7 @@ class Caller:
     def __call__(self, outcome: Applied | NodeError) -> None:
         self.told.append(outcome)
 
-    async def outcome(self, timeout_s: float = 15) -> Applied:
+    async def outcome(self, timeout_s: float = PATIENCE_S) -> Applied:
         await eventually(lambda: bool(self.told), timeout_s)
         (outcome,) = self.told
         assert isinstance(outcome, Applied), outcome

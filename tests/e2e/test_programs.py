@@ -40,7 +40,7 @@ def _output(*command: str, attempts: int = 50) -> str:
     """Run a program until it succeeds: the caller's sidecar learns of the app's within moments."""
     done: subprocess.CompletedProcess[str] | None = None
     for _ in range(attempts):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode == 0:
             return done.stdout
     raise AssertionError(f"{command} failed: {done}")
@@ -112,7 +112,7 @@ def test_redis_cli(allowed: Mesh, tmp_path: Path) -> None:
         host, found = _through(allowed, port)
         redis = ["redis-cli", "-h", host, "-p", found]
         assert wait_until(
-            lambda: subprocess.run([*redis, "ping"], capture_output=True, check=False).stdout == b"PONG\n", 5
+            lambda: subprocess.run([*redis, "ping"], capture_output=True, check=False).stdout == b"PONG\n", PATIENCE_S
         )
         assert _output(*redis, "set", "who", "lictor") == "OK\n"
         assert _output(*redis, "get", "who") == "lictor\n"

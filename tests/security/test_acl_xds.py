@@ -13,6 +13,7 @@ from node.tokens import AccessControl, AgentTokens, Tokens, hash_of
 from raftstate.model.acl import ServiceIdentity
 from raftstate.state.commands import DeleteToken
 from tests.support.acl import ROOT, ask, guarded, token_with
+from tests.support.promises import PATIENCE_S
 
 grpc = pytest.importorskip("grpc")
 
@@ -55,14 +56,14 @@ async def test_an_envoy_stands_on_its_token(tmp_path: Path) -> None:
             ):
                 call = await follow(token)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await asyncio.wait_for(call.read(), 10)
+                    await asyncio.wait_for(call.read(), PATIENCE_S)
                 assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
                 assert told in caught.value.details()
             call = await follow(right)
-            assert (await asyncio.wait_for(call.read(), 10)).type_url.endswith("Cluster")
+            assert (await asyncio.wait_for(call.read(), PATIENCE_S)).type_url.endswith("Cluster")
             row = node.backend.machine.store.tokens.by_secret_hash[hash_of(right)]
             await node.backend.apply(DeleteToken(row.accessor_id))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await call.read() is grpc.aio.EOF
         finally:
             await channel.close()

@@ -53,7 +53,7 @@ async def test_a_leaf_that_cannot_be_saved_is_used_all_the_same(
     await backend.use_root()
     async with serving(tmp_path, backend=backend) as node:
         leaf = await node.get("/v1/agent/connect/ca/leaf/web")
-        renewed = await node.get(f"/v1/agent/connect/ca/leaf/web?index={leaf['ModifyIndex']}&wait=5s")
+        renewed = await node.get(f"/v1/agent/connect/ca/leaf/web?index={leaf['ModifyIndex']}&wait=60s")
         assert renewed["ModifyIndex"] > leaf["ModifyIndex"], "renewal goes on"
     await backend.close()
 

@@ -18,6 +18,7 @@ from node.tokens import load_secret
 from raftstate.model.acl import MANAGEMENT_ID, Token
 from raftstate.state.commands import DeleteToken, UpsertToken
 from tests.support.cluster import free_ports
+from tests.support.promises import PATIENCE_S
 
 SECRET = "0123456789abcdef0123456789abcdef"
 
@@ -60,7 +61,7 @@ async def test_no_request_passes_without_a_token_that_may(tmp_path: Path) -> Non
             gone = await status("/v1/operator/usage", **{"X-Consul-Token": "another secret"})
             assert gone == (403, "ACL not found")
             listed: set[str] = set()
-            async with asyncio.timeout(10):  # the leader writes down the file's token when it has come to it
+            async with asyncio.timeout(PATIENCE_S):  # the leader writes down the file's token when it has come to it
                 while len(listed) < 2:
                     rows = json.loads((await status("/v1/acl/tokens", **{"X-Consul-Token": SECRET}))[1])
                     listed = {one["Description"] for one in rows}

@@ -18,6 +18,7 @@ from node.main import NodeProcess
 from node.xds import messages, types
 from node.xds.server import METHOD_SERVICE
 from tests.support.cluster import free_ports
+from tests.support.promises import PATIENCE_S
 
 SECRET = "0123456789abcdef0123456789abcdef"
 METHOD = f"/{METHOD_SERVICE}/DeltaAggregatedResources"
@@ -57,7 +58,7 @@ async def ask(port: int, *metadata: tuple[str, str]) -> Any:
             request_serializer=messages.DeltaRequest.SerializeToString,
             response_deserializer=messages.DeltaResponse.FromString,
         )
-        call = method(metadata=metadata, wait_for_ready=True, timeout=30)
+        call = method(metadata=metadata, wait_for_ready=True, timeout=PATIENCE_S)
         request = messages.DeltaRequest(type_url=types.SECRET, resource_names_subscribe=[types.LEAF_SECRET])
         request.node.id = "web-1-sidecar-proxy"
         await call.write(request)
@@ -99,7 +100,7 @@ async def held(port: int, *metadata: tuple[str, str]) -> Any:
                 raise
         return bool(found)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not await tried():  # noqa: ASYNC110  the other stream ends by itself
             await asyncio.sleep(0.05)
     return found[0]

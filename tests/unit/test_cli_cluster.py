@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -15,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from cli.cluster.layout import Layout, Plan, is_free, refuse_taken_ports, write_plan
-from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, _children, _stat
+from cli.cluster.processes import DEAD, PAUSED, RUNNING, Process, _children, _stat, spawn
 from cli.cluster.supervisor import Supervisor, log_end, remove
 from cli.errors import CliError, UsageError
 from cli.main import main
 from node.config import load_config
 from tests.e2e.support_e2e import ROOT
+from tests.support.promises import PATIENCE_S
 
 
 @pytest.fixture
@@ -42,11 +44,11 @@ def test_states_follow_signals(sleeper: subprocess.Popen[bytes]) -> None:
     process = _of(sleeper)
     assert process.state() == RUNNING
     assert process.send(signal.SIGSTOP)
-    assert process.wait_for(PAUSED, 2)
+    assert process.wait_for(PAUSED, PATIENCE_S)
     assert process.send(signal.SIGCONT)
-    assert process.wait_for(RUNNING, 2)
+    assert process.wait_for(RUNNING, PATIENCE_S)
     assert process.send(signal.SIGKILL)
-    assert process.wait_for(DEAD, 2)
+    assert process.wait_for(DEAD, PATIENCE_S)
     assert not process.send(signal.SIGTERM)
 
 
@@ -72,20 +74,37 @@ def test_a_process_is_dead_only_once_its_port_is_free(ours: bool, monkeypatch: p
         process = _of(child)
         if ours:  # then it is reaped by us, as the supervisor's own children are
             monkeypatch.setitem(_children, child.pid, child)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while (stat := _stat(child.pid)) and stat[0] != "Z":
             assert time.monotonic() < deadline, "the first thread did not end"
             time.sleep(0.01)
         assert process.state() == RUNNING
         assert not is_free("127.0.0.1", port)
         process.send(signal.SIGKILL)
-        assert process.wait_for(DEAD, 10)
+        assert process.wait_for(DEAD, PATIENCE_S)
         assert is_free("127.0.0.1", port)
     finally:
         child.kill()
         child.wait()
         child.stdin.close()
         child.stdout.close()
+
+
+def test_what_somebody_else_has_killed_is_reaped_before_the_next_one_starts(tmp_path: Path) -> None:
+    program = (sys.executable, "-c", "import time; time.sleep(60)")
+    killed, lives = (spawn((), tmp_path / "log", tmp_path / f"{n}.pid", program) for n in range(2))
+    try:
+        os.kill(killed.pid, signal.SIGKILL)  # as `lictor cluster kill` in another process
+        os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+        spawn(("x",), tmp_path / "log", tmp_path / "next.pid", ("true",))
+        assert killed.pid not in _children
+        assert _stat(killed.pid) is None, "a zombie is left"
+        assert lives.pid in _children
+        assert lives.state() == RUNNING
+    finally:
+        lives.send(signal.SIGKILL)
+        assert lives.wait_for(DEAD, PATIENCE_S)
+        assert Process.read(tmp_path / "next.pid").wait_for(DEAD, PATIENCE_S)  # type: ignore[union-attr]
 
 
 def test_a_reused_pid_is_not_our_process(sleeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
