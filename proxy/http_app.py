@@ -13,6 +13,9 @@ from proxy.relay import SocketChannel
 if TYPE_CHECKING:
     from proxy.outbound import Upstream as Service
 
+CONNECTIONS_MAX = 20_000
+"""Connections of the app to one upstream. The configuration limits connections to instances, and requests."""
+
 
 class HttpAppConnection(SocketChannel):
     """A connection that our app made to an HTTP upstream's listener."""
@@ -33,7 +36,12 @@ class HttpAppConnection(SocketChannel):
         self._stats.total += 1
         self._stats.active += 1
         self._service.connections.add(self)
-        self.begin()
+        if len(self._service.connections) > CONNECTIONS_MAX:
+            text = f"more than {CONNECTIONS_MAX} connections"
+            self._service.failed("unavailable", text)
+            self.abort(StreamClosed(text))
+        else:
+            self.begin()
 
     def begin(self) -> None:
         """The connection is there: serve it."""

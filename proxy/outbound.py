@@ -227,13 +227,16 @@ class Upstream:
             return "its instances are not known yet"
         if self.spec.error:
             return self.spec.error
-        if len(self.connections) > self.settings.max_connections:
-            return f"more than {self.settings.max_connections} connections"
         if self._unroutable:
             return self._unroutable
         if not self.keys and not self.spec.loopback_port:
             return f"service {self.spec.service} has no instance"
         return ""
+
+    def crowded(self) -> str:
+        """Return why a TCP connection of the app, counted already, is one too many, or ``""``."""
+        most = self.settings.max_connections
+        return f"more than {most} connections" if len(self.connections) > most else ""
 
     def count(self, name: str, **labels: str) -> None:
         """Add to a counter of the pair of services that calls to this upstream are between."""

@@ -40,7 +40,8 @@ def _number(source: Mapping[str, object], key: str, default: float) -> float:
 
 def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
     """Read an upstream's ``config``: ``request_timeout_ms``, ``try_timeout_ms``, ``max_attempts`` and, under
-    ``limits``, ``max_concurrent_requests`` and ``max_pending_requests`` (Consul's names where it has one)."""
+    ``limits``, ``max_connections``, ``max_concurrent_requests`` and ``max_pending_requests`` (Consul's names where it
+    has one)."""
     limits = config.get("limits")
     limits = cast("Mapping[str, object]", limits) if isinstance(limits, dict) else {}
     request_timeout_s = _number(config, "request_timeout_ms", 0) / 1000
@@ -50,6 +51,7 @@ def options_of(name: str, config: Mapping[str, object]) -> OutboundOptions:
         attempts_max=max(1, int(_number(config, "max_attempts", 3))),
         requests_max=int(_number(limits, "max_concurrent_requests", 10_000)),
         pending_max=int(_number(limits, "max_pending_requests", 1_000)),
+        connections_max=int(_number(limits, "max_connections", 20_000)),
     )
 
 

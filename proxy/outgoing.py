@@ -98,7 +98,7 @@ class Outgoing:
     def start(self) -> None:
         upstream = self.upstream
         upstream.connections.add(self)
-        if reason := upstream.unavailable():
+        if reason := upstream.unavailable() or upstream.crowded():
             # A turn later: the app, whose connect() is hardly over, sees its connection made, and then reset.
             asyncio.get_running_loop().call_soon(self._fail, "unavailable", reason)
         elif upstream.spec is not None and upstream.spec.loopback_port:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from proxy.http.errors import TooMuchHeld
 from proxy.http.head import trailer_lines
 from proxy.http.intake import Intake
-from proxy.http.options import HttpStats
+from proxy.http.options import LIMITED, HttpStats
 from proxy.http.parser import OVERLOADED, Message
 from proxy.http.replies import local_reply
 from proxy.http.side import NEVER, HttpSide
@@ -250,12 +250,13 @@ class HttpConnection(Intake):
         if not (upstream.reusable and self._ended):
             upstream.close()
             self._upstream = None
+        keep_client = upstream.keep_client  # another request may have it in a moment
         self._let_go(upstream)
         whole = message.complete
         self._active = self._replay = None
         idle_s = self._options.idle_timeout_s
         self.deadline = now + idle_s if idle_s else NEVER
-        if not whole or not upstream.keep_client:
+        if not whole or not keep_client:
             self._close()
             return
         if self._parser.held is not None:
@@ -333,6 +334,7 @@ class HttpConnection(Intake):
                 head_only=head is not None and head.method == b"HEAD",
                 close=close,
                 http10=head is not None and head.http10,
+                limited=origin == LIMITED,
             )
         )
         self._count(status, origin)

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Protocol
 
+LIMITED = "limited"
+"""Who ended a request that one of its upstream's limits did not let in."""
 LATENCY_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper bounds of the latency histogram's buckets; the last bucket has none."""
 METHODS = frozenset({
@@ -61,6 +63,8 @@ class OutboundOptions:
     """Requests in flight; more get a 503 at once."""
     pending_max: int = 1_000
     """Requests that await a connection; more get a 503 at once."""
+    connections_max: int = 20_000
+    """HTTP/1.1: connections to instances in use, one for each request under way; more requests await one."""
 
 
 class HttpStats(Protocol):
@@ -70,7 +74,8 @@ class HttpStats(Protocol):
         """A request was answered.
 
         ``origin`` says by whom: ``app``, or the filter itself: ``denied``, ``malformed``, ``app-down``, ``timeout``,
-        ``overloaded`` (no memory for a head that does not arrive whole), ``cut`` (code 0: no full answer was sent).
+        ``overloaded`` (no memory for a head that does not arrive whole), ``limited`` (a limit of the upstream's was
+        reached), ``cut`` (code 0: no full answer was sent).
         """
 
     def grpc(self, target: bytes, status: bytes, origin: str) -> None:

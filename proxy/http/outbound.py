@@ -15,6 +15,7 @@ from proxy.errors import ConnectFailed, StreamClosed, StreamRefused
 from proxy.http.connection import HttpConnection
 from proxy.http.errors import TooMuchHeld, UnwantedStatus
 from proxy.http.head import RequestHead, ResponseHead
+from proxy.http.options import LIMITED
 from proxy.http.parser import Message
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http.upstream import Owner, Upstream
@@ -104,8 +105,8 @@ class OutboundConnection(HttpConnection):
     """A connection of the app. Each of its requests may go to another instance."""
 
     __slots__ = (
-        "_active_at", "_aim", "_attempts", "_flying", "_idle_s", "_lease", "_outbound", "_reason", "_respond_by",
-        "_tried",
+        "_active_at", "_aim", "_attempts", "_flying", "_idle_s", "_lease", "_outbound", "_placed", "_reason",
+        "_respond_by", "_tried", "_waiting",
     )  # fmt: skip
 
     def __init__(self, side: OutboundSide[Fleet], channel: Channel, on_done: Callable[[], None] | None) -> None:
@@ -114,6 +115,10 @@ class OutboundConnection(HttpConnection):
         self._aim: Aim | None = None
         self._lease: Lease | None = None
         self._flying = False
+        self._placed = False
+        """Whether the active request has a place among the connections that may be in use."""
+        self._waiting = False
+        """Whether it awaits one."""
         self._attempts = 0
         self._tried: set[Hashable] = set()
         self._reason = ""
@@ -133,11 +138,11 @@ class OutboundConnection(HttpConnection):
         assert head is not None
         tracer = self._tracer
         trace = self._trace = tracer.begin(head.fields) if tracer is not None else None
-        problem = side.fleet.unavailable()
-        if not problem and side.in_flight >= side.outbound.requests_max:
-            problem = f"has {side.in_flight} requests in flight already"
-        if problem:
+        if problem := side.fleet.unavailable():
             self._reply(503, f"{self._options.service!r}: {problem}", "app-down")
+            return
+        if side.in_flight >= side.outbound.requests_max:
+            self._turn_away(f"has {side.in_flight} requests in flight already")
             return
         self._flying = True
         side.in_flight += 1
@@ -206,6 +211,8 @@ class OutboundConnection(HttpConnection):
 
     def _connect(self, message: Message, *, anew: bool = False) -> None:
         """Make an attempt; ``anew``: with an instance that was tried already if there is no other."""
+        if not self._placed and not self._find_place():
+            return
         lease = self._lease = self._outbound.fleet.pick(self._tried, self._aim)
         if lease is None and anew:
             self._tried.clear()
@@ -223,12 +230,38 @@ class OutboundConnection(HttpConnection):
             if message.complete:
                 self._await_response()
         elif self._outbound.pending >= self._outbound.outbound.pending_max:
-            problem = f"has {self._outbound.pending} requests waiting for a connection already"
-            self._reply(503, f"{self._options.service!r}: {problem}", "app-down")
+            self._turn_away(f"has {self._outbound.pending} requests waiting for a connection already")
         else:
             self._connecting = True
             self._outbound.pending += 1
             self._side.tasks.spawn(self._make(message, lease))
+
+    # The limits of the upstream
+
+    def _turn_away(self, problem: str) -> None:
+        self._reply(503, f"{self._options.service!r}: {problem}", LIMITED)
+
+    def _find_place(self) -> bool:
+        """Return whether the active request may have a connection now; else it waits, or is answered."""
+        side = self._outbound
+        most = side.outbound.connections_max
+        if side.in_use >= most and (not most or side.pending >= side.outbound.pending_max):
+            self._turn_away(f"uses {side.in_use} connections, and {side.pending} requests wait for one already")
+            return False
+        self._placed = side.enter(self)
+        self._waiting = self._connecting = not self._placed
+        return self._placed
+
+    def let_in(self) -> None:
+        """One of the connections that may be in use is free for our request."""
+        self._waiting = self._connecting = False
+        self._placed = True
+        message = self._active
+        if message is None:
+            self._land()
+            return
+        self._connect(message)
+        self._advance()
 
     def _send(self, message: Message, upstream: Upstream) -> None:
         aim = self._aim
@@ -348,6 +381,9 @@ class OutboundConnection(HttpConnection):
     def _timed_out(self, message: Message) -> None:
         lease, head = self._lease, message.head
         assert head is not None
+        if self._waiting:
+            super()._timed_out(message)
+            return
         if lease is not None:
             lease.silent("did not answer in time")
         self._drop_lease()
@@ -396,3 +432,9 @@ class OutboundConnection(HttpConnection):
         if self._flying:
             self._flying = False
             self._outbound.in_flight -= 1
+        if self._waiting:
+            self._waiting = False
+            self._outbound.give_up(self)
+        elif self._placed:
+            self._placed = False
+            self._outbound.leave()

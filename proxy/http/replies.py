@@ -9,9 +9,18 @@ from raftstate.model.identity import Identity, SpiffeId
 
 
 def local_reply(
-    status: int, error: str, *, head_only: bool = False, close: bool = False, http10: bool = False
+    status: int,
+    error: str,
+    *,
+    head_only: bool = False,
+    close: bool = False,
+    http10: bool = False,
+    limited: bool = False,
 ) -> bytes:
-    """Return a whole response: ``{"error": …}``, with the status' standard phrase."""
+    """Return a whole response: ``{"error": …}``, with the status' standard phrase.
+
+    ``limited``: a limit of ours is the reason, which Envoy's header of that meaning tells the client.
+    """
     body = json.dumps({"error": error}).encode() + b"\n"
     lines = [
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode(),
@@ -20,6 +29,8 @@ def local_reply(
     ]
     if status == 405:
         lines.append(b"allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+    if limited:
+        lines.append(b"x-envoy-overloaded: true")
     if close:
         lines.append(b"connection: close")
     elif http10:

@@ -16,6 +16,7 @@ from h2.errors import ErrorCodes
 
 from proxy.errors import ConnectFailed, StreamRefused
 from proxy.http.head import Field
+from proxy.http.options import LIMITED
 from proxy.http.outbound import REPLAY_BYTES
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
@@ -68,11 +69,12 @@ class OutboundHttp2Connection(Http2Connection):
 
     def _route(self, exchange: Exchange) -> None:
         side, head = self._outbound, exchange.head
-        problem = side.fleet.unavailable()
-        if not problem and side.in_flight >= side.outbound.requests_max:
-            problem = f"has {side.in_flight} requests in flight already"
-        if problem:
+        if problem := side.fleet.unavailable():
             self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
+            return
+        if side.in_flight >= side.outbound.requests_max:
+            problem = f"has {side.in_flight} requests in flight already"
+            self._answer(exchange, 503, f"{self._options.service!r}: {problem}", LIMITED)
             return
         side.in_flight += 1
         aim = side.fleet.aim(head, self._channel)
@@ -111,7 +113,7 @@ class OutboundHttp2Connection(Http2Connection):
             self._launch(exchange, call, link)
         elif self._outbound.pending >= self._outbound.outbound.pending_max:
             problem = f"has {self._outbound.pending} requests waiting for a connection already"
-            self._answer(exchange, 503, f"{self._options.service!r}: {problem}", "app-down")
+            self._answer(exchange, 503, f"{self._options.service!r}: {problem}", LIMITED)
         else:
             self._outbound.pending += 1
             self._arm(exchange, self._finish_by(exchange, call))

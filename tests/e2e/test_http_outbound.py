@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import struct
 from typing import Any
 
 import msgspec
@@ -230,9 +231,91 @@ async def test_too_many_requests_are_turned_away(mesh: Mesh) -> None:
     (answer,) = await ask(client, get())
     assert answer[0] == 503
     assert b"in flight already" in answer[1]
+    assert client.sidecar._upstreams["backend"].http_counters.requests == {("GET", 503, "limited"): 1}
     release.set()
     assert [status for ((status, _),) in await asyncio.gather(*held)] == [200, 200]
     assert (await ask(client, get()))[0][0] == 200
+
+
+class Held:
+    """An app that answers when it is told to, and knows how many requests it had at a time."""
+
+    def __init__(self) -> None:
+        self.release = asyncio.Semaphore(0)
+        self.now = self.most = 0
+        self.app = App(answer=self._answer)
+
+    async def _answer(self, app: App, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await self.release.acquire()
+        self.now -= 1
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    def let(self, count: int) -> None:
+        for _ in range(count):
+            self.release.release()
+
+
+@with_mesh
+async def test_requests_wait_while_all_connections_that_may_be_are_in_use(mesh: Mesh) -> None:
+    held = Held()
+    limits = {"max_connections": 2, "max_pending_requests": 2}
+    client, _ = await fleet(mesh, held.app, config={"limits": limits})
+    upstream = client.sidecar._upstreams["backend"]
+    held.let(1)
+    assert (await ask(client, get()))[0][0] == 200, "so that there is a session"
+    asked = [asyncio.create_task(ask(client, get())) for _ in range(4)]
+    await until(lambda: held.now == 2 and upstream.http.pending == 2)
+    head = await ask_for_head(client)
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nx-envoy-overloaded: true\r\n" in head
+    assert upstream.http_counters.requests[("GET", 503, "limited")] == 1
+    held.let(4)
+    assert [status for ((status, _),) in await asyncio.gather(*asked)] == [200] * 4
+    assert held.most == 2
+    assert (upstream.http.pending, upstream.http.in_use, upstream.http.in_flight) == (0, 0, 0)
+
+
+@with_mesh
+async def test_connections_of_the_app_that_ask_for_nothing_take_no_place(mesh: Mesh) -> None:
+    client, _ = await fleet(mesh, App(answer=simple(b"1")), config={"limits": {"max_connections": 1}})
+    writers = [(await client.dial())[1] for _ in range(4)]
+    assert [status for status, _ in await ask(client, get(), get())] == [200, 200]
+    for writer in writers:
+        await hang_up(writer)
+
+
+@with_mesh
+async def test_what_waits_for_a_connection_may_give_up_time_out_or_be_let_in(mesh: Mesh) -> None:
+    held = Held()
+    config: dict[str, Any] = {"limits": {"max_connections": 1}}
+    client, servers = await fleet(mesh, held.app, config=config)
+    upstream = client.sidecar._upstreams["backend"]
+    first = asyncio.create_task(ask(client, get()))
+    await until(lambda: held.now == 1)
+    _, writer = await client.dial()
+    writer.write(get())
+    await until(lambda: upstream.http.pending == 1)
+    sock: socket.socket = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # its end is a reset, no half-close
+    writer.transport.abort()
+    await until(lambda: upstream.http.pending == 0)
+    endpoints = [server.endpoint for server in servers]
+    await client.route("backend", *endpoints, protocol="http", config={**config, "request_timeout_ms": 100})
+    assert (await ask(client, get()))[0][0] == 504
+    assert upstream.http.pending == 0
+    await client.route("backend", *endpoints, protocol="http", config=config)
+    second = asyncio.create_task(ask(client, get()))
+    await until(lambda: upstream.http.pending == 1)
+    await client.route("backend", *endpoints, protocol="http", config={"limits": {"max_connections": 2}})
+    await until(lambda: held.now == 2)
+    held.let(2)
+    assert [status for ((status, _),) in await asyncio.gather(first, second)] == [200, 200]
+    # Where there may be none, none is waited for.
+    await client.route("backend", *endpoints, protocol="http", config={"limits": {"max_connections": 0}})
+    assert (await ask(client, get()))[0][0] == 503
+    assert (upstream.http.pending, upstream.http.in_use, upstream.http.in_flight) == (0, 0, 0)
 
 
 @with_mesh
