@@ -27,10 +27,11 @@ from raftstate.model.sidecar import key_of
 from tests.support.http_filter import App as HttpApp
 from tests.support.http_filter import simple
 from tests.support.loops import with_mesh
+from tests.support.promises import PATIENCE_S
 from tests.support.sidecars import Member, Mesh, hang_up, until
 from tests.support.tls_peers import context
 
-WAIT_S = 10.0
+WAIT_S = PATIENCE_S
 
 
 def outgoing_of(member: Member, name: str = "backend") -> Outgoing:

@@ -24,7 +24,7 @@ FOUND: dict[int, str] = {
 """seed -> what it found. Seeds shift when the scenario changes; these stay as samples of that neighbourhood."""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_no_seed_violates_an_invariant() -> None:
     operations = elections = 0
     for outcome in play_many(range(SEEDS), multiprocessing.cpu_count()):
@@ -49,7 +49,7 @@ def test_a_seed_reproduces_exactly(seed: int) -> None:
     code = f"from tests.simulation.scenario import play; print(play({seed}).transcript)"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     assert other.stdout.strip() == first.transcript
     assert play(seed + 1).transcript != first.transcript

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from raftstate.transport import ALPN_RAFT, TlsPeerTransport
+from tests.support.promises import PATIENCE_S
 
 
 class TestCA:
@@ -149,7 +150,7 @@ class TlsNode:
             self._server.close()
         await self.transport.stop()
 
-    async def until(self, condition: Any, timeout_s: float = 10.0) -> None:
+    async def until(self, condition: Any, timeout_s: float = PATIENCE_S) -> None:
         """Wait until `condition()` holds; it is asked again after each frame and link event of this node."""
         async with asyncio.timeout(timeout_s):
             async with self._changed:

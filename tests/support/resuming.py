@@ -8,7 +8,9 @@ import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-TIMEOUT_S = 10.0
+from tests.support.promises import PATIENCE_S
+
+TIMEOUT_S = PATIENCE_S
 Meanwhile = Callable[[], Awaitable[None]]
 
 

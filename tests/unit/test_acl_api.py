@@ -21,6 +21,7 @@ from raftstate.model.acl import ANONYMOUS_ID, MANAGEMENT_ID
 from raftstate.state import commands as c
 from tests.support.acl import ROOT, ask, guarded, token_with
 from tests.support.http_api import Node, serving
+from tests.support.promises import PATIENCE_S
 
 N1 = {"NodeName": "n1", "Datacenter": "dc1"}
 READ_ALL = 'node_prefix "" { policy = "read" } service_prefix "" { policy = "read" }'
@@ -303,7 +304,7 @@ async def _until_cut(answer: aiohttp.ClientResponse) -> None:
             pass
 
     with pytest.raises(aiohttp.ClientError):
-        await asyncio.wait_for(read_on(), 5)
+        await asyncio.wait_for(read_on(), PATIENCE_S)
 
 
 async def test_a_stream_ends_with_its_token(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from node.errors import NoLeader
 from raftstate.model.catalog import Check, Node, ServiceInstance
 from raftstate.state import commands
 from tests.support.http_api import SigningBackend, TestCa, eventually, serving
+from tests.support.promises import PATIENCE_S, promptly
 from tests.unit.test_http_walkthrough import CLIENT_SIDECAR, SERVER_SIDECAR, open_stream, register
 
 
@@ -31,7 +32,7 @@ async def statuses(made: SigningBackend, node: str = "n1") -> dict[str, str]:
     return {row["CheckID"]: row["Status"] for row in (await made.query("health.node", {"node": node})).value}
 
 
-async def until(condition: Any, timeout_s: float = 6.0) -> None:
+async def until(condition: Any, timeout_s: float = PATIENCE_S) -> None:
     """Await an awaitable condition."""
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110 - the condition may be on anything
@@ -144,7 +145,8 @@ async def test_one_stream_per_sidecar_and_critical_at_its_end(tmp_path: Path) ->
         async def critical() -> bool:
             return (await statuses(made))[check] == "critical"
 
-        await until(critical, 2.0)
+        async with promptly(2.0, "noticing that the sidecar is gone"):
+            await until(critical, PATIENCE_S)
         assert "echo-server-1-sidecar-proxy" in await services_of(made)
         again = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
         await again.until(lambda known: known.get("Leaf"))
@@ -190,7 +192,7 @@ async def test_stream_needs_its_service_and_ends_with_it(tmp_path: Path) -> None
         stream = await open_stream(node, "echo-server-1-sidecar-proxy", SERVER_SIDECAR)
         await stream.until(lambda known: known.get("Leaf"))
         await node.put("/v1/agent/service/deregister/echo-server-1")
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while await stream.response.content.readline():
                 pass
         assert set(await node.get("/v1/agent/services")) == {"echo-client-1"}

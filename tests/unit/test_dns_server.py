@@ -20,6 +20,7 @@ from node.dns import DnsServer
 from node.dns_zone import Zone
 from node.nearness import Place
 from tests.support.http_api import Node, eventually, serving
+from tests.support.promises import PATIENCE_S
 
 
 @asynccontextmanager
@@ -43,7 +44,7 @@ async def ask(dns: DnsServer, name: str, kind: str = "A", *, udp: bool = True, e
             client.setblocking(False)
             await loop.sock_connect(client, ("127.0.0.1", dns.port))
             await loop.sock_sendall(client, bytes(question.pack()))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 return DNSRecord.parse(await loop.sock_recv(client, 65535))
     reader, writer = await asyncio.open_connection("127.0.0.1", dns.port)
     data = bytes(question.pack())
@@ -61,7 +62,7 @@ def values(reply: DNSRecord) -> list[str]:
 
 async def settle(node: Node, dns: DnsServer, name: str, count: int) -> DNSRecord:
     """Ask until the view shows what was registered."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while len((reply := await ask(dns, name, edns=4096)).rr) != count:
             pass
         return reply

@@ -16,6 +16,7 @@ import pytest
 from node.errors import Busy, NoLeader, UnknownOutcome
 from node.http.context import HttpOptions
 from tests.support.http_api import Node, eventually, serving
+from tests.support.promises import PATIENCE_S
 
 WEB = {"Name": "web", "ID": "web-1", "Port": 80, "Tags": ["a", "b"], "Meta": {"v": "1"}, "Check": {"TTL": "30s"}}
 
@@ -221,11 +222,11 @@ async def test_l7_intention_counts_as_deny_for_check_and_authorize(tmp_path: Pat
             async with node.http.post(node.url + "/v1/agent/connect/authorize", json=ask) as answer:
                 return bool((await answer.json())["Authorized"])
 
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while not await authorized():
                 pass
         await node.put("/v1/connect/revocations", {"Kind": "service", "Value": "web"})
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while await authorized():
                 pass
 

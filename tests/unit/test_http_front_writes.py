@@ -17,6 +17,7 @@ from node.http.context import HttpOptions
 from node.http.front.listener import Front
 from node.http.plain_writes import PLAIN_WRITES
 from tests.support.http_api import Node, eventually, serving
+from tests.support.promises import PATIENCE_S
 from tests.support.raw_http import RawAnswer, RawClient
 
 HOST = b"Host: 127.0.0.1:8500\r\n"
@@ -178,7 +179,7 @@ async def test_who_hangs_up_leaves_a_write_that_goes_on(tmp_path: Path) -> None:
         await eventually(lambda: not front.connections)
         waiting.pop()(Applied(1, True))
         assert front.writes is not None
-        await asyncio.wait_for(front.writes.settled(60), 1)
+        await asyncio.wait_for(front.writes.settled(3600), PATIENCE_S)
 
 
 async def test_a_write_in_progress_is_answered_while_the_listener_ends(tmp_path: Path) -> None:

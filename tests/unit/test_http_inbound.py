@@ -11,6 +11,7 @@ import pytest
 
 from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.support.http_filter import App, Rig, Seen, policy_of, rig, simple
+from tests.support.promises import PATIENCE_S
 
 GET = b"GET /x HTTP/1.1\r\nHost: db\r\n\r\n"
 ONLY_PUBLIC = policy_of(
@@ -52,7 +53,7 @@ def replies(data: bytes) -> list[tuple[int, dict[str, str], bytes]]:
     return found
 
 
-async def wait_for(condition: object, timeout_s: float = 5.0) -> None:
+async def wait_for(condition: object, timeout_s: float = PATIENCE_S) -> None:
     """Await a condition that the filter's timers bring about."""
     assert callable(condition)
     async with asyncio.timeout(timeout_s):
@@ -283,7 +284,7 @@ async def test_expect_is_refused_before_the_body_is_sent() -> None:
     async with rig(policy=ONLY_PUBLIC) as r:
         reader, writer = await r.connect()
         writer.write(b"POST /admin HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n")
-        data = await asyncio.wait_for(reader.read(), 5)
+        data = await asyncio.wait_for(reader.read(), PATIENCE_S)
         assert b" 403 " in data
         assert b"connection: close" in data
         writer.close()
@@ -334,7 +335,7 @@ async def test_a_websocket_can_be_cut() -> None:
         await reader.readuntil(b"\r\n\r\n")
         for connection in list(r.http.connections):
             connection.cut()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), PATIENCE_S)
         with pytest.raises(ConnectionError):
             await reader.read()
         writer.close()
@@ -484,7 +485,7 @@ async def test_a_response_that_never_ends_is_cut_but_a_long_upload_is_not() -> N
         writer.write(GET)
         await reader.readuntil(b"\r\n\r\n")
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
-            await asyncio.wait_for(reader.readexactly(100_000), 5)
+            await asyncio.wait_for(reader.readexactly(100_000), PATIENCE_S)
         assert r.stats.requests == {("POST", 200, "app"): 1, ("GET", 0, "cut"): 1}
         assert not r.http.connections
         writer.close()
@@ -558,7 +559,7 @@ async def test_the_app_is_let_go_when_the_client_leaves() -> None:
         # A reset; the mere end of what the client sends does not mean that it awaits no answer.
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), PATIENCE_S)
         await wait_for(lambda: not r.http.connections)
 
 
@@ -578,12 +579,12 @@ async def test_a_head_that_trickles_is_a_408_and_an_idle_connection_ends() -> No
     async with rig(head_timeout_s=0.05) as r:
         reader, writer = await r.connect()
         writer.write(b"GET / HT")
-        assert b" 408 " in await asyncio.wait_for(reader.read(), 5)
+        assert b" 408 " in await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
     async with rig(idle_timeout_s=0.05) as r:
         reader, writer = await r.connect()
         writer.write(GET)
-        data = await asyncio.wait_for(reader.read(), 5)
+        data = await asyncio.wait_for(reader.read(), PATIENCE_S)
         assert data.endswith(b"ok")
         writer.close()
 
@@ -604,7 +605,7 @@ async def test_limits(data: bytes) -> None:
     async with rig(head_bytes_max=1000, header_count_max=20) as r:
         reader, writer = await r.connect()
         writer.write(data)
-        answer = await asyncio.wait_for(reader.read(), 5)
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
         assert b" 431 " in answer
         assert r.app.seen == []
@@ -623,9 +624,9 @@ async def test_draining_lets_requests_end_and_closes() -> None:
         writer.write(GET)
         await wait_for(lambda: r.app.seen and len(r.http.connections) == 2)
         r.http.drain()
-        assert await asyncio.wait_for(idle_reader.read(), 5) == b""
+        assert await asyncio.wait_for(idle_reader.read(), PATIENCE_S) == b""
         go_on.set()
-        assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"ok")
+        assert (await asyncio.wait_for(reader.read(), PATIENCE_S)).endswith(b"ok")
         idle_writer.close()
         writer.close()
 

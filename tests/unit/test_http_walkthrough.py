@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from tests.support.http_api import Node, serving
+from tests.support.promises import PATIENCE_S
 
 SERVER_SIDECAR = {
     "Name": "echo-server-sidecar-proxy",
@@ -53,7 +54,7 @@ class Stream:
         self.versions: list[int] = []
 
     async def until(self, condition: Any) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition(self.known):
                 line = json.loads(await self.response.content.readline())
                 self.versions.append(line.pop("Version"))

@@ -24,6 +24,7 @@ from raftstate.state.commands import (
     RegisterService,
     UpsertIntention,
 )
+from tests.support.promises import PATIENCE_S
 
 
 def follow(backend: LocalBackend, name: str, **params: Any) -> Any:
@@ -31,7 +32,7 @@ def follow(backend: LocalBackend, name: str, **params: Any) -> Any:
 
 
 async def step(events: AsyncIterator[ViewEvent]) -> ViewEvent:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         return await anext(events)
 
 

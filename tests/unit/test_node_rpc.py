@@ -14,6 +14,7 @@ from node.errors import BadRequest, Busy, NodeError, NoLeader, Refused, TimedOut
 from node.faults import FaultFilter
 from node.rpc.server import Call, Methods, Upload
 from tests.support.both_loops import both_loops
+from tests.support.promises import PATIENCE_S
 from tests.support.rpc import eventually, rpc_ends
 
 
@@ -213,7 +214,7 @@ async def test_a_lost_connection_fails_what_waits_at_once(tmp_path: Path) -> Non
 async def test_ping_proves_the_peer_alive(tmp_path: Path) -> None:
     async with rpc_ends(tmp_path, Served().methods) as ends:
         connection = await ends.dial()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await connection.ping()
         connection.close()
 

@@ -12,6 +12,7 @@ from proxy.authz import Decision, Request
 from proxy.http2.half import STREAM_WINDOW_BYTES, STREAMS_MAX
 from raftstate.model.intention import HeaderMatch, HTTPMatch, Intention, Permission
 from tests.support.http_filter import WEB, App, Seen, policy_of, rig
+from tests.support.promises import PATIENCE_S
 from tests.support.sidecars import until
 from tests.unit.test_http2_inbound import setting
 
@@ -41,7 +42,7 @@ async def test_http1_is_decided_by_headers_and_only_of_those_whose_permissions_c
         assert r.http.recheck({("other", "other-1")}) == 0
         assert r.http.recheck(SOURCES) == 1
         assert r.http.recheck(SOURCES) == 0, "it has ended"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert await reader.readline() == b"HTTP/1.1 403 Forbidden\r\n"
         assert r.stats.requests == {("GET", 403, "denied"): 1}
         writer.close()
@@ -55,7 +56,7 @@ async def test_a_path_that_the_app_may_read_in_another_way_is_not_allowed_afterw
         assert r.app.seen[0].target == "/public/../secret/../public/a", "no permissions: passed on as it came"
         r.policy = policy_of(only(HTTPMatch(path_prefix="/public")))
         assert r.http.recheck(SOURCES) == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert b" 403 " in await reader.readline()
         writer.close()
 
@@ -70,7 +71,7 @@ async def test_an_upload_under_way_is_ended_and_one_still_allowed_keeps_no_trail
         await until(lambda: r.app.raw.count(b"POST") == 2)
         r.policy = policy_of(only(HTTPMatch(path_exact="/kept")))
         assert r.http.recheck(SOURCES) == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             assert b" 403 " in await dropped[0].readline()
             kept[1].write(b"0\r\nX-Late: 1\r\n\r\n")
             assert b" 200 " in await kept[0].readline()

@@ -24,6 +24,7 @@ from raftstate.errors import (
 from raftstate.raft import Members, RaftConfig
 from raftstate.raft_election import CANDIDATE
 from raftstate.replica import Replica
+from tests.support.promises import PATIENCE_S
 from tests.support.raft_cluster import FAST, ReplicaCluster
 from tests.support.raft_machine import RegisterMachine, command
 
@@ -36,7 +37,7 @@ def registers(replica: Replica) -> dict[str, str]:
 
 async def turns_until(true: Callable[[], bool]) -> None:
     """Look in every turn of the loop, where what is looked for may be over in the next."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             if true():
                 return
@@ -350,7 +351,7 @@ async def test_a_failed_sync_stops_the_server(
             patch.setattr(DiskAio, "sync", full_later)
             with pytest.raises(RaftError):
                 await leader.apply(command("r1", "k", "v"))
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(PATIENCE_S):
                 failure = await cluster.failures.get()
         assert "disk" in str(failure)
         with pytest.raises(RaftError, match="takes no part"):

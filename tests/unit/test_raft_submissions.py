@@ -11,6 +11,7 @@ import pytest
 
 from raftstate.errors import NotLeader, RaftError, Stopped, TooBusy, UnknownOutcome
 from raftstate.raft import RaftConfig
+from tests.support.promises import PATIENCE_S
 from tests.support.raft_cluster import ReplicaCluster
 from tests.support.raft_machine import command
 
@@ -27,7 +28,7 @@ class Caller:
         self._news.set()
 
     async def heard(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await self._news.wait()
 
 

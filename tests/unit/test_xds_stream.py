@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from node.xds.server import _Stream
+from tests.support.promises import PATIENCE_S
 
 
 class Context:
@@ -75,10 +76,10 @@ async def test_a_message_that_is_on_its_way_leaves_before_the_stream_ends() -> N
     )
     running = asyncio.ensure_future(stream.run(cast(Any, Known())))
     stream.look_anew()
-    await asyncio.wait_for(context.begun.wait(), 5)
+    await asyncio.wait_for(context.begun.wait(), PATIENCE_S)
     over.set()
     done, _ = await asyncio.wait([running], timeout=0.1)
     assert not done, "gRPC refuses to end a stream on which it is sending"
     context.may_leave.set()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, PATIENCE_S)
     assert context.sent == ["clusters"]
