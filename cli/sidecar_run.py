@@ -148,6 +148,7 @@ class Runner:
         self.stopping = asyncio.Event()
         self.ports = BoundPorts(0)
         self._upstream_lines: dict[str, str] = {}
+        self._registered = True
         self._child: asyncio.subprocess.Process | None = None
         self._files = files
         self._signals: list[signal.Signals] = []
@@ -241,6 +242,10 @@ class Runner:
         if not self.ready.is_set() and self.sidecar.ready:
             self._introduce()
             self.ready.set()
+        if config.registered != self._registered:
+            self._registered = config.registered
+            gone = f"{self.plan.service_id} was deregistered: the calls to it have ended, and none is taken"
+            say(gone if not config.registered else f"{self.plan.service_id} is registered again, and takes calls")
         for spec in config.upstreams:
             if spec.error:
                 line = f"upstream {spec.name}: {spec.error}"

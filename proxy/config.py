@@ -19,6 +19,7 @@ from raftstate.model.sidecar import SidecarSelf, SidecarUpdate, SidecarUpstream
 log = logging.getLogger("lictor.proxy")
 
 SELF, TLS, POLICY, REVOCATIONS, UPSTREAMS = "self", "tls", "policy", "revocations", "upstreams"
+REGISTERED = "registered"
 
 
 class Configuration:
@@ -26,6 +27,8 @@ class Configuration:
 
     def __init__(self) -> None:
         self.version = 0
+        self.registered = True
+        """False: our instance was deregistered. Nobody may call it then."""
         self.self: SidecarSelf | None = None
         self.material: TlsMaterial | None = None
         self.tls_due = False
@@ -79,6 +82,10 @@ class Configuration:
         if update.upstreams is not None and update.upstreams != self.upstreams:
             self.upstreams = update.upstreams
             changed.add(UPSTREAMS)
+        if update.registered is not None and update.registered != self.registered:
+            self.registered = update.registered
+            self.policy_version += 1
+            changed.add(REGISTERED)
         return changed
 
     def _takes_tls(self, update: SidecarUpdate) -> bool:

@@ -199,6 +199,8 @@ class Desk:
             return self._refuse(identity, frames.NOT_READY, f"sidecar still awaits: {', '.join(config.missing())}")
         if self.draining:
             return self._refuse(identity, frames.DRAINING, "sidecar is draining")
+        if not config.registered:
+            return self._refuse(identity, frames.NOT_READY, f"{me.service_id} was deregistered")
         if service and service != me.service:
             return self._refuse(identity, frames.WRONG_SERVICE, f"this is {me.service}, not {service}")
         if not me.local_port:
@@ -242,6 +244,8 @@ class Desk:
         if decision is None:
             if config.policy is None or config.self is None:
                 return NOT_KNOWN
+            if not config.registered:
+                return DEREGISTERED
             decision = config.policy.decide(identity, config.self.service, config.self.service_id)
             if len(self._decisions) >= MAX_DECISIONS:
                 self._decisions.clear()
@@ -325,7 +329,8 @@ class Desk:
             self._log.warning("requests ended by permissions", text)
 
     def _cut(self, call: Call, reason: str) -> None:
-        self._metrics.count("lictor_cut_total", direction="inbound", reason="denied")
+        cause = "denied" if self._config.registered else "deregistered"
+        self._metrics.count("lictor_cut_total", direction="inbound", reason=cause)
         self._log.warning(f"cut {reason}", f"live call from {call.identity.service} ended: {reason}")
         call.cut(frames.DENIED, reason)
 
@@ -354,3 +359,4 @@ def _overdue(deadlines: dict[Call, float], now: float) -> list[Call]:
 
 
 NOT_KNOWN = Decision(False, None, "intentions are not known yet")
+DEREGISTERED = Decision(False, None, "the instance was deregistered")

@@ -210,7 +210,7 @@ class Sidecar:
             material = config.material if config.revocations is not None else None
             self._pool.use(material, config.self.trust_domain if config.self else "", config.revoked)
             self._public.recheck()
-        if changed & {sections.POLICY, sections.SELF}:
+        if changed & {sections.POLICY, sections.SELF, sections.REGISTERED}:
             if sections.SELF in changed:
                 config.policy_version += 1  # decisions are about the service and instance that we are
             self._desk.recheck()
@@ -398,7 +398,7 @@ class Sidecar:
     @property
     def ready(self) -> bool:
         """Whether calls can be taken and made."""
-        return self.config.ready and self._running and not self.draining
+        return self.config.ready and self.config.registered and self._running and not self.draining
 
     def clusters(self) -> list[dict[str, object]]:
         """Return the upstreams with their instances as this sidecar sees them."""

@@ -340,7 +340,8 @@ class WorkerGroup:
     def ready(self) -> bool:
         """Whether every worker takes and makes calls."""
         served = len(self._workers) == self._count and all(each.applied >= 0 for each in self._workers.values())
-        return self.config.ready and self._running and not self.draining and served
+        able = self.config.ready and self.config.registered and not self.draining
+        return able and self._running and served
 
     @property
     def pids(self) -> list[int]:

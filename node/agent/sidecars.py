@@ -83,6 +83,7 @@ class SidecarFeed:
         self._options, self._views, self._leaves, self._row, self._proxy = options, views, leaves, row, row.proxy
         self._wake = asyncio.Event()
         self._closed = False
+        self._registered = True
         self._version = 0
         self._sent: dict[str, Any] = {}
         self._upstreams: list[_UpstreamState] = []
@@ -95,9 +96,10 @@ class SidecarFeed:
     def _instance(self) -> str:
         return self._proxy.destination_service_id
 
-    def close(self) -> None:
-        """End the stream."""
+    def close(self, *, deregistered: bool = False) -> None:
+        """End the stream; ``deregistered``: because the registration goes, which its last line says."""
         self._closed = True
+        self._registered = self._registered and not deregistered
         self._wake.set()
 
     def remember(self, left: Mapping[str, Iterable[Endpoint]]) -> None:
@@ -144,6 +146,8 @@ class SidecarFeed:
                     continue
                 if not await self._sleep(self._options.heartbeat_s) and not self._closed:
                     yield self._update({})
+            if not self._registered:
+                yield self._update({"registered": False})
         finally:
             stop_leaf()
             leaf.holders -= 1
@@ -206,6 +210,7 @@ class SidecarFeed:
             "default_allow": self._options.default_allow,
             "revocations": revocations.typed(Revocation) if revocations.known else None,
             "upstreams": None if None in found else tuple(found),
+            "registered": True,
         }
 
     @property

@@ -218,7 +218,7 @@ class SidecarStreams:
     def end(self, sidecar_id: str) -> None:
         """End one sidecar's stream, because its registration goes."""
         if (held := self._live.get(sidecar_id)) is not None:
-            held.feed.close()
+            held.feed.close(deregistered=True)
 
     def end_all(self) -> None:
         """End all streams because the process ends. The sidecars live on: their checks stay as they are."""

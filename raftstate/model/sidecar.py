@@ -116,3 +116,6 @@ class SidecarUpdate(Wire, frozen=True, omit_defaults=True):
     """What holds when no intention matches. Missing knowledge is deny, whatever this says."""
     revocations: tuple[Revocation, ...] | None = None
     upstreams: tuple[SidecarUpstream, ...] | None = None
+    registered: bool | None = None
+    """False, in a stream's last line: the sidecar or its instance was deregistered. Calls to the app end, and none is
+    taken until a line says True; the app's own calls go on."""

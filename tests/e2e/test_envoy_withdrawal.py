@@ -423,3 +423,28 @@ def test_requests_under_way_to_an_instance_that_is_revoked_end(stage: Mesh) -> N
             ours.close()
             theirs.close()
             restore(stage, "site-1")
+
+
+@pytest.mark.parametrize("kind", [LICTOR, ENVOY])
+def test_requests_under_way_at_an_instance_that_is_deregistered_end(stage: Mesh, kind: str) -> None:
+    """Their caller's Envoy ends none of them: the instance's own sidecar does."""
+    for name in ("site", "news"):
+        stage.api().put("/v1/config", {"Kind": "service-defaults", "Name": name, "Protocol": "http"})
+        allow(stage, "shop", name)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Streaming)) as port:
+        for name in ("site", "news"):
+            stand(stage, kind, name, port)
+        stand(stage, ENVOY, "shop", 0, "-upstreams", "site,news")
+        site, news = (upstream(stage, "shop-1", name) for name in ("site", "news"))
+        for address in (site, news):
+            assert wait_until(lambda at=address: http_call(at, "GET", "/b")[0] == 200, TIMEOUT_S)
+        ours, theirs = _Stream(site, "/stream"), _Stream(news, "/stream")
+        try:
+            since = Since()
+            stage.api().put("/v1/agent/service/deregister/site-1")
+            ends(ours, since)
+            assert http_call(site, "GET", "/b")[0] == 503
+            untouched(stage, "shop-1", theirs)
+        finally:
+            ours.close()
+            theirs.close()

@@ -19,7 +19,7 @@ from proxy.sidecar import Sidecar, SidecarOptions
 from raftstate.model.connect import Revocation
 from tests.support.loops import with_mesh
 from tests.support.promises import PATIENCE_S, promptly
-from tests.support.sidecars import Mesh, digest, hang_up, naming, until
+from tests.support.sidecars import Mesh, digest, echo, hang_up, naming, until
 
 
 @with_mesh
@@ -233,6 +233,39 @@ async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
         async with promptly():
             await reader.read()
     await hang_up(writer)
+
+
+@with_mesh
+async def test_an_instance_that_was_deregistered_ends_its_callers_calls_itself(mesh: Mesh) -> None:
+    """Whoever calls may not know of it: another mesh's proxy, or one whose agent is away."""
+    client, server, _ = await mesh.pair()
+    behind = await mesh.app(echo)
+    far = await mesh.member("far", "far-1", port=behind.port)
+    await far.allow("backend")
+    server_calls = await mesh.member("backend", "backend-2", upstreams=("far",))
+    await server_calls.route("far", far.endpoint)
+    reader, writer = await client.dial()
+    own_reader, own_writer = await server_calls.dial("far")
+    for r, w in ((reader, writer), (own_reader, own_writer)):
+        w.write(b"one\n")
+        assert await r.readline() == b"one\n"
+    for each in (server, server_calls):
+        await each.push(registered=False)
+    with pytest.raises(ConnectionError):
+        async with promptly():
+            await reader.read()
+    assert await client.ask() == b""
+    assert not server.sidecar.ready
+    own_writer.write(b"two\n")
+    assert await own_reader.readline() == b"two\n", "what its app calls goes on"
+    await server.push(registered=True)
+    assert server.sidecar.ready
+    async with asyncio.timeout(10):
+        while await client.ask() != b"hi\n":
+            pass
+    assert 'lictor_cut_total{direction="inbound",reason="deregistered"} 1' in server.sidecar.metrics.render()
+    for w in (writer, own_writer):
+        await hang_up(w)
 
 
 @with_mesh

@@ -98,6 +98,19 @@ async def test_workers_that_die_are_replaced_by_ones_that_know_all_and_drain_end
     assert await client.ask() == b""
     await server.allow("web")
 
+    await server.push(registered=False)
+    for pid in (known := group.pids):
+        os.kill(pid, signal.SIGKILL)  # the next ones must know of it too
+    await until(
+        lambda: len(set(group.pids) - set(known)) == 2 == sum(w.applied >= 0 for w in group._workers.values()), 60
+    )
+    assert (await client.ask(), group.ready) == (b"", False)
+    await server.push(registered=True)
+    assert group.ready
+    async with asyncio.timeout(20):
+        while await client.ask() != b"hi\n":
+            pass
+
     reader, writer = await client.dial()
     writer.write(b"one\n")
     assert await reader.readline() == b"one\n"

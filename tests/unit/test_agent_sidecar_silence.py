@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ async def test_who_promises_no_answers_is_judged_by_the_stream_alone(tmp_path: P
             await stream.content.readline()
         assert status(node)[0] == "passing"
         stream.close()
+
+
+@pytest.mark.parametrize("gone", ["echo-server-1", SIDECAR])
+async def test_the_last_line_says_that_the_registration_has_gone(tmp_path: Path, gone: str) -> None:
+    async with serving(tmp_path) as node:
+        await register(node)
+        stream = await opened(node)
+        first = json.loads(await stream.content.readline())
+        assert first["Registered"] is True
+        await node.put(f"/v1/agent/service/deregister/{gone}")
+        lines = [json.loads(line) for line in (await stream.content.read()).splitlines()]
+        assert lines[-1]["Registered"] is False
+        assert [line for line in lines[:-1] if line.get("Registered") is False] == []
+
+
+async def test_an_agent_that_ends_says_nothing_of_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as node:
+        await register(node)
+        stream = await opened(node)
+        assert json.loads(await stream.content.readline())["Registered"] is True
+        node.agent.streams.end_all()
+        lines = [json.loads(line) for line in (await stream.content.read()).splitlines()]
+        assert [line for line in lines if line.get("Registered") is False] == []
 
 
 async def test_a_second_sidecar_of_an_instance_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
