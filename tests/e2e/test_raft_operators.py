@@ -19,7 +19,7 @@ from cli.demo_stage import free_offset, wait_until
 from cli.errors import CliError
 from tests.support.promises import PATIENCE_S
 
-LIVENESS = '\n[liveness]\nheartbeat = "200ms"\nnode_ttl = "1s"\nremove_server_after = "2s"\n'
+LIVENESS = '\n[liveness]\nheartbeat = "200ms"\nnode_ttl = "3s"\nremove_server_after = "4s"\n'
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
 
         lictor(supervisor, "server-4", "raft", "transfer-leader", "-id", third)
         assert wait_until(lambda: supervisor.leader() == third, PATIENCE_S)
-        # Else autopilot may take out the dead one before the operator does, 3 s after it stopped.
+        # Else autopilot may take out the dead one before the operator does, 7 s after it stopped.
         assert "CleanupDeadServers = true" in lictor(supervisor, other, "autopilot", "get-config")
         lictor(supervisor, other, "autopilot", "set-config", "-cleanup-dead-servers=false")
         supervisor.stop(["server-5"])
@@ -100,7 +100,7 @@ def test_servers_are_added_removed_moved_and_cleaned_up_while_it_runs(tmp_path: 
 
         # Autopilot: what is set is replicated, what is shown is what is done.
         found = json.loads(lictor(supervisor, third, "autopilot", "get-config", "-json"))
-        assert (found["CleanupDeadServers"], found["MinQuorum"], found["RemoveServerAfter"]) == (False, 3, "2s")
+        assert (found["CleanupDeadServers"], found["MinQuorum"], found["RemoveServerAfter"]) == (False, 3, "4s")
         supervisor.kill("server-4")
 
         def report() -> dict[str, Any]:

@@ -474,11 +474,11 @@ async def test_a_response_that_never_ends_is_cut_but_a_long_upload_is_not() -> N
                 return
             await asyncio.sleep(0.01)
 
-    async with rig(App(answer=trickle), response_timeout_s=0.2) as r:
+    async with rig(App(answer=trickle), response_timeout_s=1.0) as r:
         reader, writer = await r.connect()
         writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
         for _ in range(4):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.3)  # the upload takes longer than the response may
             writer.write(b"x")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
         await reader.readexactly(100_000)
