@@ -15,7 +15,16 @@ from node.http.errors import BadRequest, NotFound
 from node.http.reading import answer, filtered, read
 from node.http.respond import json_response
 from node.http.writing import read_body, write
-from raftstate.chain import KINDS, BadEntry, check_entry, check_expressions, check_served
+from proxy.authz import check_permission
+from raftstate.chain import (
+    INTENTIONS,
+    KINDS,
+    BadEntry,
+    check_entry,
+    check_expressions,
+    check_intentions,
+    check_served,
+)
 from raftstate.model.plan import Plan
 from raftstate.state import commands
 
@@ -40,8 +49,23 @@ async def put(ctx: Context, request: web.Request) -> web.StreamResponse:
             check_served(kind, name, spelt)
         except BadEntry as error:
             raise BadRequest(str(error)) from error
+    elif kind == INTENTIONS:
+        body = _checked_intentions(name, body)
     command = commands.SetConfigEntry(kind=kind, name=name, entry=body, cas_index=cas_index(request))
     return json_response(request, await write(ctx, request, command))
+
+
+def _checked_intentions(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return a service-intentions entry as Consul's API spells it. Raises BadRequest."""
+    entry = {key: value for key, value in body.items() if key not in ("CreateIndex", "ModifyIndex")}
+    try:
+        spelt, permissions = check_intentions(name, entry)
+    except BadEntry as error:
+        raise BadRequest(str(error)) from error
+    for at, permission in permissions:
+        if problem := check_permission(permission):
+            raise BadRequest(f"{INTENTIONS} {name!r}: {at}: {problem}")
+    return spelt
 
 
 def _take(body: dict[str, Any], name: str) -> str:

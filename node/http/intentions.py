@@ -18,7 +18,7 @@ from node.http.respond import json_response
 from node.http.writing import body_as, write
 from proxy.authz import check_permission, compile_policy
 from raftstate.model.identity import Identity
-from raftstate.model.intention import ALLOW, WILDCARD, Intention
+from raftstate.model.intention import ALLOW, WILDCARD, HTTPMatch, Intention, Permission
 from raftstate.state import commands
 
 routes = Routes("intentions")
@@ -79,6 +79,8 @@ def _prepared(body: Intention, **changes: Any) -> Intention:
         # A sidecar would take it for a denial; whoever wrote it should hear of it now.
         if problem := check_permission(permission):
             raise BadRequest(f"Permissions[{number}]: {problem}")
+        if permission.http == HTTPMatch():
+            raise BadRequest(f'Permissions[{number}].HTTP must say what is meant; for every request: PathPrefix "/"')
     return msgspec.structs.replace(
         body,
         source_ns=body.source_ns or "default",
@@ -93,15 +95,28 @@ def _prepared(body: Intention, **changes: Any) -> Intention:
     )
 
 
+class PermissionBody(Permission, frozen=True, kw_only=True):
+    """A permission as a request gives it, with what would be a condition of it and can't be had."""
+
+    jwt: dict[str, Any] | None = msgspec.field(default=None, name="JWT")
+
+
 class IntentionBody(Intention, frozen=True, kw_only=True):
     """An intention as a request gives it: on the exact endpoint the names stand in the query."""
 
     source_name: str = ""
     destination_name: str = ""
+    permissions: tuple[PermissionBody, ...] = ()
 
     def intention(self) -> Intention:
-        """Return it as the model's type."""
-        return Intention(**msgspec.structs.asdict(self))
+        """Return it as the model's type. Raises BadRequest where a permission asks for a JWT."""
+        for number, one in enumerate(self.permissions):
+            if one.jwt:
+                raise BadRequest(
+                    f"Permissions[{number}].JWT: there are no JWTs here: who calls is known by certificate"
+                )
+        plain = tuple(Permission(one.action, one.http) for one in self.permissions)
+        return Intention(**{**msgspec.structs.asdict(self), "permissions": plain})
 
 
 @routes.add("GET", "/v1/connect/intentions", answer=list[IntentionRow])

@@ -119,14 +119,18 @@ def _header(match: HeaderMatch, *, deny: bool) -> Rule:
 
 def _element(match: HeaderMatch) -> str:
     if match.exact:
-        return re.escape(match.exact)
+        return _text(match.exact, match)
     if match.prefix:
-        return re.escape(match.prefix) + "[^,]*"
+        return _text(match.prefix, match) + "[^,]*"
     if match.suffix:
-        return "[^,]*" + re.escape(match.suffix)
+        return "[^,]*" + _text(match.suffix, match)
     if match.contains:
-        return "[^,]*" + re.escape(match.contains) + "[^,]*"
+        return "[^,]*" + _text(match.contains, match) + "[^,]*"
     return match.regex
+
+
+def _text(value: str, match: HeaderMatch) -> str:
+    return f"(?i:{re.escape(value)})" if match.ignore_case else re.escape(value)
 
 
 def _exact(name: str, value: str) -> Rule:

@@ -137,7 +137,9 @@ def _header_condition(match: HeaderMatch, *, every: bool) -> Condition:
     invert = match.invert
     if match.present:
         return lambda request: bool(request.values(name)) is not invert
-    test = _value_test(kinds[0], getattr(match, kinds[0]))
+    if match.ignore_case and kinds[0] == "regex":
+        raise InvalidPermission(f"header {match.name!r}: ignore_case does not go with regex: write (?i) there")
+    test = _value_test(kinds[0], getattr(match, kinds[0]), fold=match.ignore_case)
     combine = all if every else any
 
     def condition(request: Request) -> bool:
@@ -149,8 +151,17 @@ def _header_condition(match: HeaderMatch, *, every: bool) -> Condition:
     return condition
 
 
-def _value_test(kind: str, text: str) -> Callable[[bytes], bool]:
+def _value_test(kind: str, text: str, *, fold: bool) -> Callable[[bytes], bool]:
     value = text.encode()
+    if fold:
+        value = value.lower()
+        if kind == "exact":
+            return lambda given: given.lower() == value
+        if kind == "prefix":
+            return lambda given: given.lower().startswith(value)
+        if kind == "suffix":
+            return lambda given: given.lower().endswith(value)
+        return lambda given: value in given.lower()
     if kind == "exact":
         return lambda given: given == value
     if kind == "prefix":

@@ -42,7 +42,7 @@ from raftstate.model.plan import POLICIES, PROTOCOLS, HeaderChange, HeaderCondit
 REGEX_MEMORY_BYTES = 1 << 20
 ITEMS_MAX = 512
 """Routes, splits, subsets and failover targets of one entry."""
-_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"))
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"))
 _RETRY_ON = frozenset(
     (
         "5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "envoy-ratelimited",
@@ -72,8 +72,7 @@ def check_entry(kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, Any
 
     Everything is checked but regular expressions and filters: see :func:`check_expressions`.
     """
-    spelt = _spell(entry, _shapes()[kind], kind, name, "")
-    assert isinstance(spelt, dict)
+    spelt = spell(entry, _shapes()[kind], kind, name)
     for field, text in _problems(read_entry(kind, name, spelt)):
         raise BadEntry(kind, name, field, text)
     return spelt
@@ -116,6 +115,13 @@ def regex_problem(pattern: str) -> str:
         reason = error.args[0] if error.args else "does not compile"
         return f"{pattern[:80]!r}: {reason.decode() if isinstance(reason, bytes) else reason}"
     return ""
+
+
+def spell(entry: Mapping[str, Any], form: shape.Type, kind: str, name: str) -> dict[str, Any]:
+    """Return an entry of a form with its keys as Consul's API spells them. Raises :class:`BadEntry` for others."""
+    spelt = _spell(entry, form, kind, name, "")
+    assert isinstance(spelt, dict)
+    return spelt
 
 
 def _spell(value: Any, form: shape.Type, kind: str, name: str, at: str) -> Any:
@@ -210,7 +216,7 @@ def _route(route: RoutePart, at: str) -> Problems:
     for number, query in enumerate(http.query_param):
         yield from _condition(query, f"{where}.QueryParam[{number}]")
     for number, method in enumerate(http.methods):
-        if method.upper() not in _METHODS:
+        if method.upper() not in METHODS:
             yield f"{where}.Methods[{number}]", f"{method!r} is no HTTP method"
     if route.destination is not None:
         yield from _destination(route.destination, f"{at}.Destination", bool(http.path_exact or http.path_prefix))

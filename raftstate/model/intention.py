@@ -27,6 +27,8 @@ class HeaderMatch(Wire, frozen=True):
     contains: str = ""
     regex: str = ""
     invert: bool = False
+    ignore_case: bool = False
+    """Of ASCII letters, in ``exact``, ``prefix``, ``suffix`` and ``contains``."""
 
 
 class HTTPMatch(Wire, frozen=True):

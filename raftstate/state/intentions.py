@@ -188,6 +188,11 @@ def _require_permission(permission: Permission, where: str) -> None:
                 INVALID,
                 f"{where}.HTTP.Header {header.name!r} needs one of Present, Exact, Prefix, Suffix, Contains, Regex",
             )
+        if header.ignore_case and (header.present or header.regex):
+            raise Refused(
+                INVALID,
+                f"{where}.HTTP.Header {header.name!r}: IgnoreCase goes with Exact, Prefix, Suffix or Contains only",
+            )
 
 
 def _patterns(http: HTTPMatch) -> Iterable[str]:

@@ -99,6 +99,11 @@ def test_regex_covers_the_whole_path() -> None:
     [
         (HeaderMatch(name="X-Role", exact="admin"), ["admin"], True, True),
         (HeaderMatch(name="x-role", exact="admin"), ["Admin"], False, False),
+        (HeaderMatch(name="x-role", exact="aDmin", ignore_case=True), ["Admin"], True, True),
+        (HeaderMatch(name="x-role", exact="aDmin", ignore_case=True), ["Admins"], False, False),
+        (HeaderMatch(name="x-role", prefix="aDm", ignore_case=True), ["AdMin", "x"], False, True),
+        (HeaderMatch(name="x-role", suffix="miN", ignore_case=True), ["AdMin"], True, True),
+        (HeaderMatch(name="x-role", contains="dM", ignore_case=True, invert=True), ["AdMin"], False, False),
         (HeaderMatch(name="x-role", exact="admin"), [], False, False),
         (HeaderMatch(name="x-role", exact="admin"), ["admin", "guest"], False, True),
         (HeaderMatch(name="x-role", exact="admin", invert=True), ["guest"], True, True),

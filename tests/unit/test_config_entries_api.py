@@ -56,6 +56,57 @@ async def test_entries_are_checked_and_make_a_chain(tmp_path: Path) -> None:
             assert answer.status == 400
 
 
+def sources(**said: object) -> dict[str, object]:
+    return {"Kind": "service-intentions", "Name": "web", "Sources": [{"Name": "cli", **said}]}
+
+
+async def test_an_intention_that_is_misspelt_opens_nothing(tmp_path: Path) -> None:
+    """What is left of it when the unknown is left out would allow every request, or be no intention at all."""
+    every = {"PathPrefix": "/"}
+    async with serving(tmp_path) as node:
+        allow = {"Action": "allow", "HTTP": {"PathExact": "/a"}}
+        http = {"path_exact": "/a", "header": [{"name": "x", "exact": "Ab", "ignore_case": True}]}
+        source = {"name": "cli", "permissions": [{"action": "allow", "http": http}]}
+        spelt = {"kind": "service-intentions", "name": "web", "sources": [source]}
+        await node.put("/v1/config", spelt)
+        shown = await node.get("/v1/config/service-intentions/web")
+        (permission,) = shown["Sources"][0]["Permissions"]
+        assert permission["HTTP"]["PathExact"] == "/a"
+        assert permission["HTTP"]["Header"][0]["IgnoreCase"] is True
+        await node.put("/v1/config", shown)
+        for entry, said in (
+            ({**spelt, "souces": []}, "souces: there is no such field"),
+            (
+                sources(Permissions=[{"Action": "allow", "HTP": {"PathExact": "/a"}}]),
+                "Permissions[0].HTP: there is no",
+            ),
+            (sources(Permissions=[{"Action": "allow", "HTTP": {"PathExat": "/a"}}]), "HTTP.PathExat: there is no"),
+            (sources(Permissions=[{"Action": "allow"}]), "Sources[0].Permissions[0].HTTP: must say what is meant"),
+            (
+                sources(Permissions=[{**allow, "JWT": {"Providers": [{"Name": "okta"}]}}]),
+                "Permissions[0].JWT: there are",
+            ),
+            (sources(Permissions=[{**allow, "HTTP": {"PathRegex": "("}}]), "Permissions[0]: regular expression '('"),
+            (sources(Permissions=[{**allow, "HTTP": {"Methods": ["FROB"]}}]), "Methods[0]: 'FROB' is no HTTP method"),
+            (sources(Permissions=[{"Action": "maybe", "HTTP": every}]), "action 'maybe' is neither allow nor deny"),
+            (sources(Action="allow", Peer="east"), "Sources[0].Peer: there is no cluster peering"),
+            (sources(Action=1), "Sources[0].Action: Expected `str`"),
+        ):
+            async with node.http.put(node.url + "/v1/config", json=entry) as answer:
+                assert (answer.status, said in await answer.text()) == (400, True), await answer.text()
+        for permission, said in (
+            ({"Action": "allow"}, "Permissions[0].HTTP must say"),
+            ({**allow, "JWT": {"Providers": [{"Name": "okta"}]}}, "Permissions[0].JWT"),
+            ({"Action": "allow", "HTTP": {"Header": [{"Name": "x", "Regex": "a", "IgnoreCase": True}]}}, "case"),
+        ):
+            at = node.url + "/v1/connect/intentions/exact?source=cli&destination=api"
+            async with node.http.put(at, json={"Permissions": [permission]}) as answer:
+                assert (answer.status, said in await answer.text()) == (400, True), await answer.text()
+        assert await node.get("/v1/config/service-intentions/web") == shown | {
+            "ModifyIndex": (await node.get("/v1/config/service-intentions/web"))["ModifyIndex"]
+        }
+
+
 async def test_the_command_writes_reads_lists_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with serving(tmp_path) as node:
 

@@ -30,6 +30,7 @@ PERMISSIONS = st.sampled_from(
         Permission("allow", HTTPMatch(path_regex="/v[0-9]+/.*", methods=("get", "POST"))),
         Permission("allow", HTTPMatch(header=(HeaderMatch("x-role", exact="ops"),))),
         Permission("deny", HTTPMatch(header=(HeaderMatch("x-role", prefix="ev"),))),
+        Permission("allow", HTTPMatch(header=(HeaderMatch("x-role", exact="OPs", ignore_case=True),))),
         Permission("deny", HTTPMatch(header=(HeaderMatch("x-role", exact="ops", invert=True),))),
         Permission("allow", HTTPMatch(header=(HeaderMatch("x-role", contains="p", invert=True),))),
         Permission("deny", HTTPMatch(header=(HeaderMatch("x-role", present=True),))),
@@ -63,7 +64,7 @@ REQUESTS = [
         "/x;/y",
         *PARAMETERS,
     )
-    for roles in ([], [b"ops"], [b"evil"], [b"ops", b"evil"], [b"no"])
+    for roles in ([], [b"ops"], [b"evil"], [b"ops", b"evil"], [b"no"], [b"oPs"])
 ]
 SOURCES = [Identity(service, instance) for service in ("web", "api", "other") for instance in ("web-1", "web-2", "")]
 

@@ -61,6 +61,7 @@ class HeaderMatchRow(TypedDict):
     Contains: NotRequired[str]
     Regex: NotRequired[str]
     Invert: NotRequired[bool]
+    IgnoreCase: NotRequired[bool]
 
 
 class HttpMatchRow(TypedDict):
