@@ -131,6 +131,8 @@ def _spell(value: Any, form: shape.Type, kind: str, name: str, at: str) -> Any:
             each for each in form.types if isinstance(each, shape.StructType | shape.VarTupleType | shape.DictType)
         ]
         return _spell(value, forms[0], kind, name, at) if forms and value is not None else value
+    if isinstance(form, shape.VarTupleType) and isinstance(form.item_type, shape.StructType):
+        value = [value] if isinstance(value, Mapping) else value  # one block of HCL, where several would be a list
     if isinstance(form, shape.VarTupleType) and isinstance(value, list | tuple):
         return [_spell(each, form.item_type, kind, name, f"{at}[{n}]") for n, each in enumerate(value)]
     if isinstance(form, shape.DictType) and isinstance(value, Mapping):

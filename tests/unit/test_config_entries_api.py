@@ -73,7 +73,11 @@ async def test_an_intention_that_is_misspelt_opens_nothing(tmp_path: Path) -> No
         (permission,) = shown["Sources"][0]["Permissions"]
         assert permission["HTTP"]["PathExact"] == "/a"
         assert permission["HTTP"]["Header"][0]["IgnoreCase"] is True
+        one_block = {**spelt, "sources": source}  # of HCL, where several would be a list
+        await node.put("/v1/config", one_block)
+        assert (await node.get("/v1/config/service-intentions/web"))["Sources"] == shown["Sources"]
         await node.put("/v1/config", shown)
+        shown = await node.get("/v1/config/service-intentions/web")
         for entry, said in (
             ({**spelt, "souces": []}, "souces: there is no such field"),
             (
@@ -102,9 +106,7 @@ async def test_an_intention_that_is_misspelt_opens_nothing(tmp_path: Path) -> No
             at = node.url + "/v1/connect/intentions/exact?source=cli&destination=api"
             async with node.http.put(at, json={"Permissions": [permission]}) as answer:
                 assert (answer.status, said in await answer.text()) == (400, True), await answer.text()
-        assert await node.get("/v1/config/service-intentions/web") == shown | {
-            "ModifyIndex": (await node.get("/v1/config/service-intentions/web"))["ModifyIndex"]
-        }
+        assert await node.get("/v1/config/service-intentions/web") == shown, "nothing of them was taken"
 
 
 async def test_the_command_writes_reads_lists_and_deletes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
