@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import socketserver
+import ssl
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,19 @@ def revoke(mesh: Mesh, instance: str) -> None:
 
 def restore(mesh: Mesh, instance: str) -> None:
     mesh.api().write("DELETE", "/v1/connect/revocations", params={"kind": "instance", "value": instance})
+
+
+def tls_of(mesh: Mesh, service: str) -> ssl.SSLContext:
+    """Return what a caller that is no sidecar shows: a leaf of a service, of host A's agent."""
+    leaf = mesh.api().get(f"/v1/agent/connect/ca/leaf/{service}").json()
+    files = mesh.directory / f"{service}.pem"
+    files.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    roots = mesh.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
+    tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
+    tls.load_cert_chain(files)
+    return tls
 
 
 @contextmanager

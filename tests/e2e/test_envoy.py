@@ -28,6 +28,7 @@ from tests.e2e.support_envoy import (
     forbid,
     http_call,
     stand,
+    tls_of,
     upstream,
 )
 from tests.support.apps import serving
@@ -207,13 +208,7 @@ def test_a_rotation_of_the_authority_loses_no_call(stage: Mesh) -> None:
 def test_a_revoked_certificate_is_refused_and_its_connection_ended(stage: Mesh) -> None:
     allow(stage, "shop", "store")
     leaf = stage.api().get("/v1/agent/connect/ca/leaf/shop").json()
-    files = stage.directory / "shop.pem"
-    files.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls.check_hostname = False
-    roots = stage.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
-    tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
-    tls.load_cert_chain(files)
+    tls = tls_of(stage, "shop")
 
     def connect(port: int) -> Any:
         raw = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)

@@ -35,6 +35,7 @@ from tests.e2e.support_envoy import (
     restore,
     revoke,
     stand,
+    tls_of,
     upstream,
 )
 from tests.support.apps import serving
@@ -191,14 +192,7 @@ class Stranger:
     """A caller that is no sidecar: it has a certificate of a service and says what it likes of its name."""
 
     def __init__(self, mesh: Mesh, service: str) -> None:
-        leaf = mesh.api().get(f"/v1/agent/connect/ca/leaf/{service}").json()
-        files = mesh.directory / f"{service}.pem"
-        files.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._tls.check_hostname = False
-        roots = mesh.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
-        self._tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
-        self._tls.load_cert_chain(files)
+        self._tls = tls_of(mesh, service)
 
     def connect(self, port: int, name: str | None) -> ssl.SSLSocket:
         raw = socket.create_connection(("127.0.0.1", port), TIMEOUT_S)

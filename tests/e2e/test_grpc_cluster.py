@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from cli.envoy import find_binary
 from cli.errors import CliError
 from cli.hclfile import entry_of
 from tests.e2e.support_e2e import Mesh
-from tests.e2e.support_envoy import ENVOY, LICTOR, envoy_admin, stand, upstream
+from tests.e2e.support_envoy import ENVOY, LICTOR, envoy_admin, stand, tls_of, upstream
 from tests.support.promises import PATIENCE_S, Since
 
 UNARY, BOTH = "/test.Echo/Unary", "/test.Echo/Both"
@@ -206,14 +205,7 @@ def test_grpc_passes_between_lictors_sidecar_and_envoy(lictor: Mesh, caller: str
 
 def agreed_protocol(lictor: Mesh, source: str, instance: str) -> str | None:
     """Return what an instance's sidecar agrees on with a caller that offers HTTP/2 before HTTP/1.1."""
-    leaf = lictor.api().get(f"/v1/agent/connect/ca/leaf/{source}").json()
-    file = lictor.directory / f"{source}.pem"
-    file.write_text(leaf["CertPEM"] + leaf["PrivateKeyPEM"])
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls.check_hostname = False
-    roots = lictor.api().get("/v1/agent/connect/ca/roots").json()["Roots"]
-    tls.load_verify_locations(cadata="\n".join(root["RootCert"] for root in roots))
-    tls.load_cert_chain(file)
+    tls = tls_of(lictor, source)
     tls.set_alpn_protocols(["h2", "http/1.1"])
     port = lictor.api(1).get(f"/v1/agent/service/{instance}-sidecar-proxy").json()["Port"]
     with socket.create_connection(("127.0.0.1", port), 10) as raw, tls.wrap_socket(raw) as stream:
