@@ -27,6 +27,7 @@ COMPILED = [
     "proxy/authz/policy.py",
     "proxy/authz/request.py",
     "proxy/call.py",
+    "proxy/foreign.py",
     "proxy/http/connection.py",
     "proxy/http/head.py",
     "proxy/http/inbound.py",

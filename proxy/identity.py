@@ -128,6 +128,11 @@ class TrustBundle:
     def __len__(self) -> int:
         return len(self._roots)
 
+    def issuer_of(self, certificate: x509.Certificate) -> x509.Certificate | None:
+        """Return the root that issued the certificate itself, the one that lasts longest; None: none did."""
+        issuers = [root for root in self._roots if _issued(certificate, root)]
+        return max(issuers, key=lambda root: root.not_valid_after_utc) if issuers else None
+
     def leads_here(self, chain_der: Sequence[bytes]) -> bool:
         """Whether the leaf ``chain_der[0]`` leads to a root, over the other certificates where needed. At what time
         they are valid is not asked."""
@@ -149,9 +154,8 @@ class TrustBundle:
         reached, others = chain[0], chain[1:]
         way = [reached]
         for _ in range(len(others) + 1):
-            issuers = [root for root in self._roots if _issued(reached, root)]
-            if issuers:
-                way.append(max(issuers, key=lambda root: root.not_valid_after_utc))
+            if (root := self.issuer_of(reached)) is not None:
+                way.append(root)
                 return Window(
                     max(each.not_valid_before_utc.timestamp() for each in way),
                     min(each.not_valid_after_utc.timestamp() for each in way),

@@ -14,10 +14,10 @@ from proxy.balancer import Instance, Key
 from proxy.balancing.routing import Chooses, hash_connection
 from proxy.choosing import source_of
 from proxy.errors import ConnectFailed, StreamClosed
+from proxy.foreign import ForeignChannel
 from proxy.mux import frames
 from proxy.mux.core import MuxStream
 from proxy.mux.session import MuxSession
-from proxy.pool import ForeignChannel
 from proxy.relay import SocketChannel, dial
 from proxy.stream import Channel, Data, Early, join
 

@@ -62,11 +62,12 @@ class PlainTransport(Handler):
 
     __slots__ = (
         "_addresses", "_eof_in", "_eof_out", "_error", "_fd", "_high", "_low", "_paused", "_poller", "_protocol",
-        "_queue", "_queued", "_read_asks", "_read_bytes", "_sends", "_small_reads", "_sock", "_state", "_thorough",
-        "_unread", "_watches_writes", "_write_paused", "peername",
+        "_queue", "_queued", "_read_asks", "_read_bytes", "_read_max", "_sends", "_small_reads", "_sock", "_state",
+        "_thorough", "_unread", "_watches_writes", "_write_paused", "peername",
     )  # fmt: skip
 
-    def __init__(self, poller: Poller, protocol: Receiver) -> None:
+    def __init__(self, poller: Poller, protocol: Receiver, read_max: int = READ_MAX_BYTES) -> None:
+        """``read_max``: most bytes that a read asks for."""
         self._poller = poller
         self._protocol = protocol
         self.peername: tuple[Any, ...] | None = None
@@ -77,6 +78,7 @@ class PlainTransport(Handler):
         self._addresses: list[Address] | None = None
         """Those that are left to be tried."""
         self._error: Exception | None = None
+        self._read_max = read_max
         self._read_bytes = READ_FIRST_BYTES
         self._read_asks: Any = self._read_bytes
         """The same as an object: compiled code would make one for each read."""
@@ -248,8 +250,8 @@ class PlainTransport(Handler):
         self._small_reads = 0
         if self._read_bytes == READ_SMALL_BYTES:
             self._read_bytes = READ_FIRST_BYTES
-        elif self._read_bytes < READ_MAX_BYTES:
-            self._read_bytes *= 4
+        elif self._read_bytes < self._read_max:
+            self._read_bytes = min(self._read_bytes * 4, self._read_max)
         self._read_asks = self._read_bytes
         self._poller.again(self)
 

@@ -18,6 +18,7 @@ import time
 from proxy.balancer import Key
 from proxy.descriptors import OUR_OWN_WANT
 from proxy.errors import BadCertificate, ConnectFailed, StreamClosed
+from proxy.foreign import ForeignChannel
 from proxy.identity import Revoked, TrustBundle, Window, check_expected, check_peer, check_trusted
 from proxy.metrics import Metrics
 from proxy.mux import ALPN, frames
@@ -26,10 +27,8 @@ from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
 from proxy.plain import numeric, resolve
 from proxy.poller import Poller
-from proxy.relay import SocketChannel
 from proxy.resumption import Kept, Place, SessionCache
 from proxy.secure import SecureTransport
-from proxy.stream import Channel
 from proxy.tasks import Tasks
 from proxy.tls import PeerProof, TlsMaterial, explain_handshake_failure, proof_of
 from raftstate.model.caller_name import caller_name
@@ -43,64 +42,6 @@ HOT_S = 60.0
 """A session that carried something so recently is replaced before it is needed, when it takes no more streams."""
 FOREIGN_MEMORY_S = 60.0
 """How long a peer that did not speak mux is dialed as foreign before mux is offered again."""
-
-
-class ForeignChannel(SocketChannel):
-    """One TLS connection to a foreign sidecar, for one app connection. Keeps what arrives before it is joined."""
-
-    __slots__ = ("at", "early", "early_eof", "joined", "lost", "pool", "resumable")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.early: list[bytes] = []
-        self.early_eof = False
-        self.joined = False
-        self.lost = False
-        self.pool: dict[ForeignChannel, tuple[Key, PeerProof]] = {}
-        self.at: Place | None = None
-        self.resumable: SessionCache | None = None
-        """Takes its TLS session at its end, for the next connection to :attr:`at`."""
-
-    def data_received(self, data: bytes) -> None:
-        if self.joined:
-            super().data_received(data)
-        else:
-            self.early.append(data)
-
-    def eof_received(self) -> bool:
-        if self.joined:
-            return super().eof_received()
-        self.early_eof = True
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True
-        self.pool.pop(self, None)
-        if self.resumable is not None and self.at is not None:
-            self.resumable.ended(self.at, self)
-            self.resumable = None
-        super().connection_lost(exc)
-
-    def cut(self, reason: str) -> None:
-        """End the connection, and the call that it carries."""
-        peer = self.peer
-        self.abort()
-        peer.abort(StreamClosed(reason))
-
-    def attach(self, peer: Channel) -> None:
-        """Join with the app's connection and hand over what arrived early."""
-        self.joined = True
-        if isinstance(self.transport, SecureTransport):
-            self.transport.keep_alive()
-        self.peer = peer
-        peer.peer = self
-        early, self.early = self.early, []
-        for data in early:
-            super().data_received(data)
-        if self.early_eof:
-            super().eof_received()
-        elif self.lost:
-            peer.abort(StreamClosed("foreign sidecar closed the connection"))
 
 
 class _Peer:

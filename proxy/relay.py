@@ -14,6 +14,7 @@ from proxy.mux.core import MuxStream
 from proxy.native import mypyc_attr
 from proxy.plain import LINGER_RESET, PlainTransport
 from proxy.receiver import Connection, Face
+from proxy.secure import SecureTransport
 from proxy.stream import NOBODY, Channel, Data
 
 
@@ -39,9 +40,12 @@ class SocketChannel(Face):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
-        peer = self.peer
-        # Known classes are told by name: to compiled code that is a call, and not a search for a method.
-        if isinstance(peer, MuxStream):
+        # Known classes are told by name: to compiled code that is a call, and not a search for a method. Told of a
+        # Channel, which Face alone is not, it would be one.
+        peer: Any = self.peer
+        if isinstance(peer, MuxStream):  # noqa: SIM114 - one test for two classes is no call by name
+            peer.write(data)
+        elif isinstance(peer, Face):
             peer.write(data)
         else:
             peer.write(data)
@@ -77,7 +81,9 @@ class SocketChannel(Face):
         if not self._eof_out and not self._closing:
             self.sent += len(data)
             transport = self.transport
-            if isinstance(transport, PlainTransport):
+            if isinstance(transport, PlainTransport):  # noqa: SIM114 - as above
+                transport.write(data)
+            elif isinstance(transport, SecureTransport):
                 transport.write(data)
             else:
                 transport.write(data)

@@ -14,12 +14,15 @@ import ssl
 from collections.abc import Sequence
 from typing import Any, Final
 
-from proxy.plain import Address, PlainTransport
+from proxy.plain import READ_MAX_BYTES, Address, PlainTransport
 from proxy.poller import Poller
 from proxy.receiver import NOBODY, Receiver
 
 RECORD_BYTES: Final = 16 * 1024
 """Most that a record carries (RFC 8446, section 5.1), and so most that one decryption gives."""
+READ_BYTES: Final = READ_MAX_BYTES + READ_MAX_BYTES // 64
+"""Most that a read asks for: what the longest read of an app has become in TLS, headers of records and frames
+included, comes in one read; and so the next does."""
 PARTING_S: Final = 2.0
 """How long the peer has to end its side after we have ended ours."""
 
@@ -72,7 +75,7 @@ class SecureTransport(Receiver):
         self._encrypted = self._outgoing.read
         self._put = self._incoming.write
         self._protocol = protocol
-        self._plain = PlainTransport(poller, self)
+        self._plain = PlainTransport(poller, self, READ_BYTES)
         self._shaking = True
         """The handshake is not over."""
         self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
@@ -248,6 +251,39 @@ class SecureTransport(Receiver):
                 view = memoryview(data)
                 while sent < len(data):
                     sent += self._encrypt(view[sent:])
+        except ssl.SSLError as error:
+            self._broken(error)
+            return
+        self._plain.write(self._encrypted())
+
+    def write_pieces(self, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
+        """As :meth:`write` of all pieces joined, of which only short ones are copied: by one system call, and by full
+        records, so that a header costs no record of its own."""
+        if self._closing or self._shaking:
+            return
+        head: list[bytes | bytearray | memoryview] = []
+        room = RECORD_BYTES  # in the record that begins with the head
+        try:
+            for piece in pieces:
+                left = len(piece)
+                if left < room:
+                    head.append(piece)
+                    room -= left
+                    continue
+                view = memoryview(piece)
+                done = 0
+                if head:
+                    head.append(view[:room])
+                    self._encrypt(b"".join(head))
+                    head = []
+                    done, room = room, RECORD_BYTES
+                while left - done >= RECORD_BYTES:
+                    done += self._encrypt(view[done : done + RECORD_BYTES])
+                if done < left:
+                    head.append(view[done:])
+                    room -= left - done
+            if head:
+                self._encrypt(b"".join(head))
         except ssl.SSLError as error:
             self._broken(error)
             return

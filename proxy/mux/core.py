@@ -26,7 +26,7 @@ OUT_HIGH_BYTES: Final = 256 * 1024
 OUT_MAX_BYTES: Final = 4 * 1024 * 1024
 """A peer that makes us answer this much while it reads nothing is cut off."""
 TURN_BYTES: Final = 64 * 1024
-"""What a waiting stream may send in its turn."""
+"""What a waiting stream may send in its turn while others wait."""
 GROWTH_BYTES: Final = 64 * 1024 * 1024
 """How much the receive windows of a session may grow in sum."""
 MAX_STREAM_ID: Final = (1 << 31) - 1
@@ -157,9 +157,8 @@ class MuxStream:
 
     # Used by the core
 
-    def take_turn(self) -> bool:
-        """Send up to TURN_BYTES of what waits; return whether more could be sent in another turn."""
-        budget = TURN_BYTES
+    def take_turn(self, budget: int) -> bool:
+        """Send up to ``budget`` bytes of what waits; return whether more could be sent in another turn."""
         core, credit, pending = self._core, self._credit, self.pending
         while pending and budget and credit.left:
             data = pending[0]
@@ -325,7 +324,8 @@ class MuxCore:
         while waiting and not self.blocked and self.out_bytes < OUT_HIGH_BYTES:
             stream = next(iter(waiting))
             del waiting[stream]
-            if not stream.closed and stream.take_turn():
+            # Alone it sends what there is in one piece, which then costs one frame and one write at the other side.
+            if not stream.closed and stream.take_turn(TURN_BYTES if waiting else OUT_HIGH_BYTES):
                 waiting[stream] = None
 
     def open(self, service: str, peer: Channel, owner: StreamOwner) -> MuxStream:

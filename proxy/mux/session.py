@@ -19,7 +19,6 @@ from proxy.mux.flow import NEAR_WINDOW_BYTES, MemoryBudget, window_for
 from proxy.poller import Poller
 from proxy.receiver import Connection, Receiver
 from proxy.secure import SecureTransport
-from proxy.stream import Data
 from raftstate.model.identity import Identity
 
 log = logging.getLogger("lictor.proxy.mux")
@@ -219,8 +218,10 @@ class MuxSession(Receiver):
                             transport.write(joined)
                         else:
                             transport.write(joined)
+                    elif isinstance(transport, SecureTransport):
+                        transport.write_pieces(out)
                     else:
-                        self._write_long(transport, out)
+                        transport.write(b"".join(out))
                 if not core.waiting:
                     break
                 core.pump()
@@ -237,21 +238,6 @@ class MuxSession(Receiver):
         elif not self._ending:
             self._ending = True
             self._loop.call_later(PARTING_S, transport.close)
-
-    @staticmethod
-    def _write_long(transport: Connection, out: list[Data]) -> None:
-        """Join runs of short pieces; write long ones as they are."""
-        short: list[Data] = []
-        for piece in out:
-            if len(piece) < 4096:
-                short.append(piece)
-            else:
-                if short:
-                    transport.write(b"".join(short))
-                    short.clear()
-                transport.write(piece)
-        if short:
-            transport.write(b"".join(short))
 
     def _ping(self) -> None:
         self._asked = time.monotonic()  # the loop's own clock may stand still for a turn

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import MuxError, StreamClosed
 from proxy.mux import frames
-from proxy.mux.core import OUT_HIGH_BYTES, OUT_MAX_BYTES, MuxCore, MuxStream
+from proxy.mux.core import OUT_HIGH_BYTES, OUT_MAX_BYTES, TURN_BYTES, MuxCore, MuxStream
 from proxy.mux.flow import (
     INITIAL_WINDOW_BYTES,
     MAX_WINDOW_BYTES,
@@ -432,3 +432,29 @@ def test_windows_grow_to_what_the_way_asks_for() -> None:
     for _ in range(10):
         window.received(window.size // 2 + 1)
     assert window.size == NEAR_WINDOW_BYTES
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_who_waits_alone_sends_in_one_piece_and_others_take_turns(streams: int) -> None:
+    wire = Wire()
+    sides = [wire.open() for _ in range(streams)]
+    wire.settle()
+    wire.client.blocked = True
+    for side in sides:
+        assert side.stream is not None
+        side.stream.write(b"d" * INITIAL_WINDOW_BYTES)
+    wire.client.blocked = False
+    sent: list[tuple[int, int]] = []
+    while wire.client.waiting:
+        wire.client.pump()
+        parsed = frames.FrameParser().feed(b"".join(wire.client.take_output()))
+        sent += [(stream_id, len(payload)) for kind, stream_id, payload in parsed if kind == frames.DATA]
+    ids = [side.stream.id for side in sides if side.stream is not None]
+    if streams == 1:
+        assert sent == [(ids[0], INITIAL_WINDOW_BYTES)]
+        return
+    turns = sent[:streams]
+    assert [stream_id for stream_id, _ in turns] == ids
+    assert {size for _, size in turns} == {TURN_BYTES}
+    for stream_id in ids:
+        assert sum(size for each, size in sent if each == stream_id) == INITIAL_WINDOW_BYTES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.poller import Poller
 from proxy.receiver import Receiver
-from proxy.secure import SecureTransport
+from proxy.secure import RECORD_BYTES, SecureTransport
 from proxy.tls import make_material
 from tests.support.certs import TestCA
 from tests.support.tls_peers import context
@@ -115,6 +115,52 @@ def test_whatever_the_cuts_the_same_comes_out(sizes: list[int], cuts: str, ends:
                 heard += both.peer.read(65536)
             assert heard == answer
         both.ours.abort()
+        await asyncio.sleep(0)
+        both.poller.close()
+
+    asyncio.run(play())
+
+
+def records(wire: bytes) -> int:
+    """How many TLS records these bytes are (RFC 8446, section 5.1)."""
+    count = at = 0
+    while at < len(wire):
+        at += 5 + int.from_bytes(wire[at + 3 : at + 5])
+        count += 1
+    assert at == len(wire)
+    return count
+
+
+sizes_of_pieces = st.one_of(
+    st.just(8),
+    st.integers(0, 60),
+    st.integers(1, 70_000),
+    st.sampled_from([RECORD_BYTES - 1, RECORD_BYTES, RECORD_BYTES + 1, 2 * RECORD_BYTES, RECORD_BYTES - 8]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(sizes_of_pieces, max_size=12), st.integers(0, 2**32))
+def test_pieces_leave_in_one_write_and_by_full_records(sizes: list[int], seed: int) -> None:
+    rng = random.Random(seed)
+    pieces: list[bytes | memoryview] = [rng.randbytes(size) for size in sizes]
+    whole = b"".join(pieces)
+    pieces = [memoryview(piece) if rng.random() < 0.5 else piece for piece in pieces]
+
+    async def play() -> None:
+        both = Ends()
+        both.ours.write_pieces(pieces)
+        sent = list(both.ours._plain._queue or ())
+        assert len(sent) == (1 if whole else 0)
+        assert records(b"".join(sent)) == -(-len(whole) // RECORD_BYTES)
+        both.carry()
+        heard = b""
+        while len(heard) < len(whole):
+            heard += both.peer.read(65536)
+        assert heard == whole
+        both.ours.abort()
+        both.ours.write_pieces([b"too late"])
+        assert not both.ours._plain._queue
         await asyncio.sleep(0)
         both.poller.close()
 

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.errors import BadCertificate, BadConfiguration
 from proxy.identity import Revoked, TrustBundle, check_expected, check_peer, identity_of
-from proxy.tls import make_material
+from proxy.tls import make_material, proof_of, shown_chain
 from raftstate.model.connect import Revocation
 from raftstate.model.identity import Identity
 from tests.support.certs import TRUST_DOMAIN, TestCA
@@ -105,3 +105,32 @@ def test_material_says_what_is_wrong_with_it() -> None:
         make_material(msgspec.structs.replace(leaf, private_key_pem=other.private_key_pem), [ca.root_pem])
     with pytest.raises(BadConfiguration, match="leaf certificate"):
         make_material(msgspec.structs.replace(leaf, cert_pem="nonsense"), [ca.root_pem])
+
+
+def test_a_leaf_alone_is_shown_with_its_root_and_a_chain_as_it_is() -> None:
+    ca, old = TestCA("new"), TestCA("old")
+    leaf = ca.leaf("web", "web-1")
+    bundle = TrustBundle([old.root_pem, ca.root_pem])
+    chain = leaf.cert_pem.rstrip() + "\n" + ca.root_pem
+    assert shown_chain(leaf.cert_pem, bundle) == chain
+    assert shown_chain(leaf.cert_pem.rstrip(), bundle) == chain
+    assert shown_chain(leaf.cert_pem, TrustBundle([old.root_pem])) == leaf.cert_pem, "its root is not known"
+    crossed = ca.leaf("web", "web-1", intermediates=old.cross_sign(ca))
+    assert shown_chain(crossed.cert_pem, bundle) == crossed.cert_pem
+
+
+def test_peers_see_the_chain_that_openssl_would_have_made() -> None:
+    ca = TestCA()
+    ours, theirs = (make_material(ca.leaf(service, f"{service}-1"), [ca.root_pem]) for service in ("web", "db"))
+    to_us, from_us = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ours.client_plain.wrap_bio(to_us, from_us, server_side=False)
+    server = theirs.server.current().wrap_bio(from_us, to_us, server_side=True)
+    for side in (client, server, client, server):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+    for side, service in ((client, "db"), (server, "web")):
+        proof = proof_of(side)
+        assert proof.identity.service == service
+        assert proof.chain_der[1:] == (der(ca.root_pem),)
