@@ -11,7 +11,7 @@ from tests.support.promises import PATIENCE_S
 
 
 def test_a_sidecar_runs_as_it_is_registered_and_stays_so(lictor: Mesh, tmp_path: Path) -> None:
-    app_port, public, bind = free_ports(24000, 3)
+    app_port, public, own, bind = free_ports(24000, 4)
     here, there = lictor.api(0), lictor.api(1)
     there.put(
         "/v1/agent/service/register",
@@ -26,8 +26,12 @@ def test_a_sidecar_runs_as_it_is_registered_and_stays_so(lictor: Mesh, tmp_path:
     }  # fmt: skip
     here.put(
         "/v1/agent/service/register",
-        {"Name": "asker", "ID": "asker-1", "Connect": {"SidecarService": {"Proxy": {"Upstreams": [upstream]}}}},
-    )
+        {
+            "Name": "asker",
+            "ID": "asker-1",
+            "Connect": {"SidecarService": {"Port": own, "Proxy": {"Upstreams": [upstream]}}},
+        },
+    )  # fmt: skip
     lictor.lictor("intentions", "create", "asker", "answerer")
     for instance in ("answerer-1", "asker-1"):
         lictor.home(instance)
@@ -42,9 +46,13 @@ def test_a_sidecar_runs_as_it_is_registered_and_stays_so(lictor: Mesh, tmp_path:
         assert kept["Config"] == upstream["Config"]
 
         lictor.end_background("answerer-1")
-        checks = there.get("/v1/agent/checks").json().values()
-        mine = [check["Status"] for check in checks if check["ServiceID"] == "answerer-1-sidecar-proxy"]
-        assert "critical" in mine, "its owner's registration stays, and says that nobody is there"
+
+        def statuses() -> list[str]:
+            checks = there.get("/v1/agent/checks").json().values()
+            return [check["Status"] for check in checks if check["ServiceID"] == "answerer-1-sidecar-proxy"]
+
+        # Its owner's registration stays, and says that nobody is there.
+        assert wait_until(lambda: "critical" in statuses(), PATIENCE_S), statuses()
         lictor.sidecar("answerer-1", 1, ["-sidecar-for", "answerer-1"], {})
         assert wait_until(lambda: "Hello" in lictor.call(f"localhost:{bind}").stdout, PATIENCE_S)
     for name, host in (("asker", 0), ("answerer", 1)):

@@ -15,7 +15,7 @@ from tests.e2e.support_e2e import Mesh
 from tests.support.apps import QuietHandler, serving_http
 from tests.support.promises import PATIENCE_S, Since
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = PATIENCE_S
 
 
 def shop(name: str) -> AbstractContextManager[int]:
@@ -142,7 +142,7 @@ def test_a_canary_from_its_first_entry_to_its_end(lictor: Mesh) -> None:
 
         # The stable ones go: the canary takes over, and gives back.
         lictor.end_background("v1")
-        assert wait_until(lambda: names(address, PATIENCE_S) == {"v2": 10}, TIMEOUT_S)
+        assert wait_until(lambda: names(address, 10) == {"v2": 10}, TIMEOUT_S)
         lictor.sidecar("v1", 0, ["-service-id", "v1"], {})
         assert wait_until(lambda: len(names(address, 10)) == 2, TIMEOUT_S)
 
