@@ -35,6 +35,8 @@ class HttpOptions:
     header_count_max: int = 128
     head_timeout_s: float = 30.0
     """From the first byte of a request to the end of its headers; then 408."""
+    greeting_timeout_s: float = 10.0
+    """HTTP/2: until the other end has said its settings and taken ours; then its connection is closed."""
     idle_timeout_s: float = 3600.0
     """Between requests of one connection; then it is closed."""
     response_timeout_s: float = 0.0

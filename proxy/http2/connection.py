@@ -17,6 +17,7 @@ from proxy.http.errors import BadRequest
 from proxy.http.head import Field
 from proxy.http.options import HttpStats
 from proxy.http.side import NEVER, HttpSide
+from proxy.http2.errors import Http2Error
 from proxy.http2.events import (
     DataCame,
     Event,
@@ -78,6 +79,7 @@ class Http2Connection:
         self._client = Half(
             client=False,
             linger_s=side.options.linger_s,
+            greeting_s=side.options.greeting_timeout_s,
             streams_max=streams_max,
             on_events=self._client_events,
             on_end=self._client_ended,
@@ -103,7 +105,7 @@ class Http2Connection:
         raise NotImplementedError
 
     def _lost(self, exchange: Exchange, error: Exception | None) -> None:
-        """The link was lost before any response came."""
+        """The link was lost before any response came, or what came was none."""
         raise NotImplementedError
 
     def not_served(self, exchange: Exchange, *, leaving: bool) -> None:
@@ -233,10 +235,14 @@ class Http2Connection:
     def _client_reset(self, event: StreamWasReset) -> None:
         exchange = self._exchanges.get(event.stream_id)
         self._resets += 1
+        if event.text:
+            self._side.burst_log.warning(f"a request of {self._client_name()} is refused: {event.text}")
         if exchange is not None:
-            self._count(exchange, 0, "cut")
-            self._forget_link(exchange, event.code)
+            self._count(exchange, 0, "malformed" if event.text else "cut")
+            self._forget_link(exchange, ErrorCodes.CANCEL if event.text else event.code)
             self._remove(exchange)
+        elif event.text:
+            self._stats.request("", 0, 0.0, "malformed")
         if self._resets > self.resets_max and self._resets * 2 > self._opened:
             self._side.burst_log.warning(f"{self._client_name()} resets streams faster than it uses them; cut off")
             self._client.go_away(ErrorCodes.ENHANCE_YOUR_CALM)
@@ -267,6 +273,8 @@ class Http2Connection:
             self._route(exchange)
 
     def _client_ended(self, half: Half, error: Exception | None) -> None:
+        if isinstance(error, Http2Error):
+            self._side.burst_log.warning(f"an HTTP/2 connection of {self._client_name()} is ended: {error}")
         self._finish()
 
     def _client_room(self, half: Half) -> None:
@@ -373,12 +381,12 @@ class Http2Connection:
         if exchange.response_came:
             exchange.request_ended = True
         elif exchange.status:
-            self._broken(exchange)
+            self._broken(exchange, error)
         else:
             self._lost(exchange, error)
 
-    def _broken(self, exchange: Exchange) -> None:
-        """The link was lost within the response."""
+    def _broken(self, exchange: Exchange, error: Exception | None) -> None:
+        """The same within the response."""
         self.was_reset(exchange, ErrorCodes.INTERNAL_ERROR)
 
     def _end_early(self, exchange: Exchange, status: int, text: str) -> None:

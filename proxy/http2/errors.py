@@ -14,3 +14,11 @@ class Http2Error(ProxyError):
     def __init__(self, code: ErrorCodes, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+
+class StreamError(ProxyError):
+    """The same of what ends a stream and no more (section 5.4.2): a malformed message, above all (section 8.1.1)."""
+
+    def __init__(self, code: ErrorCodes, text: str) -> None:
+        super().__init__(text)
+        self.code = code

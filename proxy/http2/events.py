@@ -54,11 +54,13 @@ class WindowOpened(Event):
 
 
 class StreamWasReset(Event):
-    """A stream was cancelled, by the other end or for what it did on it."""
+    """A stream was cancelled: by the other end or, where there is a ``text``, by us for what came on it; it may have
+    been the request itself."""
 
-    def __init__(self, stream_id: int, code: int) -> None:
+    def __init__(self, stream_id: int, code: int, text: str = "") -> None:
         super().__init__(stream_id)
         self.code = code
+        self.text = text
 
 
 class SettingsCame(Event):

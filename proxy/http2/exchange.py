@@ -45,7 +45,7 @@ class Owner(Protocol):
         forgotten the exchange."""
 
     def link_ended(self, exchange: Exchange, error: Exception | None) -> None:
-        """The link is gone, with the stream on it."""
+        """The link is gone, with the stream on it; or the stream alone, for what came on it."""
 
     def flush(self) -> None:
         """A batch of the above is over: send what it made."""

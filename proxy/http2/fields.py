@@ -10,13 +10,23 @@ from typing import Any, Final
 from h2.errors import ErrorCodes
 
 from proxy.http.head import Field
-from proxy.http2.errors import Http2Error
+from proxy.http2.errors import StreamError
 
 _NAME_OCTETS: Final = bytes(octet for octet in range(0x21, 0x7F) if not 0x41 <= octet <= 0x5A)
 """Visible ASCII without capitals (section 8.2.1)."""
 _CONNECTION_SPECIFIC: Final = frozenset(
     (b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade")
 )
+_METHODS: Final = frozenset((b"GET", b"POST", b"HEAD", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"CONNECT"))
+"""Those that need no look at what they consist of."""
+_TOKEN_OCTETS: Final = bytes(octet for octet in range(0x21, 0x7F) if octet not in b'"(),/:;<=>?@[\\]{}')
+"""What a method may consist of (RFC 9110, section 5.6.2)."""
+_SCHEME_OCTETS: Final = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-."
+"""RFC 3986, section 3.1."""
+_AUTHORITY_OCTETS: Final = (
+    b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~%!$&'()*+,;=:[]"  # no @: it may name no user
+)
+"""What a host and its port may consist of (RFC 3986, section 3.2)."""
 _PSEUDO_OF_REQUESTS: Final = frozenset((b":method", b":scheme", b":authority", b":path", b":protocol"))
 _COLON: Final = 0x3A
 _SPACE: Final = 0x20
@@ -26,30 +36,32 @@ UNKNOWN: Final = -1
 """No length was declared."""
 
 
-def malformed(text: str) -> Http2Error:
-    """Return the error of a message that is not well-formed."""
-    return Http2Error(ErrorCodes.PROTOCOL_ERROR, f"a malformed message: {text}")
+def malformed(text: str) -> StreamError:
+    """Return the error of a message that is not well-formed (section 8.1.1)."""
+    return StreamError(ErrorCodes.PROTOCOL_ERROR, f"a malformed message: {text}")
 
 
-def check_name(name: bytes) -> None:
-    """Raise :class:`Http2Error` when a field may not be called so."""
+def name_problem(name: bytes) -> str:
+    """Return why a field may not be called so; empty when it may."""
     if not name:
-        raise malformed("a field without a name")
+        return "a field without a name"
     if name.translate(None, _NAME_OCTETS):
-        raise malformed(f"a field's name is {name[:80]!r}")
+        return f"a field's name is {name[:80]!r}"
     if name.find(b":", 1) >= 0:
-        raise malformed(f"a colon within a field's name, {name[:80]!r}")
+        return f"a colon within a field's name, {name[:80]!r}"
+    return ""
 
 
-def check_value(value: bytes) -> None:
-    """Raise :class:`Http2Error` when a field's value may not be this."""
+def value_problem(value: bytes) -> str:
+    """Return why a field's value may not be this; empty when it may."""
     if not value:
-        return
+        return ""
     if b"\n" in value or b"\r" in value or b"\0" in value:
-        raise malformed("a field's value has a line break or a NUL")
+        return "a field's value has a line break or a NUL"
     first, last = value[0], value[-1]
     if first in (_SPACE, _TAB) or last in (_SPACE, _TAB):
-        raise malformed("a field's value begins or ends with white space")
+        return "a field's value begins or ends with white space"
+    return ""
 
 
 class Checked:
@@ -66,10 +78,10 @@ class Checked:
 
 
 def check_request(fields: list[Field]) -> Checked:
-    """Check a request's fields. Raises :class:`Http2Error`."""
+    """Check a request's fields. Raises :class:`StreamError`."""
     seen = Checked()
     pseudo: set[bytes] = set()
-    method = authority = host = path = b""
+    method = scheme = authority = host = path = b""
     has_host = regular = False
     for each in fields:
         field: Any = each
@@ -97,26 +109,32 @@ def check_request(fields: list[Field]) -> Checked:
             authority = value
         elif name == b":path":
             path = value
-    _check_pseudo(pseudo, method, path)
+        elif name == b":scheme":
+            scheme = value
+    _check_pseudo(pseudo, method, scheme, path)
+    _check_written(method, scheme)
     if b":authority" not in pseudo:
         if not has_host:
             raise malformed("neither :authority nor Host")
+        authority = host
     elif has_host and host != authority:
         raise malformed("Host is not what :authority is")
+    if not authority or authority.translate(None, _AUTHORITY_OCTETS):
+        raise malformed(f"the host is {authority[:80]!r}")
     seen.head = method == b"HEAD"
     return seen
 
 
-def _check_pseudo(pseudo: set[bytes], method: bytes, path: bytes) -> None:
+def _check_pseudo(pseudo: set[bytes], method: bytes, scheme: bytes, path: bytes) -> None:
     """Check that a request has what it must have, and nothing that it must not (section 8.3.1, 8.5; RFC 8441)."""
     if b":method" not in pseudo:
         raise malformed("no :method")
     extended = b":protocol" in pseudo
     if method == b"CONNECT" and not extended:
-        if b":scheme" in pseudo or b":path" in pseudo:
-            raise malformed("CONNECT with :scheme or :path")
+        if b":scheme" in pseudo or b":path" in pseudo or b":authority" not in pseudo:
+            raise malformed("CONNECT with :scheme or :path, or without :authority")
         return
-    if b":scheme" not in pseudo or b":path" not in pseudo:
+    if not scheme or b":path" not in pseudo:
         raise malformed("no :scheme, or no :path")
     if not path:
         raise malformed("an empty :path")
@@ -124,8 +142,16 @@ def _check_pseudo(pseudo: set[bytes], method: bytes, path: bytes) -> None:
         raise malformed(":protocol without CONNECT")
 
 
+def _check_written(method: bytes, scheme: bytes) -> None:
+    """Check what a request line of HTTP/1.1 could be forged with, wherever this may become one (section 10.3)."""
+    if method not in _METHODS and (not method or method.translate(None, _TOKEN_OCTETS)):
+        raise malformed(f"the method is {method[:80]!r}")
+    if scheme != b"http" and scheme != b"https" and scheme.translate(None, _SCHEME_OCTETS):
+        raise malformed(f"the scheme is {scheme[:80]!r}")
+
+
 def check_response(fields: list[Field]) -> Checked:
-    """Check a response's fields, be it an informational one. Raises :class:`Http2Error`."""
+    """Check a response's fields, be it an informational one. Raises :class:`StreamError`."""
     seen = Checked()
     regular = False
     for each in fields:
@@ -147,7 +173,7 @@ def check_response(fields: list[Field]) -> Checked:
 
 
 def check_trailers(fields: list[Field]) -> Checked:
-    """Check trailers. Raises :class:`Http2Error`."""
+    """Check trailers. Raises :class:`StreamError`."""
     seen = Checked()
     for each in fields:
         field: Any = each

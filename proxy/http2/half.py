@@ -10,9 +10,10 @@ from h2.errors import ErrorCodes
 
 from proxy.errors import ProxyError
 from proxy.http.head import Field
-from proxy.http2.core import LAST_STREAM_ID, PREFACE, Core, goaway
+from proxy.http2.core import Core
 from proxy.http2.errors import Http2Error
 from proxy.http2.events import Event
+from proxy.http2.frames import LAST_STREAM_ID, PREFACE, goaway
 from proxy.mux.core import NOBODY
 from proxy.stream import Channel, Data
 
@@ -23,6 +24,8 @@ STREAM_WINDOW_BYTES: Final = 128 * 1024
 """A connection's window is as much as all its streams together, so that one that is not taken off never holds up the
 others."""
 HEADER_LIST_BYTES_MAX: Final = 64 * 1024
+GREETING_S: Final = 10.0
+"""How long the other end may take to say its settings and to take ours (RFC 9113, section 6.5.3)."""
 _CONTROL_WHILE_FULL_MAX: Final = 1000
 """Pings and settings from an end that reads nothing; then it is cut off."""
 OWED_BYTES_MAX: Final = 1024 * 1024
@@ -48,6 +51,8 @@ class Half:
     __slots__ = (
         "_closer",
         "_controls_while_full",
+        "_greeting",
+        "_greeting_s",
         "_linger_s",
         "_on_end",
         "_on_events",
@@ -65,10 +70,11 @@ class Half:
         *,
         client: bool,
         linger_s: float,
-        streams_max: int = STREAMS_MAX,
         on_events: Callable[[Half, list[Event]], None],
         on_end: Callable[[Half, Exception | None], None],
         on_room: Callable[[Half], None],
+        streams_max: int = STREAMS_MAX,
+        greeting_s: float = GREETING_S,
     ) -> None:
         self.channel: Channel = NOBODY
         self.peer: Channel = NOBODY
@@ -80,6 +86,10 @@ class Half:
         self._linger_s = linger_s
         self._closer: asyncio.TimerHandle | None = None
         """Runs once we have ended our direction, until the other end ends too."""
+        self._greeting_s = greeting_s
+        """0 once it is being waited for."""
+        self._greeting: asyncio.TimerHandle | None = None
+        """Runs from the first bytes that we send until the other end has said its settings and taken ours."""
         self._on_events = on_events
         self._on_end = on_end
         self._on_room = on_room
@@ -100,6 +110,18 @@ class Half:
                 if self.full:
                     self._owed += len(data)
                 self.channel.write(data)
+                if self._greeting_s:
+                    self._greeting = asyncio.get_running_loop().call_later(self._greeting_s, self._not_greeted)
+                    self._greeting_s = 0.0
+
+    def _not_greeted(self) -> None:
+        self._greeting = None
+        if not self.closed:
+            on_end = self._on_end
+            slow = Http2Error(ErrorCodes.SETTINGS_TIMEOUT, "sent no SETTINGS in time, or did not acknowledge ours")
+            self.go_away(ErrorCodes.SETTINGS_TIMEOUT, self.core.last_stream_id)
+            self.close()
+            on_end(self, slow)
 
     # Streams. Each returns False when the stream has ended: the peer may have reset it in bytes that the core has
     # seen already and whose event is still to come.
@@ -162,6 +184,8 @@ class Half:
         """It is closed. What refers to each other is parted, so that all of it, which is much, is freed when the last
         of the two is let go of, and not when the collector comes by, which is seldom."""
         self.closed = True
+        self._greeting_s = 0.0
+        self._stop_greeting()
         self._on_events = _nothing_came
         self._on_end = _nothing_ended
         self._on_room = _nothing_free
@@ -186,6 +210,8 @@ class Half:
             self.close()
             on_end(self, error)
             return
+        if self._greeting is not None and self.core.greeted:
+            self._stop_greeting()
         self._on_events(self, events)
 
     def write_eof(self) -> None:
@@ -202,6 +228,11 @@ class Half:
             on_end = self._on_end
             self._part()
             on_end(self, error)
+
+    def _stop_greeting(self) -> None:
+        if self._greeting is not None:
+            self._greeting.cancel()
+            self._greeting = None
 
     def _stop_lingering(self) -> None:
         if self._closer is not None:

@@ -4,6 +4,7 @@ The static table and Huffman's code are the ``hpack`` package's. Its coders are 
 millisecond for a call's blocks, nearly all of it for what an index or a dictionary says at once.
 
 Fields are checked where they come in as literals (:mod:`proxy.http2.fields`): what a table holds was checked then.
+After one that was not well-formed, each is checked wherever it comes from.
 
 ``tests/property/test_http2_hpack.py`` holds this against the package.
 """
@@ -20,7 +21,7 @@ from hpack.table import HeaderTable
 
 from proxy.http.head import Field
 from proxy.http2.errors import Http2Error
-from proxy.http2.fields import check_name, check_value
+from proxy.http2.fields import name_problem, value_problem
 
 TABLE_BYTES: Final = 4096
 """How large either table grows: what HTTP/2 begins with (RFC 9113, section 6.5.2). We never offer more, and use no
@@ -89,6 +90,10 @@ class Decoder:
         """What is before it has been dropped."""
         self._size = 0
         self._size_max = TABLE_BYTES
+        self.problem = ""
+        """What is wrong with a field of the last block; empty when they are all well-formed."""
+        self._suspect = False
+        """The table may hold fields that are not."""
         self._block = b""
         self._at = 0
 
@@ -98,7 +103,9 @@ class Decoder:
         return self._entries[: self._first - 1 if self._first else None : -1]
 
     def decode(self, block: bytes) -> list[Field]:
-        """Return the fields of a whole header block. Raises :class:`Http2Error`."""
+        """Return the fields of a whole header block, be they well-formed or not (:attr:`problem`). Raises
+        :class:`Http2Error`."""
+        self.problem = ""
         self._block = block
         self._at = 0
         end = len(block)
@@ -130,6 +137,8 @@ class Decoder:
                 )
             fields.append(field)
         self._block = b""
+        if self._suspect and not self.problem:
+            self.problem = _problem_of(fields)
         return fields
 
     def _integer(self, mask: int) -> int:
@@ -172,10 +181,16 @@ class Decoder:
             name: bytes = self._entry(index)[0]
         else:
             name = self._string()
-            check_name(name)
+            self._note(name_problem(name))
         value = self._string()
-        check_value(value)
+        self._note(value_problem(value))
         return (name, value)
+
+    def _note(self, problem: str) -> None:
+        """Both tables have to go on as the other end's do, so that the block is decoded to its end all the same."""
+        if problem and not self.problem:
+            self.problem = problem
+            self._suspect = True
 
     def _entry(self, index: int) -> Any:
         """Return an entry of the two tables by its index."""
@@ -215,6 +230,17 @@ class Decoder:
         if self._first > 128:
             del entries[: self._first]
             self._first = 0
+
+
+def _problem_of(fields: list[Any]) -> str:
+    """Return what is wrong with one of the fields; empty when they are all well-formed."""
+    for field in fields:
+        name: bytes = field[0]
+        value: bytes = field[1]
+        problem = name_problem(name) or value_problem(value)
+        if problem:
+            return problem
+    return ""
 
 
 _STATIC_FIELDS: Final[dict[Any, int]] = {}

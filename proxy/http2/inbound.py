@@ -14,6 +14,7 @@ from proxy.http.options import HttpStats
 from proxy.http.replies import denial
 from proxy.http.side import HttpSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
+from proxy.http2.errors import StreamError
 from proxy.http2.exchange import Exchange, Part, Replay
 from proxy.http2.head import grpc_ending, grpc_status_of
 from proxy.http2.link import Link
@@ -141,7 +142,12 @@ class InboundHttp2Connection(Http2Connection):
     # To the app
 
     def _new_app(self) -> Link:
-        link = Link(linger_s=self._options.linger_s, on_end=self._app_ended, on_known=self._app_known)
+        link = Link(
+            linger_s=self._options.linger_s,
+            greeting_s=self._options.greeting_timeout_s,
+            on_end=self._app_ended,
+            on_known=self._app_known,
+        )
         self._apps.add(link)
         return link
 
@@ -209,6 +215,11 @@ class InboundHttp2Connection(Http2Connection):
             self._launch(exchange)
         else:
             self._refuse(exchange)
+
+    def link_ended(self, exchange: Exchange, error: Exception | None) -> None:
+        if isinstance(error, StreamError):  # else its link tells, once for all that was on it
+            self._side.burst_log.warning(f"app of {self._options.service!r}: {error}")
+        super().link_ended(exchange, error)
 
     def _lost(self, exchange: Exchange, error: Exception | None) -> None:
         self._answer(exchange, 502, f"{self._options.service!r} gave no usable answer", "app-down")

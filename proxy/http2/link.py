@@ -7,6 +7,7 @@ from collections.abc import Callable
 from h2.errors import ErrorCodes
 
 from proxy.errors import ProxyError
+from proxy.http2.errors import StreamError
 from proxy.http2.events import (
     DataCame,
     Event,
@@ -18,7 +19,7 @@ from proxy.http2.events import (
     WindowOpened,
 )
 from proxy.http2.exchange import Exchange, Owner, Part, add_data
-from proxy.http2.half import Half
+from proxy.http2.half import GREETING_S, Half
 from proxy.http2.head import passed_on
 from proxy.stream import NOBODY, Channel
 
@@ -53,6 +54,7 @@ class Link:
         on_end: Callable[[Link, Exception | None], None],
         on_settled: Callable[[Link], None] | None = None,
         on_known: Callable[[], None] | None = None,
+        greeting_s: float = GREETING_S,
     ) -> None:
         """``on_settled`` is called when the last exchange has ended; ``on_known`` once, when the other end has said
         how many streams it takes."""
@@ -69,7 +71,12 @@ class Link:
         self._on_settled = on_settled
         self._on_known = on_known
         self.half = Half(
-            client=True, linger_s=linger_s, on_events=self._events, on_end=self._ended, on_room=self._room
+            client=True,
+            linger_s=linger_s,
+            greeting_s=greeting_s,
+            on_events=self._events,
+            on_end=self._ended,
+            on_room=self._room,
         )
 
     def attach(self, channel: Channel) -> None:
@@ -210,7 +217,9 @@ class Link:
             owner.came(exchange)
         elif isinstance(event, StreamWasReset):
             self.forget(exchange)
-            if event.code == ErrorCodes.REFUSED_STREAM:
+            if event.text:
+                owner.link_ended(exchange, StreamError(ErrorCodes(event.code), event.text))
+            elif event.code == ErrorCodes.REFUSED_STREAM:
                 owner.not_served(exchange, leaving=False)
             else:
                 owner.was_reset(exchange, event.code)

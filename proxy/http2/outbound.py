@@ -20,6 +20,7 @@ from proxy.http.options import LIMITED
 from proxy.http.outbound import REPLAY_BYTES
 from proxy.http.side import NEVER, OutboundSide
 from proxy.http2.connection import TURNED_AWAY_MAX, Http2Connection
+from proxy.http2.errors import StreamError
 from proxy.http2.events import ResponseCame
 from proxy.http2.exchange import Exchange, Replay
 from proxy.http2.fleet import Aim, Fleet, Lease
@@ -326,8 +327,9 @@ class OutboundHttp2Connection(Http2Connection):
         else:
             self._answer(exchange, 502, f"{self._options.service!r}: {reason}", "app-down")
 
-    def _broken(self, exchange: Exchange) -> None:
-        self._end_early(exchange, 503, f"{self._options.service!r}: the connection to the instance was lost")
+    def _broken(self, exchange: Exchange, error: Exception | None) -> None:
+        reason = str(error) if isinstance(error, StreamError) else "the connection to the instance was lost"
+        self._end_early(exchange, 503, f"{self._options.service!r}: {reason}")
 
     # Ends
 

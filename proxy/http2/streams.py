@@ -66,32 +66,39 @@ class Stream:
 
     def expect(self, length: int, *, end: bool) -> None:
         """A message comes that says to be so long, or nothing of it; ``end``: it has no body. Raises
-        :class:`Http2Error`."""
+        :class:`~proxy.http2.errors.StreamError`."""
         self._length = length
         if end and length > 0:
             raise malformed(f"Content-Length is {length}, and there is no body")
 
     def count(self, size: int, *, end: bool) -> None:
-        """So much of the body has come. Raises :class:`Http2Error` when that is not what it was said to be."""
+        """So much of the body has come. Raises :class:`~proxy.http2.errors.StreamError` when that is not what it was
+        said to be."""
         self._came += size
         if self._length != UNKNOWN and (self._came > self._length or (end and self._came < self._length)):
             raise malformed(f"a body that is not of the {self._length} bytes that Content-Length says")
 
 
 class Resets:
-    """Which of the streams that have ended were reset, as far as that is still of interest."""
+    """Which of the streams that have ended were reset, and by whom, as far as that is still of interest."""
 
     def __init__(self) -> None:
         self._recent: dict[int, bool] = {}
         self._before: dict[int, bool] = {}
 
-    def add(self, stream_id: int) -> None:
+    def add(self, stream_id: int, *, by_us: bool) -> None:
         """A stream was reset."""
         if len(self._recent) >= _RESETS_KEPT:
             self._before = self._recent
             self._recent = {}
-        self._recent[stream_id] = True
+        self._recent[stream_id] = by_us
 
     def has(self, stream_id: int) -> bool:
         """Whether a stream was reset, by either end."""
         return stream_id in self._recent or stream_id in self._before
+
+    def by_us(self, stream_id: int) -> bool:
+        """Whether we reset a stream: what still comes on it was under way then, or its sender does not care."""
+        if stream_id in self._recent:
+            return self._recent[stream_id]
+        return self._before.get(stream_id, False)

@@ -22,11 +22,13 @@ from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions, OutboundOptions
 from proxy.http2 import InboundHttp2, OutboundHttp2
 from proxy.http2.connection import Http2Connection
-from proxy.http2.core import BLOCK_BYTES_MAX, PREFACE, frame
+from proxy.http2.core import BLOCK_BYTES_MAX
+from proxy.http2.frames import PREFACE, frame
 from proxy.http2.half import OWED_BYTES_MAX, STREAM_WINDOW_BYTES
 from proxy.http2.link import Link
 from proxy.mux.flow import MemoryBudget
 from proxy.stream import Channel, Data
+from tests.support.http2_cases import ACK, PING, SETTINGS
 from tests.unit.test_http2_inbound import ALLOWED, DENIED, WEB
 from tests.unit.test_http2_outbound import Fleet
 
@@ -34,9 +36,6 @@ READ_BYTES = 16 * 1024
 """What the floods send at once."""
 CONTROLS = 1000
 """Pings and settings that are answered to an end that reads nothing."""
-ACK = frame(4, 1, 0, b"")
-PING = frame(6, 0, 0, b"12345678")
-SETTINGS = frame(4, 0, 0, b"")
 RESET = struct.pack(">L", ErrorCodes.CANCEL)
 BEYOND = struct.pack(">L", (1 << 31) - 1)
 WIDE = frame(8, 0, 0, struct.pack(">L", 1 << 30))
@@ -54,20 +53,35 @@ class Far:
         self.frames: Counter[int] = Counter()
         self.codes: list[int] = []
         """Of the GOAWAYs."""
+        self.resets: list[tuple[int, int]] = []
+        """Stream and code."""
+        self.blocks: list[tuple[int, bytes]] = []
+        """Stream and header block, as far as it came in HEADERS."""
+        self.latest = self.data = b""
+        self.sizes: list[int] = []
+        """Of the frames."""
         self.ended = self.aborted = False
         self._rest = b""
 
     def write(self, data: Data) -> None:
         self.bytes += len(data)
-        self._rest += bytes(data)
+        self.latest = bytes(data)
+        self._rest += self.latest
         self._rest = self._rest.removeprefix(PREFACE)
         while len(self._rest) >= 9:
             size, kind = int.from_bytes(self._rest[:3], "big"), self._rest[3]
-            payload = self._rest[9 : 9 + size]
-            self._rest = self._rest[9 + size :]
+            stream_id, payload = int.from_bytes(self._rest[5:9], "big"), self._rest[9 : 9 + size]
             self.frames[kind] += 1
             if kind == 7:
                 self.codes.append(int.from_bytes(payload[4:8], "big"))
+            elif kind == 3:
+                self.resets.append((stream_id, int.from_bytes(payload, "big")))
+            elif kind == 1:
+                self.blocks.append((stream_id, payload))
+            elif kind == 0:
+                self.data += payload
+            self.sizes.append(size)
+            self._rest = self._rest[9 + size :]
 
     def write_eof(self) -> None:
         self.ended = True
@@ -98,13 +112,13 @@ class Victim:
                 return
             self.client.peer.write(data[at : at + READ_BYTES])
 
-    def requests(self, count: int, *, after: bytes = b"", kind: int = 3, end: bool = True) -> bytes:
+    def requests(self, count: int, *, after: bytes = b"", kind: int = 3, flags: int = 0, end: bool = True) -> bytes:
         """Return so many requests, each followed by a frame of ``kind`` with ``after`` in it."""
         made = []
         for _ in range(count):
             made.append(frame(1, 5 if end else 4, self._next, ASKED))
             if after:
-                made.append(frame(kind, 0, self._next, after))
+                made.append(frame(kind, flags, self._next, after))
             self._next += 2
         return b"".join(made)
 
@@ -114,7 +128,8 @@ class Victim:
 
 
 @asynccontextmanager
-async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any) -> AsyncIterator[Victim]:
+async def staged(direction: str, decision: Decision = ALLOWED, **options: Any) -> AsyncIterator[Victim]:
+    """A side to which nothing was said yet."""
     client, far = Far(), Far()
     http = HttpOptions(service="db", sweep_s=0.01, **options)
     side: InboundHttp2 | OutboundHttp2
@@ -132,7 +147,8 @@ async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any)
     else:
         fleet = Fleet("a", None, Far)  # type: ignore[arg-type]
         if decision is ALLOWED:
-            link = Link(linger_s=0.01, on_end=lambda link, error: fleet.links.clear())
+            greeting_s = http.greeting_timeout_s
+            link = Link(linger_s=0.01, greeting_s=greeting_s, on_end=lambda link, error: fleet.links.clear())
             fleet.links["a"], fleet.ends["a"] = link, far
             link.attach(far)
         else:
@@ -140,14 +156,6 @@ async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any)
         side = OutboundHttp2(OutboundOptions(http=http), fleet, HttpCounters())
         connection = side.serve(client)
     victim = Victim(side, connection, client, far)
-    victim.send(PREFACE + SETTINGS + ACK + WIDE + victim.requests(1))
-    for _ in range(5):
-        await asyncio.sleep(0)
-    if decision is ALLOWED:
-        assert far.frames[1] == 1
-        far.peer.write(SETTINGS + ACK + WIDE + frame(1, 5, 1, b"\x88"))
-    assert victim.under_way == 0
-    assert client.frames[1] == 1
     try:
         yield victim
     finally:
@@ -157,22 +165,85 @@ async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any)
         await side.close()
 
 
+async def turns() -> None:
+    """Let the connection to the app be made."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def attacked(direction: str, decision: Decision = ALLOWED, **options: Any) -> AsyncIterator[Victim]:
+    """One with which all was well until now."""
+    async with staged(direction, decision, **options) as victim:
+        victim.send(PREFACE + SETTINGS + ACK + WIDE + victim.requests(1))
+        await turns()
+        if decision is ALLOWED:
+            assert victim.far.frames[1] == 1
+            victim.far.peer.write(SETTINGS + ACK + WIDE + frame(1, 5, 1, b"\x88"))
+        assert victim.under_way == 0
+        assert victim.client.frames[1] == 1
+        yield victim
+
+
 both = pytest.mark.parametrize("direction", ["inbound", "outbound"])
 
 
 @both
-@pytest.mark.parametrize("whose", ["its own", "those it makes us send"])
-async def test_rapid_reset(direction: str, whose: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        "RST_STREAM",
+        "a window beyond bounds",
+        "a window by nothing",
+        "a PRIORITY of four bytes",
+        "trailers that do not end",
+        "DATA after the end",
+    ],
+)
+async def test_rapid_reset(direction: str, how: str) -> None:
+    """By resets of its own, and by those that it makes us send."""
     async with attacked(direction) as v:
+        many = 20 * v.connection.resets_max
         most = v.connection.resets_max
-        if whose == "its own":
-            flood = v.requests(20 * most, after=RESET)
+        if how == "RST_STREAM":
+            flood = v.requests(many, after=RESET)
+        elif how == "a window beyond bounds":
+            flood = v.requests(many, after=BEYOND, kind=8)
+        elif how == "a window by nothing":
+            flood = v.requests(many, after=bytes(4), kind=8)
+        elif how == "a PRIORITY of four bytes":
+            flood = v.requests(many, after=bytes(4), kind=2)
+        elif how == "trailers that do not end":
+            flood = v.requests(many, after=b"\x00\x01x\x01y", kind=1, flags=4, end=False)
         else:
-            flood = v.requests(20 * most, after=BEYOND, kind=8)
+            flood = v.requests(many, after=b"x", kind=0)
         v.send(flood)
         assert v.client.aborted
         assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
         assert v.far.frames[1] <= most + 2, "no more than so many got through"
+        assert v.under_way == 0
+
+
+@both
+@pytest.mark.parametrize("how", ["a field's name", "no method", "a length and no body", "a body that is too long"])
+async def test_malformed_requests_without_end(direction: str, how: str) -> None:
+    """None of them is asked for; each counts as a stream that is reset."""
+    malformed = {"a field's name": ASKED + b"\x00\x01X\x01y", "no method": b"\x84\x86"}
+    length = ASKED + Encoder().encode([(b"content-length", b"3")], huffman=False)
+    async with attacked(direction) as v:
+        passed = v.far.frames[1]
+        flood = []
+        for at in range(v._next, v._next + 40 * v.connection.resets_max, 2):
+            if how == "a body that is too long":
+                flood += [frame(1, 4, at, length), frame(0, 0, at, b"four")]
+            else:
+                flood.append(frame(1, 5, at, malformed.get(how, length)))
+        v.send(b"".join(flood))
+        assert v.client.aborted
+        assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
+        assert v.client.frames[3] <= v.connection.resets_max + READ_BYTES // 10
+        if how != "a body that is too long":
+            assert v.far.frames[1] == passed
         assert v.under_way == 0
 
 
@@ -298,14 +369,16 @@ async def test_data_beyond_a_window_of_which_nothing_was_given_back(direction: s
 
 @both
 async def test_data_and_headers_of_streams_that_are_gone(direction: str) -> None:
-    """Each is answered by a reset; an end that does not read these is not served for ever."""
+    """A stream is reset once for it; what comes after that is neither answered nor kept (RFC 9113, section 5.1)."""
     async with attacked(direction) as v:
         v.send(frame(0, 0, 1, b"") * 1000)
-        assert v.client.frames[3] == 1000
-        v.connection.receiver.pause_reading()
-        v.send(frame(0, 0, 1, b"") * 500_000)
-        assert v.client.aborted
-        assert v.client.bytes <= OWED_BYTES_MAX + 1000 * 13 + 8 * READ_BYTES
+        assert v.client.frames[3] == 1
+        sent, refused = v.client.bytes, b"\x00\x01X\x01y"
+        v.send((frame(0, 0, 1, b"x" * 100) + frame(1, 5, 1, refused)) * 10_000)
+        windows = v.client.frames[8] * 13
+        assert v.client.bytes <= sent + windows, "but the connection's window, which is to stay as wide as it is"
+        assert not v.client.over
+        assert v.connection._client.core._streams == {}
 
 
 @both

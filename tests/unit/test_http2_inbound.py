@@ -21,7 +21,7 @@ from proxy.authz import Decision, Request
 from proxy.http import HttpCounters, HttpOptions
 from proxy.http2 import InboundHttp2, InboundHttp2Connection
 from proxy.http2.connection import TURNED_AWAY_MAX
-from proxy.http2.core import LAST_STREAM_ID
+from proxy.http2.frames import LAST_STREAM_ID
 from proxy.http2.half import PREFACE
 from proxy.http_entry import HttpEntry, Undecided
 from proxy.stream import READ_LIMIT_BYTES, Channel, Data, Early

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ConnectFailed
-from proxy.http2.core import frame
+from proxy.http2.frames import frame
 from proxy.outbound_http2 import Http2Fleet, InstanceLease
 from proxy.stream import Channel
 from tests.security.test_http2_floods import Far
