@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,7 @@ class Member:
 @contextmanager
 def postgres_home() -> Iterator[Path]:
     """A directory that the user of PostgreSQL may write."""
-    home = Path("/tmp") / f"lictor-patroni-{os.getpid()}"
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="lictor-patroni-", dir="/tmp"))
     try:
         if is_root():
             shutil.chown(home, "nobody", "nogroup")

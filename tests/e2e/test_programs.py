@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,8 +137,7 @@ def test_psql(allowed: Mesh, tmp_path_factory: pytest.TempPathFactory) -> None:
         return
     # PostgreSQL refuses to run as root; its directory must be reachable for the user it runs as.
     as_user: list[str] = []
-    home = Path("/tmp") / f"lictor-postgres-{os.getpid()}"
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="lictor-postgres-", dir="/tmp"))
     try:
         if os.geteuid() == 0:
             need("setpriv")

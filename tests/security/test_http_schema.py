@@ -117,6 +117,7 @@ def check(case: Any, session: Any) -> None:
     case.validate_response(answer, checks=checks)
 
 
+@pytest.mark.timeout(600)
 def test_the_api_keeps_to_its_description(node: Node) -> None:
     """Both what the description allows and what it does not; nothing may break the server or the description."""
     import requests

@@ -94,8 +94,11 @@ async def test_script(code: int, status: str) -> None:
 async def test_script_is_killed_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     script = f"sleep 60 & echo $! > {mark}; wait"
-    verdict = await once(CheckDefinition(args=("sh", "-c", script), interval=1, timeout=0.3))
-    assert verdict.status == CRITICAL
+    for timeout_s in (0.3, 3.0, 30.0):
+        verdict = await once(CheckDefinition(args=("sh", "-c", script), interval=1, timeout=timeout_s))
+        assert verdict.status == CRITICAL
+        if mark.exists():  # on a crowded machine it may be killed before it has begun
+            break
     child = Path(f"/proc/{mark.read_text().strip()}/stat")
     await eventually(lambda: not child.exists() or " Z " in child.read_text())
 
