@@ -152,6 +152,13 @@ class HttpConnection(Intake):
             self._channel.abort(error)
             self._finish()
 
+    def drain(self) -> None:
+        """Close when nothing is under way, and let the answer to what is say so."""
+        upstream = self._upstream
+        if upstream is not None and upstream.head is None:
+            upstream.keep_client = False
+        super().drain()
+
     # Requests
 
     def _begin(self, message: Message) -> None:

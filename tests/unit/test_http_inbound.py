@@ -626,7 +626,9 @@ async def test_draining_lets_requests_end_and_closes() -> None:
         r.http.drain()
         assert await asyncio.wait_for(idle_reader.read(), PATIENCE_S) == b""
         go_on.set()
-        assert (await asyncio.wait_for(reader.read(), PATIENCE_S)).endswith(b"ok")
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        assert answer.endswith(b"ok")
+        assert b"\r\nconnection: close\r\n" in answer, "or the client would send its next request on it"
         idle_writer.close()
         writer.close()
 
