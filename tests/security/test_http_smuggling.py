@@ -12,17 +12,7 @@ import pytest
 
 from raftstate.model.intention import HeaderMatch, HTTPMatch, Intention, Permission
 from tests.support.http_filter import Answer, App, Seen, policy_of, rig, simple
-
-POLICY = policy_of(
-    Intention(
-        source_name="web",
-        destination_name="db",
-        permissions=(Permission("deny", HTTPMatch(path_prefix="/evil")), Permission("allow", HTTPMatch())),
-    )
-)
-EVIL = b"GET /evil HTTP/1.1\r\nHost: a\r\n\r\n"
-POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
-CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+from tests.support.http_smuggling import CHUNKED, EVIL, POLICY, POST, is_harmless, is_refused
 
 REFUSED = {
     # Two lengths
@@ -126,16 +116,7 @@ REFUSED = {
 @pytest.mark.parametrize("pieces", [0, 1])
 @pytest.mark.parametrize("name", REFUSED)
 async def test_refused(name: str, pieces: int) -> None:
-    """Refused and closed; what follows is nobody's request; nothing of it reached the app as a whole request."""
-    async with rig(policy=POLICY) as r:
-        answer = await r.exchange(REFUSED[name], pieces=pieces)
-        statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
-        assert len(statuses) == 1, answer
-        assert statuses[0] in (b"400", b"405", b"431", b"501", b"505"), answer
-        assert b"connection: close" in answer
-        assert r.app.seen == []
-        if not pieces:
-            assert r.app.connections == 0, "the whole of it was at hand, so nothing had to be sent"
+    await is_refused(REFUSED[name], pieces)
 
 
 HARMLESS = {
@@ -182,16 +163,7 @@ HARMLESS = {
 @pytest.mark.parametrize("pieces", [0, 1])
 @pytest.mark.parametrize("name", HARMLESS)
 async def test_harmless_with_one_reading(name: str, pieces: int) -> None:
-    data, wanted = HARMLESS[name]
-    async with rig(policy=POLICY) as r:
-        await r.exchange(data, pieces=pieces)
-        assert [(seen.target, seen.body) for seen in r.app.seen] == wanted
-        raw = bytes(r.app.raw)
-        assert raw.count(b" HTTP/1.1\r\n") == len(wanted)
-        assert b"evil" not in raw.replace(EVIL, b"")
-        for seen in r.app.seen:
-            assert len(seen.header("host")) == 1
-            assert len(seen.header("content-length")) + len(seen.header("transfer-encoding")) <= 1
+    await is_harmless(*HARMLESS[name], pieces)
 
 
 def splitting(value: bytes) -> Answer:

@@ -1,6 +1,6 @@
 """Further known request smuggling forms, by what two parsers have been seen to disagree on.
 
-Beside :mod:`tests.security.test_http_smuggling`, whose stage and policy these share. Sources: RFC 9112, sections 2.2,
+Beside :mod:`tests.security.test_http_smuggling`. Sources: RFC 9112, sections 2.2,
 2.3, 3, 5, 6, 7 and 11.2; RFC 9110, sections 5.5, 7.6.1, 7.8, 8.6, 10.1.1; PortSwigger's series on desync attacks
 ("HTTP/1 must die": 0.CL and ``Expect``); "Funky chunks" on what ends chunk extensions (TERM.EXT, EXT.TERM); the
 http-garbage project's list of differences between servers.
@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 
 import pytest
 
-from tests.security.test_http_smuggling import CHUNKED, EVIL, POLICY, POST
 from tests.support.http_filter import OWN_URI, App, Seen, rig
+from tests.support.http_smuggling import CHUNKED, EVIL, GET, POLICY, POST, is_harmless, is_refused
 from tests.support.sidecars import until
 
-GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
-SLICE_BYTES = 16 * 1024
-"""What is parsed at a time: of what is longer the app may have been sent a part when the rest is refused."""
 UPGRADE = b"Connection: upgrade\r\nUpgrade: websocket\r\n"
 
 REFUSED = {
@@ -165,18 +161,8 @@ REFUSED = {
 @pytest.mark.parametrize("pieces", [0, 1])
 @pytest.mark.parametrize("name", REFUSED)
 async def test_refused(name: str, pieces: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Refused and closed, with one answer; no whole request reached the app; nothing failed for it."""
-    data = REFUSED[name]
-    async with rig(policy=POLICY) as r:
-        answer = await r.exchange(data, pieces=997 if pieces and len(data) > 3000 else pieces)
-        statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
-        assert len(statuses) == 1, answer
-        assert statuses[0] in (b"400", b"405", b"431", b"501", b"505"), answer
-        assert b"connection: close" in answer
-        assert r.app.seen == []
-        if not pieces and len(data) <= SLICE_BYTES:
-            assert r.app.connections == 0, "the whole of it was at hand, so nothing had to be sent"
-    assert [each for each in caplog.records if each.levelno >= logging.ERROR] == []
+    await is_refused(REFUSED[name], pieces)
+    assert [each for each in caplog.records if each.levelno >= logging.ERROR] == [], "nothing failed for it"
 
 
 @pytest.mark.parametrize("pieces", [0, 1])
@@ -267,22 +253,16 @@ HARMLESS = {
 @pytest.mark.parametrize("name", HARMLESS)
 async def test_harmless_with_one_reading(name: str, pieces: int) -> None:
     data, wanted = HARMLESS[name]
-    async with rig(policy=POLICY) as r:
-        await r.exchange(data, pieces=pieces)
-        assert [(seen.target, seen.body) for seen in r.app.seen] == wanted
-        assert bytes(r.app.raw).count(b" HTTP/1.1\r\n") == len(wanted)
-        for seen in r.app.seen:
-            names = [field.lower() for field, _ in seen.headers]
-            assert seen.header("host") in (["a"], ["A"])
-            assert len(seen.header("content-length")) + len(seen.header("transfer-encoding")) <= 1
-            assert not {"upgrade", "connection", "http2-settings", "te", "x-a"} & set(names)
-            assert [each for each in seen.headers if "client" in each[0].lower()] == [
-                ("x-forwarded-client-cert", seen.header("x-forwarded-client-cert")[0])
-            ]
-            assert seen.header("x-forwarded-client-cert")[0].startswith(f"By={OWN_URI};Hash=")
-            assert not [field for field in names if field.startswith("trailer:")]
-            if b"Authorization" in data:
-                assert (seen.header("authorization"), seen.header("cookie")) == (["b"], ["c"])
+    for seen in await is_harmless(data, wanted, pieces):
+        names = [field.lower() for field, _ in seen.headers]
+        assert not {"upgrade", "connection", "http2-settings", "te", "x-a"} & set(names)
+        assert [each for each in seen.headers if "client" in each[0].lower()] == [
+            ("x-forwarded-client-cert", seen.header("x-forwarded-client-cert")[0])
+        ]
+        assert seen.header("x-forwarded-client-cert")[0].startswith(f"By={OWN_URI};Hash=")
+        assert not [field for field in names if field.startswith("trailer:")]
+        if b"Authorization" in data:
+            assert (seen.header("authorization"), seen.header("cookie")) == (["b"], ["c"])
 
 
 async def test_a_body_that_was_announced_is_no_request_though_the_app_would_not_have_it() -> None:
