@@ -113,7 +113,7 @@ async def test_an_instance_that_takes_a_session_and_then_no_stream_is_given_up_o
     client, servers = await fleet(mesh, App(), App(answer=simple(b"1")), config={"load_balancer": "round_robin"})
     monkeypatch.setattr(servers[0].sidecar._desk, "admit_stream", lambda stream, *more: None)
     upstream = client.sidecar._upstreams["backend"]
-    upstream._fleet.accept_timeout_s = 0.2
+    upstream._fleet.accept_timeout_s = 1.0
     assert await ask(client, get(), get()) == [(200, b"1")] * 2
     first, _ = upstream.balancer.instances.values()
     assert first.ejections

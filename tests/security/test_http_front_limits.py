@@ -193,7 +193,7 @@ def certificate(directory: Path) -> tuple[Path, Path]:
 
 async def test_the_tls_listener_has_the_same_bounds(tmp_path: Path) -> None:
     cert_file, key_file = certificate(tmp_path)
-    options = FrontOptions(connections_max=4, head_timeout_s=0.5)
+    options = FrontOptions(connections_max=4, head_timeout_s=2.0)
     async with serving(tmp_path / "agent", front_options=options) as node:
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.load_cert_chain(cert_file, key_file)

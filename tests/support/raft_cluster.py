@@ -17,7 +17,7 @@ from raftstate.state.machine import Applied
 from tests.support.promises import PATIENCE_S
 from tests.support.raft_machine import RegisterMachine
 
-FAST = RaftConfig(heartbeat_s=0.03, election_timeout_min_s=0.15, election_timeout_max_s=0.3)
+FAST = RaftConfig(heartbeat_s=0.05, election_timeout_min_s=0.3, election_timeout_max_s=0.6)
 
 
 class Wire:

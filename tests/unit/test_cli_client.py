@@ -100,7 +100,7 @@ def test_two_writes_have_two_request_ids() -> None:
 def test_a_write_that_was_sent_and_not_answered_is_unknown_not_failed() -> None:
     with agent(lambda n, _: None) as fake:
         with pytest.raises(OutcomeUnknown):
-            Api(fake.address, wait_s=0.3).put("/v1/kv/a", b"x")
+            Api(fake.address, wait_s=1.0).put("/v1/kv/a", b"x")
 
 
 def test_what_twice_would_undo_is_sent_once() -> None:
@@ -118,7 +118,7 @@ def test_an_unknown_outcome_stays_unknown_when_the_leader_is_gone_after() -> Non
     script = lambda n, _: None if n == 1 else (500, b"No cluster leader")  # noqa: E731
     with agent(script) as fake:
         with pytest.raises(OutcomeUnknown):
-            Api(fake.address, wait_s=0.3).put("/v1/kv/a", b"x")
+            Api(fake.address, wait_s=1.0).put("/v1/kv/a", b"x")
 
 
 def test_an_agent_that_lives_but_gets_no_answer_means_no_leader() -> None:
@@ -146,7 +146,7 @@ def test_a_write_whose_agent_vanished_after_it_was_sent_is_unknown() -> None:
         thread = threading.Thread(target=take_one_and_vanish)
         thread.start()
         with pytest.raises(OutcomeUnknown, match="may have been applied"):
-            Api(address, wait_s=0.4).put("/v1/kv/a", b"x")
+            Api(address, wait_s=1.0).put("/v1/kv/a", b"x")
         thread.join()
 
 

@@ -122,7 +122,7 @@ async def test_a_collector_that_is_away_is_asked_again() -> None:
 
 
 async def test_spans_that_nobody_takes_for_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(span_export, "GIVE_UP_S", 0.1)
+    monkeypatch.setattr(span_export, "GIVE_UP_S", 1.0)
     collector = Collector(status=503)
     async with exporting(collector) as exporter:
         exporter.take(recorded())
