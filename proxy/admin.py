@@ -17,6 +17,14 @@ from proxy.config import Configuration
 from raftstate.model.wire import to_json
 
 DRAIN_TIMEOUT_S = 30.0
+PAGES = {
+    "GET /ready": "200 once calls can be taken and made, else 503 and why not",
+    "GET /stats": "all figures, as JSON",
+    "GET /metrics": "the same for Prometheus",
+    "GET /clusters": "the upstreams, with the state of each instance",
+    "GET /config_dump": "what the agent has told, without keys",
+    "POST /drain?timeout_s=N": f"take no new calls, end with those that live, after {DRAIN_TIMEOUT_S:g} s at most",
+}
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 REDACTED = "<redacted>"
 
@@ -63,6 +71,7 @@ class AdminServer:
         app = web.Application(middlewares=[_only_loopback_names])
         app.add_routes(
             [
+                web.get("/", self._index),
                 web.get("/ready", self._ready),
                 web.get("/stats", self._stats),
                 web.get("/metrics", self._metrics),
@@ -81,6 +90,9 @@ class AdminServer:
             runner, self._runner = self._runner, None
             await runner.cleanup()
         self._sock.close()
+
+    async def _index(self, request: web.Request) -> web.Response:
+        return web.Response(text="".join(f"{page:<26}{what}\n" for page, what in PAGES.items()))
 
     async def _ready(self, request: web.Request) -> web.Response:
         sidecar = self._sidecar

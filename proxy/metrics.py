@@ -53,6 +53,7 @@ class Metrics:
             pairs=[
                 (*key, stats.total, stats.active, stats.bytes_in, stats.bytes_out)
                 for key, stats in sorted(self.pairs.items())
+                if key[1] or stats.total  # before an upstream knows whose it is, its pair has no source
             ],
             counters=[(name, labels, value) for (name, labels), value in sorted(self.counters.items())],
             gauges=[(name, labels, value) for name, read in sorted(self.gauges.items()) for labels, value in read()],

@@ -230,8 +230,14 @@ class Upstream:
         if self._unroutable:
             return self._unroutable
         if not self.keys and not self.spec.loopback_port:
-            return f"service {self.spec.service} has no instance"
+            return f"{self._target_names() or f'service {self.spec.service}'} has no instance"
         return ""
+
+    def _target_names(self) -> str:
+        """Return what calls are led to, where a plan says it."""
+        plan = self.spec.plan if self.spec is not None else None
+        targets = plan.targets.values() if plan is not None else ()
+        return ", ".join(f"subset {one.subset} of {one.service}" if one.subset else one.service for one in targets)
 
     def crowded(self) -> str:
         """Return why a TCP connection of the app, counted already, is one too many, or ``""``."""

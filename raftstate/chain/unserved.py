@@ -7,10 +7,11 @@ whoever takes an entry from a user; replicas don't judge by this, so that they a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from raftstate.chain.entries import DEFAULTS, GLOBAL, RESOLVER, ROUTER, BadEntry
+from raftstate.chain.entries import DEFAULTS, GLOBAL, RESOLVER, ROUTER, SPLITTER, BadEntry
 
 _NO_GATEWAY = "there is no mesh gateway here: sidecars reach each other directly"
 _NO_EXTENSIONS = "there are no Envoy extensions here"
@@ -51,6 +52,9 @@ _FAILOVER: Unserved = {"Policy": ("failover is by the order of the targets here"
 _NUMBERS = ("max_inbound_connections", "local_connect_timeout_ms", "local_request_timeout_ms")
 _CONFIG = ("protocol", "bind_address", *_NUMBERS)
 """What a sidecar reads of its own configuration."""
+_VARIABLE = re.compile(r"%[A-Z_]+(?:\([^)]*\))?(?::[0-9]+)?%")
+_NO_VARIABLES = "there are no variables here, it would be sent as it is written"
+_CHANGES = ("RequestHeaders", "ResponseHeaders")
 _UNSERVED_RETRIES = ("envoy-ratelimited",)
 
 
@@ -81,11 +85,24 @@ def _asked_for(kind: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield from _of(entry, _RESOLVER, "")
         for subset, part in (entry.get("Failover") or {}).items():
             yield from _of(part, _FAILOVER, f"Failover[{subset!r}].")
+    elif kind == SPLITTER:
+        for number, split in enumerate(entry.get("Splits") or ()):
+            yield from _variables(split, f"Splits[{number}].")
     elif kind == ROUTER:
         for number, route in enumerate(entry.get("Routes") or ()):
+            yield from _variables(route.get("Destination") or {}, f"Routes[{number}].Destination.")
             for place, word in enumerate((route.get("Destination") or {}).get("RetryOn") or ()):
                 if word in _UNSERVED_RETRIES:
                     yield f"Routes[{number}].Destination.RetryOn[{place}]", f"{word!r}: there is no rate limiter here"
+
+
+def _variables(part: Mapping[str, Any], at: str) -> Iterator[tuple[str, str]]:
+    """Header values in which Envoy would put something in place of a variable."""
+    for field in _CHANGES:
+        for how in ("Add", "Set"):
+            for name, value in ((part.get(field) or {}).get(how) or {}).items():
+                if found := _VARIABLE.search(value):
+                    yield f"{at}{field}.{how}[{name!r}]", f"{found[0]}: {_NO_VARIABLES}"
 
 
 def _of(part: Mapping[str, Any], unserved: Unserved, at: str) -> Iterator[tuple[str, str]]:

@@ -76,6 +76,9 @@ async def test_the_whole_page_of_both_sidecars_reads_as_prometheus_wants_it(mesh
         text = await page(member)
         await judge(text)
         assert text.count("# HELP ") == text.count("# TYPE ")
+        assert 'source=""' not in text
+        listed = [line.split()[1].partition("?")[0] for line in (await page(member, "/")).splitlines()]
+        assert {*listed, "/nothing"} == {*PATHS, "/drain"}
         about = {"direction": direction, **PAIR}
         assert value(member, "lictor_connections_total", **about) >= 1
         assert value(member, "lictor_http_requests_total", **about, method="GET", code="200", origin="app") == 21

@@ -44,6 +44,16 @@ async def bodies(stage: Stage, *requests: bytes) -> list[bytes]:
 
 
 @with_mesh
+async def test_a_subset_that_has_no_instance_is_named(mesh: Mesh) -> None:
+    stage = Stage(mesh)
+    await stage.server("backend", "b1", "v1")
+    await stage.caller()
+    await stage.follow(resolver_backend={"Subsets": SUBSETS, "DefaultSubset": "v2"})
+    ((status, _, body),) = await ask(stage.client, get())
+    assert (status, body) == (503, b'{"error": "\'backend\': subset v2 of backend has no instance"}\n')
+
+
+@with_mesh
 async def test_a_canary_gets_its_share_of_the_requests_and_a_change_drops_none(mesh: Mesh) -> None:
     stage = Stage(mesh)
     await stage.server("backend", "b1", "v1")

@@ -9,6 +9,7 @@ import pytest
 from raftstate.chain import BadEntry, check_entry, check_served
 
 DEFAULTS, GLOBAL, RESOLVER, ROUTER = "service-defaults", "proxy-defaults", "service-resolver", "service-router"
+SPLITTER = "service-splitter"
 
 
 def served(kind: str, entry: dict[str, Any]) -> None:
@@ -52,6 +53,10 @@ def served(kind: str, entry: dict[str, Any]) -> None:
         ),
         (ROUTER, {"Routes": [{}, {"Destination": {"RetryOn": ["5xx", "envoy-ratelimited"]}}]},
          "Routes[1].Destination.RetryOn[1]"),
+        (ROUTER, {"Routes": [{"Destination": {"RequestHeaders": {"Set": {"x-ip": "%DOWNSTREAM_REMOTE_ADDRESS%"}}}}]},
+         "Routes[0].Destination.RequestHeaders.Set['x-ip']"),
+        (SPLITTER, {"Splits": [{"Weight": 100, "ResponseHeaders": {"Add": {"x": "a %REQ(x-id):8% b"}}}]},
+         "Splits[0].ResponseHeaders.Add['x']"),
     ],
 )  # fmt: skip
 def test_what_nothing_acts_on_is_refused_by_its_field(kind: str, entry: dict[str, Any], field: str) -> None:
