@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cli.cas import cas_flags, cas_params, require_done
+from cli.chain_text import lines_of
 from cli.client import API_FLAGS, READ_FLAGS, Api
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag
@@ -99,6 +100,16 @@ def delete(args: Args) -> int:
     return 0
 
 
+def chain(args: Args) -> int:
+    """Print what all entries together make of calls to a service."""
+    answer = Api.of(args).get(f"/v1/discovery-chain/{quote(args.words[0], safe='')}").json()
+    if args.on("json"):
+        print_json(answer)
+    else:
+        print("\n".join(lines_of(answer["Chain"])))
+    return 0
+
+
 _KIND = Flag("kind", "service-defaults, service-resolver, service-splitter, service-router, …", "KIND")
 _NAME = Flag("name", "the entry's name: the service (of proxy-defaults: global)", "NAME")
 _CAS = cas_flags("entry")
@@ -117,6 +128,9 @@ FAMILIES = {
             "read": Command("Print an entry", read, (_KIND, _NAME, *READ_FLAGS)),
             "list": Command("Print the names of a kind's entries", list_names, (_KIND, *READ_FLAGS)),
             "delete": Command("Delete an entry", delete, (_KIND, _NAME, *_CAS, *API_FLAGS)),
+            "chain": Command(
+                "Show what all entries together make of calls to a service", chain, (*READ_FLAGS,), "SERVICE", 1, 1
+            ),
         },
     )
 }

@@ -26,9 +26,17 @@ from raftstate.chain import (
     check_served,
 )
 from raftstate.model.plan import Plan
-from raftstate.state import commands
+from raftstate.state import commands, config_entries
 
 routes = Routes("config")
+_OTHER_KINDS = frozenset(
+    (
+        "api-gateway", "bound-api-gateway", "control-plane-request-limit", "exported-services",
+        "file-system-certificate", "http-route", "ingress-gateway", "inline-certificate", "jwt-provider", "mesh",
+        "sameness-group", "tcp-route", "terminating-gateway",
+    )
+)  # fmt: skip
+"""Of Consul's. Clients look whether there are any; here there are none."""
 
 
 @routes.add("PUT", "/v1/config", body=dict[str, Any], answer=bool)
@@ -68,6 +76,14 @@ def _checked_intentions(name: str, body: dict[str, Any]) -> dict[str, Any]:
     return spelt
 
 
+def _known_kind(request: web.Request) -> str:
+    kind = request.match_info["kind"]
+    if kind not in config_entries.KINDS and kind not in _OTHER_KINDS:
+        known = ", ".join(config_entries.KINDS)
+        raise BadRequest(f"invalid config entry kind: {kind[:80]} (known: {known})")
+    return kind
+
+
 def _take(body: dict[str, Any], name: str) -> str:
     for key in tuple(body):
         if key.lower() == name:
@@ -90,7 +106,7 @@ def cas_index(request: web.Request) -> int | None:
 @routes.add("GET", "/v1/config/{kind}/{name:.+}", answer=dict[str, Any])
 async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
     """An entry."""
-    kind, name = request.match_info["kind"], request.match_info["name"]
+    kind, name = _known_kind(request), request.match_info["name"]
     reading = await read(ctx, request, "config.get", {"kind": kind, "name": name}, rows=False)
     if reading.raw is None:
         error = NotFound(f'Config entry not found for "{kind}" / "{name}"')
@@ -102,7 +118,7 @@ async def get(ctx: Context, request: web.Request) -> web.StreamResponse:
 @routes.add("GET", "/v1/config/{kind}", answer=list[dict[str, Any]])
 async def list_kind(ctx: Context, request: web.Request) -> web.StreamResponse:
     """All entries of a kind."""
-    reading = await read(ctx, request, "config.list", {"kind": request.match_info["kind"]}, rows=False)
+    reading = await read(ctx, request, "config.list", {"kind": _known_kind(request)}, rows=False)
     return answer(request, reading, filtered(list(reading.value), reading.options))
 
 

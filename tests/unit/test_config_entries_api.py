@@ -141,3 +141,40 @@ async def test_the_command_writes_reads_lists_and_deletes(tmp_path: Path, capsys
         assert (await run("delete", "-kind", "service-resolver", "-name", "web"))[0] == 0
         assert (await run("read", "-kind", "service-resolver", "-name", "web"))[0] == 1
         assert (await run("delete", "-name", "web"))[0] == 2
+        assert await run("list", "-kind", "ingress-gateway") == (0, "", "")
+        code, _, err = await run("list", "-kind", "service-reslover")
+        assert (code, "invalid config entry kind: service-reslover (known: " in err) == (1, True), err
+
+
+async def test_the_command_shows_what_the_entries_make_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serving(tmp_path) as node:
+        balancer = {"Policy": "maglev", "HashPolicies": [{"Field": "header", "FieldValue": "x-user"}]}
+        more = {"request_timeout": "9s", "load_balancer": balancer}
+        await node.put("/v1/config", {**RESOLVER, **more})
+        await node.put("/v1/config", {"Kind": "service-defaults", "Name": "web", "Protocol": "http"})
+        splits = [{"Weight": 75}, {"Weight": 25, "ServiceSubset": "v2", "RequestHeaders": {"Set": {"x-new": "1"}}}]
+        await node.put("/v1/config", {"Kind": "service-splitter", "Name": "web", "Splits": splits})
+        http = {
+            "PathPrefix": "/admin",
+            "Methods": ["GET", "PUT"],
+            "Header": [{"Name": "x", "Exact": "1", "Invert": True}],
+        }
+        to = {"ServiceSubset": "v2", "PrefixRewrite": "/", "NumRetries": 2, "RetryOnStatusCodes": [503]}
+        routes = [{"Match": {"HTTP": http}, "Destination": to}]
+        await node.put("/v1/config", {"Kind": "service-router", "Name": "web", "Routes": routes})
+        assert await asyncio.to_thread(main, ["config", "chain", "web", "-http-addr", node.url]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            "web (http)",
+            "  path /admin…, method GET or PUT, header x not = 1",
+            "                                        -> subset v2 of web; as /; 2 retries on 503",
+            "  all else                              -> splitter of web",
+            "splitter of web",
+            "  75 %                                  -> subset v1 of web",
+            "  25 %                                  -> subset v2 of web; request headers =x-new",
+            "subset v1 of web                        Service.Meta.version == v1; connect within 2s; "
+            "answer within 9s; maglev by header x-user; failing over to subset v2 of web",
+            "subset v2 of web                        Service.Meta.version == v2; connect within 2s; "
+            "answer within 9s; maglev by header x-user",
+        ]
