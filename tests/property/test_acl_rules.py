@@ -7,7 +7,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from raftstate.acl import DENY, READ, WRITE, BadRules, Rule, compile_rules, parse_rules
@@ -68,13 +68,17 @@ def test_a_decision_is_that_of_the_most_specific_rule(rules: list[Rule], default
 
 
 @given(st.lists(rule(), max_size=12), st.sampled_from((DENY, WRITE)), names)
+# An exact rule hides a prefix's for one name; what merely begins with that name is another.
+@example([Rule("agent", "a", True, DENY), Rule("agent", "a", False, READ)], WRITE, "")
+@example([Rule("agent", "a", True, WRITE), Rule("agent", "a", False, DENY)], DENY, "")
 def test_what_is_said_of_all_names_holds_for_each(rules: list[Rule], default: int, prefix: str) -> None:
     authorizer = compile_rules(rules, default)
     tails = ["", "a", "b", "/", "ab", "/a", "zz", *(one.name for one in rules)]
     for resource in (*NAMED, INTENTION):
         tried = {prefix + tail for tail in tails} | {one.name for one in rules if one.name.startswith(prefix)}
         granted = [naive(rules, default, resource, name) for name in tried | {prefix + "\x7f"}]
-        every = [naive(rules, default, resource, name) for name in {one.name for one in rules} | {"", "\x7f"}]
+        told = {one.name for one in rules} | {""}
+        every = [naive(rules, default, resource, name) for name in told | {name + "\x7f" for name in told}]
         for access in (READ, WRITE):
             if authorizer.allows_below(resource, prefix, access):
                 assert min(granted) >= access, (resource, prefix)
