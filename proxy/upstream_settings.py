@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from proxy.balancer import LEAST_REQUEST, POLICIES, BalancerOptions
 from raftstate.model.durations import parse_duration_s
@@ -22,8 +23,11 @@ _NUMBERS = frozenset(
         "slow_start_ms", "try_timeout_ms",
     )
 )  # fmt: skip
-_PARTS = frozenset(("limits", "passive_health_check"))
-_KNOWN = _NUMBERS | _PARTS | {"load_balancer", "locality", "protocol"}
+_LIMITS = frozenset(("max_concurrent_requests", "max_connections", "max_pending_requests"))
+_PASSIVE_NUMBERS = frozenset(("enforcing_consecutive_5xx", "max_ejection_percent", "max_failures"))
+_PASSIVE_TIMES = frozenset(("base_ejection_time", "interval"))
+_PARTS = {"limits": _LIMITS, "passive_health_check": _PASSIVE_NUMBERS | _PASSIVE_TIMES}
+_KNOWN = _NUMBERS | _PARTS.keys() | {"load_balancer", "locality", "protocol"}
 
 
 class UpstreamSettings:
@@ -39,7 +43,7 @@ class UpstreamSettings:
         locality = str(config.get("locality") or "")
         self.balancer = BalancerOptions(
             policy=policy if policy in POLICIES else LEAST_REQUEST,
-            panic_threshold=min(1.0, _number(config.get("panic_threshold"), 0.0)),
+            panic_threshold=_share(config.get("panic_threshold")),
             failures_to_eject=max(1, int(_number(config.get("failures_to_eject"), 1))),
             prefer_node=me.node if me and locality == "node" else "",
             prefer_zone=me.zone if me and locality in ("node", "zone") else "",
@@ -74,19 +78,39 @@ class UpstreamSettings:
 
 def ignored_settings(config: Mapping[str, object]) -> list[str]:
     """Return what of an upstream's ``config`` is not acted on, with the reasons; a registration checks nothing."""
-    found = [f"{key} (known: {', '.join(sorted(_KNOWN))})" for key in config if key not in _KNOWN]
-    for key in _NUMBERS & config.keys():
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            found.append(f"{key}: {value!r} is no number of 0 or more")
-    for key in _PARTS & config.keys():
-        if not isinstance(config[key], Mapping):
+    found = _unknown(config, _KNOWN, "") + _no_numbers(config, _NUMBERS, "")
+    if "panic_threshold" in config and not found and _number(config["panic_threshold"], 0.0) > 1:
+        found.append(f"panic_threshold: {config['panic_threshold']!r} is no share: 0 to 1")
+    for key, known in _PARTS.items():
+        part = config.get(key, {})
+        if not isinstance(part, Mapping):
             found.append(f"{key}: it must be an object")
+            continue
+        found += _unknown(part, known, f"{key}.") + _no_numbers(part, known - _PASSIVE_TIMES, f"{key}.")
+        for name in sorted(_PASSIVE_TIMES & known & part.keys()):
+            value = part[name]
+            try:
+                parse_duration_s(value if isinstance(value, str | int | float) else str(value))
+            except ValueError as error:
+                found.append(f"{key}.{name}: {error}")
     if (policy := config.get("load_balancer")) and policy not in POLICIES:
         found.append(f"load_balancer: {policy!r} is none of {', '.join(POLICIES)}")
     if (locality := config.get("locality")) and locality not in ("node", "zone"):
         found.append(f"locality: {locality!r} is neither node nor zone")
     return found
+
+
+def _unknown(part: Mapping[str, object], known: AbstractSet[str], at: str) -> list[str]:
+    return [f"{at}{key} (known: {', '.join(sorted(known))})" for key in part if key not in known]
+
+
+def _no_numbers(part: Mapping[str, object], names: AbstractSet[str], at: str) -> list[str]:
+    said = [(name, part[name]) for name in sorted(names & part.keys())]
+    return [
+        f"{at}{name}: {value!r} is no number of 0 or more"
+        for name, value in said
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0
+    ]
 
 
 def resolver_of(plan: Plan | None, target: str) -> ResolverNode | None:
@@ -116,6 +140,11 @@ def _seconds(value: object) -> float:
         return max(0.0, parse_duration_s(value)) if isinstance(value, str | int | float) else 0.0
     except ValueError:
         return 0.0  # a registration's own words, which nobody has checked
+
+
+def _share(value: object) -> float:
+    share = _number(value, 0.0)
+    return share if share <= 1 else 0.0  # meant as percents perhaps: taken for 1 it would ignore all health
 
 
 def _number(value: object, default: float) -> float:
