@@ -576,12 +576,12 @@ async def test_an_early_answer_ends_the_upload() -> None:
 
 
 async def test_a_head_that_trickles_is_a_408_and_an_idle_connection_ends() -> None:
-    async with rig(head_timeout_s=0.05) as r:
+    async with rig(head_timeout_s=0.3) as r:
         reader, writer = await r.connect()
         writer.write(b"GET / HT")
         assert b" 408 " in await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
-    async with rig(idle_timeout_s=0.05) as r:
+    async with rig(idle_timeout_s=0.3) as r:
         reader, writer = await r.connect()
         writer.write(GET)
         data = await asyncio.wait_for(reader.read(), PATIENCE_S)
