@@ -13,6 +13,7 @@ import consul
 import pytest
 
 from tests.support.http_api import eventually, serving
+from tests.support.promises import PATIENCE_S
 
 
 @pytest.fixture
@@ -31,12 +32,12 @@ def client(tmp_path: Path) -> Iterator[Any]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE_S)
     made = consul.Consul(host="127.0.0.1", port=port)
     yield made
     made.http.session.close()
     loop.call_soon_threadsafe(leave.set)
-    thread.join(10)
+    thread.join(PATIENCE_S)
     loop.close()
 
 
@@ -60,10 +61,10 @@ def test_services_and_health(client: Any) -> None:
 def test_blocking_query_sees_the_change(client: Any) -> None:
     index, _ = client.health.service("web")
     seen: list[Any] = []
-    waiter = threading.Thread(target=lambda: seen.append(client.health.service("web", index=index, wait="10s")))
+    waiter = threading.Thread(target=lambda: seen.append(client.health.service("web", index=index, wait="50s")))
     waiter.start()
     assert client.agent.service.register("web", port=80)
-    waiter.join(10)
+    waiter.join(PATIENCE_S)
     assert [entry["Service"]["Service"] for entry in seen[0][1]] == ["web"]
 
 
