@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.http.errors import TooMuchHeld
-from proxy.http.head import trailer_lines
+from proxy.http.head import name_host, trailer_lines
 from proxy.http.intake import Intake
 from proxy.http.options import LIMITED, HttpStats
 from proxy.http.parser import OVERLOADED, Message
@@ -166,10 +166,13 @@ class HttpConnection(Intake):
         self._trace = None
         self._started = self._loop.time()
         self._asked_at = NEVER
-        if message.refusal is not None or message.head is None:
+        head = message.head
+        if message.refusal is not None or head is None:
             self._refuse(message)
-        else:
-            self._route(message)
+            return
+        if head.http10:
+            name_host(head, self._options.service)
+        self._route(message)
 
     def _more(self, message: Message) -> None:
         self._forward(message, [])

@@ -185,6 +185,16 @@ def read_request_head(
     return head
 
 
+def name_host(head: RequestHead, service: str) -> None:
+    """Give a request of HTTP/1.0 without ``Host`` the one that it has as HTTP/1.1 (RFC 9112, section 3.2)."""
+    for name, _ in head.fields:
+        if name == b"host":
+            return
+    host = service.encode()
+    head.fields = [*head.fields, (b"host", host)]
+    head.lines = [*head.lines, b"host: " + host]
+
+
 def _read_target(head: RequestHead, host: bytes | None) -> None:
     """Turn an absolute target into its origin form; refuse what is no target."""
     if b"#" in head.target:

@@ -380,6 +380,9 @@ async def test_http10_closes_unless_asked_to_keep() -> None:
     async with rig() as r:
         data = await r.exchange(b"GET / HTTP/1.0\r\n\r\n", eof=False)
         assert data == b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok"
+        await r.exchange(b"GET / HTTP/1.0\r\nHost: a\r\n\r\n", eof=False)
+        hosts = [seen.header("host") for seen in r.app.seen]
+        assert hosts == [["db"], ["a"]], "what is sent on is HTTP/1.1, which needs one"
         data = await r.exchange(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" * 2)
         assert data == b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: keep-alive\r\n\r\nok" * 2
     async with rig(App(answer=unsized)) as r:
