@@ -20,6 +20,10 @@ from proxy.receiver import NOBODY, Receiver
 
 RECORD_BYTES: Final = 16 * 1024
 """Most that a record carries (RFC 8446, section 5.1), and so most that one decryption gives."""
+_HEADER_BYTES: Final = 5
+_RECORD_MAX_BYTES: Final = _HEADER_BYTES + RECORD_BYTES + 256
+"""Most that a record may be, encrypted (RFC 8446, section 5.2)."""
+_UNKNOWN: Final = -1
 READ_BYTES: Final = READ_MAX_BYTES + READ_MAX_BYTES // 64
 """Most that a read asks for: what the longest read of an app has become in TLS, headers of records and frames
 included, comes in one read; and so the next does."""
@@ -37,8 +41,8 @@ class SecureTransport(Receiver):
         "_done",
         "_encrypt",
         "_encrypted",
-        "_in_record",
         "_incoming",
+        "_missing",
         "_object",
         "_outgoing",
         "_parting",
@@ -81,8 +85,8 @@ class SecureTransport(Receiver):
         self._done: asyncio.Future[None] | None = asyncio.get_running_loop().create_future()
         """How it ended, for :meth:`handshake`, which may be called after that; None once it has told of a failure."""
         self._closing = False
-        self._in_record = True
-        """A part of a record may have come, and wait for its rest in OpenSSL."""
+        self._missing = _UNKNOWN
+        """How many bytes are still to come of the record of which OpenSSL has a part; 0: it has none."""
         self._peer_ended = self._wrote_eof = False
         self._parting: asyncio.TimerHandle | None = None
 
@@ -145,30 +149,28 @@ class SecureTransport(Receiver):
         self._shake()
 
     def data_received(self, data: bytes) -> None:
-        if self._closing:
-            return  # nobody will take it; kept, it would be all that the peer sends until we part
-        self._put(data)
+        if self._closing or self._peer_ended:
+            # Nobody will take it; kept, it would be all that the peer sends until we part. What comes after its own
+            # end is to be ignored (RFC 8446, section 6.1).
+            return
         if self._shaking:
+            self._put(data)
             self._shake()
             return
         ended = False
         size = len(data)
         try:
-            if size > 5 and data[3] << 8 | data[4] == size - 5 and not self._in_record:
+            if size > 5 and data[3] << 8 | data[4] == size - 5 and not self._missing:
                 # One record, by the length it says (RFC 8446, section 5.1): what is in it is no longer than it.
+                self._put(data)
                 clear = self._decrypt(size)
                 ended = not clear
+            elif self._missing != _UNKNOWN:
+                clear, ended = self._decrypt_records(data)
             else:
-                clear = self._decrypt(RECORD_BYTES)
-                if not clear:
-                    ended = True
-                elif self._incoming.pending:
-                    clear, ended = self._decrypt_all(clear)
-                else:
-                    self._in_record = False
+                clear, ended = self._decrypt_any(data)
         except ssl.SSLWantReadError:
-            self._in_record = True
-            self._send()  # less than a record, or a key update, which is to be answered
+            self._send()  # a key update, which is to be answered, or a ticket
             return
         except ssl.SSLZeroReturnError:  # an empty read, when both have ended their side
             clear, ended = b"", True
@@ -180,21 +182,60 @@ class SecureTransport(Receiver):
         if ended:
             self._ended_by_peer(notified=True)
 
-    def _decrypt_all(self, first: bytes) -> tuple[bytes, bool]:
-        """Return all that has come, in one piece, and whether the peer has ended its side. Raises ssl.SSLError."""
-        pieces, ended = [first], False
+    def _decrypt_records(self, data: bytes) -> tuple[bytes, bool]:
+        """Return what is in the records that ``data`` completes, in one piece, and whether the peer has ended its
+        side. Raises ssl.SSLError.
+
+        OpenSSL is given one record at a time, which so stays in the processor's cache from one copy to the next.
+        """
+        view, at, size = memoryview(data), 0, len(data)
+        pieces: list[bytes] = []
+        while at < size:
+            missing = self._missing
+            if not missing:
+                if size - at >= _HEADER_BYTES:
+                    missing = _HEADER_BYTES + (data[at + 3] << 8 | data[at + 4])
+                if not missing or missing > _RECORD_MAX_BYTES:
+                    # A part of a header, or none: OpenSSL is to judge.
+                    clear, ended = self._decrypt_any(view[at:])
+                    pieces.append(clear)
+                    return b"".join(pieces), ended
+            taken = min(missing, size - at)
+            self._put(view[at : at + taken])
+            at += taken
+            self._missing = missing - taken
+            if taken == missing:
+                try:
+                    clear = self._decrypt(RECORD_BYTES)
+                except ssl.SSLWantReadError:
+                    self._send()  # as above
+                    continue
+                except ssl.SSLZeroReturnError:
+                    return b"".join(pieces), True
+                if not clear:
+                    return b"".join(pieces), True
+                pieces.append(clear)
+        return b"".join(pieces), False
+
+    def _decrypt_any(self, data: bytes | memoryview) -> tuple[bytes, bool]:
+        """As :meth:`_decrypt_records` where it is not known at which byte a record begins."""
+        self._missing = _UNKNOWN
+        self._put(data)
+        pieces: list[bytes] = []
         try:
-            while self._incoming.pending and not ended:
-                data = self._decrypt(RECORD_BYTES)
-                pieces.append(data)
-                ended = not data
-            self._in_record = False
+            while True:
+                clear = self._decrypt(RECORD_BYTES)
+                if not clear:
+                    return b"".join(pieces), True
+                pieces.append(clear)
+                if not self._incoming.pending:
+                    break
+            self._missing = 0
         except ssl.SSLWantReadError:
-            self._in_record = True
             self._send()
         except ssl.SSLZeroReturnError:
-            ended = True
-        return b"".join(pieces), ended
+            return b"".join(pieces), True
+        return b"".join(pieces), False
 
     def _broken(self, error: ssl.SSLError) -> None:
         self._send()

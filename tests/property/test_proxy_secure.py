@@ -165,3 +165,23 @@ def test_pieces_leave_in_one_write_and_by_full_records(sizes: list[int], seed: i
         both.poller.close()
 
     asyncio.run(play())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.booleans(), st.integers(RECORD_BYTES + 257, 65535))
+def test_a_record_longer_than_any_is_refused_by_its_header(aligned: bool, length: int) -> None:
+    async def play() -> None:
+        both = Ends()
+        both.ours.data_received(both.from_peer.read())  # the ticket, after which it is known where records begin
+        header = b"\x17\x03\x03" + length.to_bytes(2)
+        if aligned:
+            both.ours.data_received(header + b"x")
+        else:
+            both.ours.data_received(header[:4])
+            both.ours.data_received(header[4:] + b"x")
+        assert both.ours.is_closing()
+        assert not both.recorder.data
+        await asyncio.sleep(0)
+        both.poller.close()
+
+    asyncio.run(play())

@@ -141,6 +141,41 @@ async def test_what_comes_after_the_close_is_not_kept() -> None:
     assert transport._incoming.pending < 1 << 20
 
 
+@all_loops
+async def test_what_comes_after_the_peers_end_is_not_kept_either() -> None:
+    """Our direction goes on, as long as it likes; what the peer sends meanwhile is no TLS any more."""
+
+    def peer(sock: socket.socket) -> bytes:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = PEER.wrap_bio(incoming, outgoing, server_side=True)
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        tls.write(b"bye")
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.unwrap()
+        sock.sendall(outgoing.read() + bytes(16 << 20))
+        while True:
+            try:
+                return tls.read(100)
+            except ssl.SSLWantReadError:
+                incoming.write(sock.recv(65536))
+
+    recorder, transport, running = await with_peer(peer, HalfOpen())
+    await transport.handshake()
+    await until(lambda: "eof" in recorder.told)
+    transport.write(b"more")
+    assert await running == b"more"
+    assert recorder.data == b"bye"
+    assert transport._incoming.pending < 1 << 20
+    transport.abort()
+    await until(lambda: "lost" in recorder.told)
+
+
 class HalfOpen(Recorder):
     """Goes on after the peer's end."""
 
