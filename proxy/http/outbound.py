@@ -245,12 +245,16 @@ class OutboundConnection(HttpConnection):
         """Return whether the active request may have a connection now; else it waits, or is answered."""
         side = self._outbound
         most = side.outbound.connections_max
-        if side.in_use >= most and (not most or side.pending >= side.outbound.pending_max):
+        if side.in_use < most:
+            side.in_use += 1
+            self._placed = True
+            return True
+        if not most or side.pending >= side.outbound.pending_max:
             self._turn_away(f"uses {side.in_use} connections, and {side.pending} requests wait for one already")
             return False
-        self._placed = side.enter(self)
-        self._waiting = self._connecting = not self._placed
-        return self._placed
+        self._waiting = self._connecting = True
+        side.wait(self)
+        return False
 
     def let_in(self) -> None:
         """One of the connections that may be in use is free for our request."""
@@ -437,4 +441,7 @@ class OutboundConnection(HttpConnection):
             self._outbound.give_up(self)
         elif self._placed:
             self._placed = False
-            self._outbound.leave()
+            side = self._outbound
+            side.in_use -= 1
+            if side.queue:
+                side.let_in()

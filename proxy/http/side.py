@@ -143,7 +143,7 @@ class OutboundSide(HttpSide, Generic[AnyFleet]):
         """Requests that await a connection: one that is being made, or their turn."""
         self.in_use = 0
         """Connections to instances that requests of HTTP/1.1 have, or are about to have."""
-        self._queue: dict[Waits, None] = {}
+        self.queue: dict[Waits, None] = {}
         """Who awaits one, the oldest first."""
         self._letting_in = False
 
@@ -151,35 +151,27 @@ class OutboundSide(HttpSide, Generic[AnyFleet]):
         """Take new options, for requests and connections to come."""
         self.outbound = options
         self.options = options.http
-        self._let_in()
+        self.let_in()
 
-    def enter(self, who: Waits) -> bool:
-        """Take a connection's place for a request. False: all are taken, and ``who`` is told when it is let in."""
-        if self.in_use < self.outbound.connections_max:
-            self.in_use += 1
-            return True
-        self._queue[who] = None
+    def wait(self, who: Waits) -> None:
+        """All connections that may be are in use: ``who`` is told when it is let in."""
+        self.queue[who] = None
         self.pending += 1
-        return False
-
-    def leave(self) -> None:
-        """Give a place back."""
-        self.in_use -= 1
-        self._let_in()
 
     def give_up(self, who: Waits) -> None:
         """``who`` waits no more."""
-        if who in self._queue:
-            del self._queue[who]
+        if who in self.queue:
+            del self.queue[who]
             self.pending -= 1
 
-    def _let_in(self) -> None:
+    def let_in(self) -> None:
+        """Give the connections that are free now to those who wait."""
         if self._letting_in:
             return  # one that is let in and leaves at once does not let in the next: else a thousand would be nested
         self._letting_in = True
         try:
-            while self._queue and self.in_use < self.outbound.connections_max:
-                who = next(iter(self._queue))
+            while self.queue and self.in_use < self.outbound.connections_max:
+                who = next(iter(self.queue))
                 self.give_up(who)
                 self.in_use += 1
                 who.let_in()
