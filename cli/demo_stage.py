@@ -111,6 +111,8 @@ class Background:
                 pass
         self.signal(signal.SIGKILL)  # also what it left behind
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 @dataclass
@@ -276,17 +278,16 @@ class Client:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.decode(errors="replace").rstrip())
+        with self.process.stdout as said:
+            for line in said:
+                self.lines.append(line.decode(errors="replace").rstrip())
 
     def finish(self) -> list[str]:
         """Let it end, and return what it printed."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(15)
         self._reader.join(5)
-        self.process.stdout.close()
         return self.lines
 
     def wait_line(self, beginning: str, timeout_s: float) -> str:

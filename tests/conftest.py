@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import psutil
@@ -34,14 +35,16 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_process_is_left() -> Iterator[None]:
+def no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the last test of a file that leaves a process running, or one that has ended and was not waited for.
 
     Python's own warning of it comes when the object is freed, often in another file's tests or at the very end.
     """
-    before = {child.pid for child in psutil.Process().children()}
+    before, failed = {child.pid for child in psutil.Process().children()}, request.session.testsfailed
     yield
     reap()
+    if request.session.testsfailed > failed:
+        gc.collect()  # what a failed test left open is told of here, and fails no other file's test
     left = [_told(child) for child in psutil.Process().children() if child.pid not in before]
     assert left == []
 
