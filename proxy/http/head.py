@@ -30,7 +30,7 @@ _KINDS: Final = {
     b"upgrade": UPGRADE, b"expect": EXPECT, b"keep-alive": DROP, b"proxy-connection": DROP, b"te": DROP,
     b"http2-settings": DROP, FORWARDED_CERT: DROP,
 }  # fmt: skip
-_METHOD_NAMES: Final = {
+METHOD_NAMES: Final = {
     name.encode(): name for name in ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
 }
 _NOT_BY_CONNECTION: Final = frozenset(
@@ -106,7 +106,7 @@ class RequestHead:
     @property
     def method_name(self) -> str:
         """The method as text."""
-        return _METHOD_NAMES.get(self.method) or self.method.decode("latin-1")
+        return METHOD_NAMES.get(self.method) or self.method.decode("latin-1")
 
     def request(self) -> Request:
         """Return what permissions see."""

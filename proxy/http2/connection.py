@@ -32,7 +32,7 @@ from proxy.http2.events import (
 )
 from proxy.http2.exchange import Exchange, Part, add_data, fields_size, pump
 from proxy.http2.half import STREAMS_MAX, Half
-from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of, local_answer, passed_on, read_request
+from proxy.http2.head import RequestHead, grpc_ending, grpc_status_of, local_answer, passed_on, read_request, value_of
 from proxy.stream import Channel
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ class Http2Connection:
             if exchange.replay is not None:
                 exchange.replay.drop()
             if ended:
-                exchange.grpc_status = next((value for name, value in headers if name == b"grpc-status"), b"")
+                exchange.grpc_status = value_of(headers, b"grpc-status")
             headers = self._edit(exchange, headers)
         self._client.send_headers(exchange.client_id, headers, end=ended)
         if ended:
@@ -468,7 +468,7 @@ class Http2Connection:
     def _count(self, exchange: Exchange, status: int, origin: str) -> None:
         seconds = self._side.loop.time() - exchange.started
         head = exchange.head
-        self._stats.request(head.method.decode("latin-1"), status, seconds, origin)
+        self._stats.request(head.method_name, status, seconds, origin)
         if head.grpc:
             self._stats.grpc(head.target, exchange.grpc_status if status else b"", origin)
         if self._side.told is not None:

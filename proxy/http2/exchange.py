@@ -106,7 +106,11 @@ class Exchange:
 
     def holds(self) -> int:
         """Return how many bytes are held for it now."""
-        size = self.head_bytes + sum(map(len, self.to_link)) + sum(map(len, self.to_client))
+        size = self.head_bytes
+        if self.to_link:
+            size += sum(map(len, self.to_link))
+        if self.to_client:
+            size += sum(map(len, self.to_client))
         return size if self.replay is None else size + self.replay.size
 
 

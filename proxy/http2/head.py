@@ -7,17 +7,39 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Final
 
 from proxy.authz import Request
 from proxy.http.errors import BadRequest
-from proxy.http.head import FORWARDED_CERT, IDEMPOTENT, NOT_BY_UNDERSCORE, Field
+from proxy.http.head import FORWARDED_CERT, IDEMPOTENT, METHOD_NAMES, NOT_BY_UNDERSCORE, Field
 
 _GRPC = b"application/grpc"
 _GRPC_STATUS = {400: 13, 403: 7, 502: 14, 503: 14, 504: 4, 500: 13}
 """HTTP status -> gRPC status of an answer of our own: INTERNAL, PERMISSION_DENIED, UNAVAILABLE, DEADLINE_EXCEEDED."""
 _TARGET = re.compile(rb"/[\x21\x22\x24-\x7e]*")
-_DROP = frozenset((b"host", b"keep-alive", b"proxy-connection", b"http2-settings", b"upgrade", b"connection"))
+_DROP = frozenset((b"keep-alive", b"proxy-connection", b"http2-settings", b"upgrade", b"connection"))
+_PLAIN: Final = 0
+_TYPE: Final = 1
+_LENGTH: Final = 2
+_CODING: Final = 3
+"""What is up to here is passed on."""
+_STATUS: Final = 4
+_DROPPED: Final = 5
+_HOST: Final = 6
+_METHOD: Final = 7
+_PATH: Final = 8
+_AUTHORITY: Final = 9
+_SCHEME: Final = 10
+_OTHER: Final = 11
+"""A pseudo-header that is none of these."""
+_KINDS: Final[dict[bytes, int]] = {
+    b"content-type": _TYPE, b"content-length": _LENGTH, b"transfer-encoding": _CODING, b":status": _STATUS,
+    b"host": _HOST, b":method": _METHOD, b":path": _PATH, b":authority": _AUTHORITY, b":scheme": _SCHEME,
+}  # fmt: skip
+"""What fields are by their names: these, and such as were seen."""
+_KINDS_MAX: Final = 4096
+_KIND_BYTES_MAX: Final = 64
 
 
 class RequestHead:
@@ -36,13 +58,18 @@ class RequestHead:
         """Whether sending it twice does what sending it once does (RFC 9110, section 9.2.2)."""
         return self.method in IDEMPOTENT
 
+    @property
+    def method_name(self) -> str:
+        """The method as text."""
+        return METHOD_NAMES.get(self.method) or self.method.decode("latin-1")
+
     def all_fields(self) -> list[Field]:
         """Return the fields as HTTP/1.1 would have them, the authority as ``host``."""
         return [(b"host", self.authority), *self.fields] if self.authority else self.fields
 
     def request(self) -> Request:
         """Return what permissions see."""
-        return Request(self.method.decode("latin-1"), self.target.decode("latin-1"), self.all_fields())
+        return Request(self.method_name, self.target.decode("latin-1"), self.all_fields())
 
     def wire(self, target: bytes, identity: bytes) -> list[Field]:
         """Return the list to send on."""
@@ -66,29 +93,27 @@ def read_request(headers: list[Field]) -> RequestHead:
     for field in came:
         name: bytes = field[0]
         value: bytes = field[1]
-        if name[:1] == b":":
-            if name == b":method":
-                head.method = value
-            elif name == b":path":
-                head.target = value
-            elif name == b":authority":
-                head.authority = value
-            elif name == b":scheme":
-                head.scheme = value
-            else:
-                raise BadRequest(400, "an extended CONNECT is not served here")
-        elif name == b"host":
-            host = value
-        elif name in _DROP or _forges(name):
-            continue
-        else:
-            if name == b"content-type":
+        kind = _kind_of(name)
+        if kind <= _CODING:
+            if kind == _TYPE:
                 head.grpc = value.startswith(_GRPC)
-            elif name == b"content-length":
+            elif kind == _LENGTH:
                 lengths += 1
-            elif name == b"transfer-encoding":
+            elif kind == _CODING:
                 raise BadRequest(400, "Transfer-Encoding has no place in HTTP/2")
             fields.append(field)
+        elif kind == _METHOD:
+            head.method = value
+        elif kind == _PATH:
+            head.target = value
+        elif kind == _AUTHORITY:
+            head.authority = value
+        elif kind == _SCHEME:
+            head.scheme = value
+        elif kind == _HOST:
+            host = value
+        elif kind != _DROPPED:
+            raise BadRequest(400, "an extended CONNECT is not served here")
     head.fields = fields
     head.authority = head.authority or host
     if lengths > 1:
@@ -106,12 +131,31 @@ def passed_on(headers: list[Field], *, response: bool) -> list[Field]:
     kept: list[Any] = []
     for field in came:
         name: bytes = field[0]
-        if name[:1] == b":":
-            if response and name == b":status":
-                kept.append(field)
-        elif name not in _DROP and not _forges(name):
+        kind = _kind_of(name)
+        if kind <= _CODING or (response and kind == _STATUS):
             kept.append(field)
     return kept
+
+
+def value_of(fields: Iterable[Field], wanted: bytes) -> bytes:
+    """Return the value of the first field of this name; empty when there is none."""
+    for field in fields:
+        if field[0] == wanted:
+            return field[1]
+    return b""
+
+
+def _kind_of(name: bytes) -> int:
+    """Return what a field is to be taken for."""
+    kind = _KINDS.get(name, -1)
+    if kind < 0:
+        if name.startswith(b":"):
+            kind = _OTHER
+        else:
+            kind = _DROPPED if name in _DROP or _forges(name) else _PLAIN
+        if len(_KINDS) < _KINDS_MAX and len(name) <= _KIND_BYTES_MAX:
+            _KINDS[name] = kind
+    return kind
 
 
 def _forges(name: bytes) -> bool:

@@ -20,7 +20,7 @@ from proxy.http2.events import (
 )
 from proxy.http2.exchange import Exchange, Owner, Part, add_data
 from proxy.http2.half import GREETING_S, Half
-from proxy.http2.head import passed_on
+from proxy.http2.head import passed_on, value_of
 from proxy.stream import NOBODY, Channel
 
 _STREAMS_BEFORE_SETTINGS = 100
@@ -212,7 +212,7 @@ class Link:
             owner.room(exchange)
         elif isinstance(event, TrailersCame):
             trailers = passed_on(event.fields, response=False)
-            exchange.grpc_status = next((value for name, value in trailers if name == b"grpc-status"), b"")
+            exchange.grpc_status = value_of(trailers, b"grpc-status")
             exchange.to_client.append(Part(b"", 0, end=True, trailers=trailers))
             owner.came(exchange)
         elif isinstance(event, StreamWasReset):
