@@ -242,7 +242,7 @@ class Http2Connection:
             self._forget_link(exchange, ErrorCodes.CANCEL if event.text else event.code)
             self._remove(exchange)
         elif event.text:
-            self._stats.request("", 0, 0.0, "malformed")
+            self._count(Exchange(self, event.stream_id, RequestHead(), self._side.loop.time()), 0, "malformed")
         if self._resets > self.resets_max and self._resets * 2 > self._opened:
             self._side.burst_log.warning(f"{self._client_name()} resets streams faster than it uses them; cut off")
             self._client.go_away(ErrorCodes.ENHANCE_YOUR_CALM)

@@ -296,11 +296,8 @@ class Encoder:
         if self._resized:
             self._tell_size(out)
         for field in fields:
-            index = _STATIC_FIELDS.get(field, 0)
-            if index == 0:
-                inserted = self._fields.get(field, -1)
-                if inserted >= 0:
-                    index = self._index(inserted)
+            inserted = self._fields.get(field, -1)
+            index = self._index(inserted) if inserted >= 0 else _STATIC_FIELDS.get(field, 0)
             never = type(field) is not tuple and is_never_indexed(field)
             if index and not never:
                 if index < 0x7F:

@@ -158,6 +158,22 @@ def answers(v: Victim) -> list[tuple[int, bytes]]:
 
 
 @both
+async def test_8_1_1_what_is_malformed_is_counted_told_and_logged(
+    direction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[object, ...]] = []
+    async with staged(direction) as v:
+        v.side.told = lambda party, protocol, request, answer, seconds, trace: told.append((request, answer))
+        v.send(PREFACE + SETTINGS + ACK + headers(ASK + literal(b"X-Secret", b"s3cret"), end=True))
+        v.send(headers(ASK + LENGTH_3, stream=3) + data(b"four", stream=3))
+        assert v.connection._stats.requests == {("", 0, "malformed"): 1, ("POST", 0, "malformed"): 1}
+        length, answer = (b"content-length", b"3"), (0, "malformed", 0)
+        assert told == [((b"", b"", []), answer), ((b"POST", b"/", [length]), answer)]
+    assert "is refused: a malformed message: a field's name is b'X-Secret'" in caplog.text
+    assert "s3cret" not in caplog.text
+
+
+@both
 async def test_5_1_2_streams_beyond_the_limit_are_refused(direction: str) -> None:
     async with staged(direction) as v:
         most = v.connection._client.core._streams_max
