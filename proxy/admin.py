@@ -6,16 +6,28 @@ GET /ready, /stats, /metrics, /config_dump, /clusters; POST /drain[?timeout_s=N]
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from proxy.config import Configuration
 from raftstate.model.wire import to_json
 
+log = logging.getLogger("lictor.proxy.admin")
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether an error is not merely that of a client who sent something else than a request."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+log.addFilter(_is_ours)
 DRAIN_TIMEOUT_S = 30.0
 PAGES = {
     "GET /ready": "200 once calls can be taken and made, else 503 and why not",
@@ -80,7 +92,7 @@ class AdminServer:
                 web.post("/drain", self._drain),
             ]
         )
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(app, access_log=None, logger=log, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.SockSite(self._runner, self._sock).start()
 

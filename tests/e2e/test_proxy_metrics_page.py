@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import msgspec
+import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from proxy.metric_names import HELP
@@ -128,3 +129,22 @@ def parts_of_key(pem: str) -> list[str]:
     pieces = [first[48:64], second[:26]]
     assert base64.b64decode(first)[36:48] == raw[:12]
     return [raw.hex(), base64.b64encode(raw).decode()[:40], str(number), *pieces]
+
+
+@with_mesh
+async def test_what_is_no_request_for_the_admin_endpoint_fills_no_log(
+    mesh: Mesh, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever is on the host may send it anything, as often as they like."""
+    client, _, _ = await mesh.pair()
+    for junk in (
+        b"GET / HTTP/1D.1\r\n\r\n",
+        b"GET /ready HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"\x16\x03\x01\r\n\r\n",
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.ports.admin_port)
+        writer.write(junk)
+        assert (await reader.readline()).split()[1] == b"400"
+        writer.close()
+    assert await page(client, "/ready") == "ready\n"
+    assert [record.getMessage() for record in caplog.records if "handling request" in record.getMessage()] == []
