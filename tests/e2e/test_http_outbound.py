@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import struct
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy import http_app
 from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.support.http_filter import Answer, App, Seen, simple
 from tests.support.loops import with_mesh
@@ -284,6 +286,31 @@ async def test_connections_of_the_app_that_ask_for_nothing_take_no_place(mesh: M
     assert [status for status, _ in await ask(client, get(), get())] == [200, 200]
     for writer in writers:
         await hang_up(writer)
+
+
+@with_mesh
+@pytest.mark.parametrize("protocol", ["http", "http2"])
+async def test_connections_of_the_app_are_bounded(mesh: Mesh, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_app, "CONNECTIONS_MAX", 2)
+    client, servers = await fleet(mesh, App(answer=simple(b"1")))
+    await client.route("backend", servers[0].endpoint, protocol=protocol)
+    upstream = client.sidecar._upstreams["backend"]
+    held = [await client.dial() for _ in range(2)]
+    await until(lambda: len(upstream.connections) == 2)
+    reader, writer = await client.dial()
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    assert (
+        client.sidecar.metrics.render().count('lictor_refused_total{direction="outbound",reason="unavailable"} 1')
+        == 1
+    )
+    await hang_up(writer)
+    for reader, writer in held:
+        writer.write(get())
+        assert await reader.readuntil(b"\r\n") == b"HTTP/1.1 200 OK\r\n"
+        await hang_up(writer)
+    await until(lambda: not upstream.connections)
+    assert (await ask(client, get()))[0][0] == 200
 
 
 @with_mesh

@@ -94,9 +94,7 @@ async def test_a_certificate_is_renewed_once_there_are_descriptors_again(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     client, _, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"made\n")
-    assert await asyncio.wait_for(reader.readline(), 10) == b"made\n"
+    reader, writer = await client.talk()
     before = client.sidecar.config.material
     with monkeypatch.context() as wanting:
         wanting.setattr(os, "memfd_create", none_left)

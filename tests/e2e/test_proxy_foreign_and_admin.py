@@ -185,9 +185,7 @@ async def test_foreign_upstream_is_cut_when_it_is_deregistered(mesh: Mesh) -> No
     client, server, _ = await mesh.pair()
     listener, port = await foreign_server(mesh)
     await client.route("backend", msgspec.structs.replace(server.endpoint, port=port))
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await client.route("backend")
     with pytest.raises(ConnectionError):
         async with promptly():

@@ -154,9 +154,7 @@ async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
     mesh: Mesh, revocation: Revocation
 ) -> None:
     client, server, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await server.revoke(revocation)
     with pytest.raises(ConnectionError):
         async with promptly():
@@ -170,9 +168,7 @@ async def test_revoked_identity_loses_its_session_and_comes_back_when_restored(
 @with_mesh
 async def test_own_revocation_stops_our_calls_at_the_source(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await client.revoke(Revocation("instance", "web-1"))
     with pytest.raises(ConnectionError):
         async with promptly():
@@ -225,9 +221,7 @@ async def test_instance_that_denies_is_retried_on_one_that_allows(mesh: Mesh) ->
 @with_mesh
 async def test_deregistered_instance_loses_its_calls(mesh: Mesh) -> None:
     client, _, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await client.route("backend")
     with pytest.raises(ConnectionError):
         async with promptly():
@@ -289,9 +283,7 @@ async def test_upstream_in_error_closes_at_once(mesh: Mesh, caplog: pytest.LogCa
 @with_mesh
 async def test_renewed_leaf_and_rotated_root_drop_nothing(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await client.push(leaf=mesh.ca.leaf("web", "web-1"))
     writer.write(b"two\n")
     assert await reader.readline() == b"two\n"
@@ -319,9 +311,7 @@ async def test_many_idle_connections(mesh: Mesh) -> None:
 @with_mesh
 async def test_drain_lets_live_calls_end_and_takes_no_new_ones(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     server.sidecar.start_drain(5)
     await until(lambda: server.sidecar.draining)
     assert await client.ask() == b""

@@ -254,9 +254,7 @@ async def test_dialing_side_demands_the_instance_it_wanted(mesh: Mesh, wrong: st
 @with_mesh
 async def test_root_that_left_the_bundle_ends_its_sessions(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     new = TestCA("new root")
     await server.push(roots=(new.root_pem, mesh.ca.root_pem))
     writer.write(b"two\n")
@@ -276,9 +274,7 @@ async def test_cross_signed_rotation_drops_nothing(mesh: Mesh) -> None:
     client, server, _ = await mesh.pair()
     new = TestCA("new root")
     crossed = mesh.ca.cross_sign(new)
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     await client.push(roots=(new.root_pem, mesh.ca.root_pem))
     await client.push(leaf=new.leaf("web", "web-1", intermediates=crossed))
     assert await client.ask() == b"hi\n"  # the server still has the old bundle only
@@ -315,9 +311,7 @@ async def test_peer_that_breaks_the_protocol_loses_its_session_and_nobody_else_d
     mesh: Mesh, attack: bytes
 ) -> None:
     client, server, _ = await mesh.pair()
-    reader, writer = await client.dial()
-    writer.write(b"one\n")
-    assert await reader.readline() == b"one\n"
+    reader, writer = await client.talk()
     tls = context(mesh.ca.leaf("web", "web-2"), mesh.ca.root_pem, alpn=(ALPN,))
     bad_reader, bad_writer = await asyncio.open_connection(
         "127.0.0.1", server.ports.public_port, ssl=tls, server_hostname=""

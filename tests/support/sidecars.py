@@ -181,6 +181,14 @@ class Member:
         """Connect to an upstream as the app does."""
         return await asyncio.open_connection("127.0.0.1", self.ports.upstreams[name])
 
+    async def talk(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect to the upstream ``backend``, and return once its app has echoed a line: the call is live."""
+        reader, writer = await self.dial()
+        writer.write(b"one\n")
+        async with asyncio.timeout(WAIT_S):
+            assert await reader.readline() == b"one\n"
+        return reader, writer
+
     async def ask(self, line: bytes = b"hi\n", name: str = "backend") -> bytes:
         """One short exchange: what comes back until the first line's end, ``b""`` when the call is refused."""
         reader, writer = await self.dial(name)
