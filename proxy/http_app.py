@@ -36,12 +36,12 @@ class HttpAppConnection(SocketChannel):
         self._stats.total += 1
         self._stats.active += 1
         self._service.connections.add(self)
+        self.begin()
         if len(self._service.connections) > CONNECTIONS_MAX:
             text = f"more than {CONNECTIONS_MAX} connections"
             self._service.failed("unavailable", text)
-            self.abort(StreamClosed(text))
-        else:
-            self.begin()
+            # A turn later: the app, whose connect() is hardly over, sees its connection made, and then reset.
+            asyncio.get_running_loop().call_soon(self.cut, text)
 
     def begin(self) -> None:
         """The connection is there: serve it."""
