@@ -243,7 +243,8 @@ class Sidecar:
                 while self.live_calls() or self._being_left():  # noqa: ASYNC110 - calls must not pay for signalling their end
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            log.warning("%d calls were still live when the time to drain was over", self.live_calls())
+            left = f"{self.live_calls()} calls, and {self._being_left()} sessions of other sidecars,"
+            log.warning("%s were still live when the time to drain was over", left)
         await self.close()
 
     async def close(self) -> None:
