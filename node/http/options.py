@@ -89,6 +89,8 @@ def read_options(query: MultiMapping[str], headers: Mapping[str, str], rng: rand
             max_stale_s = parse_duration_s(query["max_stale"])
         except ValueError:
             raise BadRequest("Invalid max_stale value " + repr(query["max_stale"][:40])) from None
+        if max_stale_s < 0:
+            raise BadRequest("Invalid max_stale value " + repr(query["max_stale"][:40]) + ": it is negative")
         stale = True
     mode = "consistent" if consistent else "stale" if stale else "default"
     return ReadOptions(

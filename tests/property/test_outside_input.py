@@ -133,6 +133,7 @@ VALUES = st.one_of(
 
 
 @given(st.lists(st.tuples(NAMES, VALUES), max_size=6), st.one_of(WORDS, st.sampled_from(["max-age=1", "max-age=x"])))
+@example([("max_stale", "-1s")], "")
 @settings(max_examples=200, deadline=None)
 def test_any_query_string_is_options_within_bounds_or_a_bad_request(
     pairs: list[tuple[str, str]], cache_control: str
