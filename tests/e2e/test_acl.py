@@ -26,7 +26,7 @@ from node import pki
 from node.config import parse_config
 from tests.e2e.support_e2e import ROOT, need, running
 from tests.e2e.support_foreign import npm_home
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S, Since
 
 SERVERS, CLIENTS = 3, 2

@@ -15,7 +15,7 @@ import pytest
 
 from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.e2e.support_e2e import need
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 from tests.support.sidecars import Mesh
 
 ALLOWED = Intention(

@@ -36,7 +36,8 @@ from raftstate.state.commands import (
 )
 from raftstate.state.connect import active_root
 from raftstate.state.snapshot import trust_domain_of
-from tests.support.cluster import Cluster, cluster, free_ports
+from tests.support.cluster import Cluster, cluster
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S, promptly
 from tests.support.rpc import eventually
 

@@ -16,7 +16,7 @@ from node.config import ClusterConfig, parse_config
 from node.main import NodeProcess
 from raftstate.errors import RaftError
 from raftstate.replica import Replica
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]

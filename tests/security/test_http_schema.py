@@ -17,7 +17,7 @@ from hypothesis.errors import FlakyFailure
 from node import pki
 from node.config import parse_config
 from node.main import NodeProcess
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 
 with warnings.catch_warnings():
     # What schemathesis' own dependencies deprecate is no matter of ours.

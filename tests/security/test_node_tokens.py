@@ -17,7 +17,7 @@ from node.main import NodeProcess
 from node.tokens import load_secret
 from raftstate.model.acl import MANAGEMENT_ID, Token
 from raftstate.state.commands import DeleteToken, UpsertToken
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S
 
 SECRET = "0123456789abcdef0123456789abcdef"

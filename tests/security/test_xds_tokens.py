@@ -17,7 +17,7 @@ from node.config import parse_config
 from node.main import NodeProcess
 from node.xds import messages, types
 from node.xds.server import METHOD_SERVICE
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S
 
 SECRET = "0123456789abcdef0123456789abcdef"

@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import functools
-import itertools
 import random
-import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from cli.cluster.layout import is_free
 from node import pki
 from node.client_process import ClientNode
 from node.config import ClusterConfig, parse_config
 from node.server_process import ServerNode
+from tests.support.ports import free_ports
 from tests.support.rpc import eventually
-
-PORTS_FROM, BLOCKS, BLOCK = 26000, 60, 100
-"""Blocks of ports below those that the kernel hands out by itself and above those of local clusters."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free, and that no other process which asks here gets."""
-    ports = _own_ports()
-    return [next(port for port in ports if is_free("127.0.0.1", port)) for _ in range(count)]
-
-
-@functools.cache
-def _own_ports() -> Iterator[int]:
-    """The ports of the block that this process holds, round and round.
-
-    A port that is merely found free may be another's before our server is up: tests run side by side. What holds a
-    block is a socket's name in Linux' abstract namespace, which ends with the process.
-    """
-    for block in range(BLOCKS):
-        holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            holder.bind(f"\0lictor-test-ports-{block}")
-        except OSError:
-            holder.close()
-            continue
-        atexit.register(holder.close)
-        return itertools.cycle(range(PORTS_FROM + block * BLOCK, PORTS_FROM + (block + 1) * BLOCK))
-    raise RuntimeError(f"{BLOCKS} processes hold all ports that tests may use")
 
 
 def make_config(directory: Path, servers: int, clients: int, extra: str = "") -> ClusterConfig:

@@ -16,6 +16,7 @@ from raftstate.model.connect import Leaf, Revocation
 from raftstate.model.intention import ALLOW, DENY, Intention
 from raftstate.model.sidecar import Endpoint, SidecarSelf, SidecarUpdate, SidecarUpstream
 from tests.support.certs import TestCA
+from tests.support.ports import free_ports
 from tests.support.promises import PATIENCE_S
 
 WAIT_S = PATIENCE_S
@@ -114,8 +115,10 @@ class Member:
         self.instance = instance
         self.local_port = local_port
         self.upstream_names = upstreams
-        bound = tuple((name, "127.0.0.1", 0) for name in upstreams)
-        options = SidecarOptions(upstreams=bound, admin_port=0, **(more or {}))
+        # Not those that sidecars choose themselves: who still calls another test's at its port would call ours.
+        public, *ports = free_ports(1 + len(upstreams))
+        bound = tuple((name, "127.0.0.1", port) for name, port in zip(upstreams, ports, strict=True))
+        options = SidecarOptions(public_port=public, upstreams=bound, admin_port=0, **(more or {}))
         self.group = WorkerGroup(options, workers) if workers else None
         self.sidecar = Sidecar(options)
         """The sidecar of this process; unused where there is a group of workers."""

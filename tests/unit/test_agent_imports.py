@@ -9,7 +9,7 @@ from pathlib import Path
 
 from node import pki
 from node.config import parse_config
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 
 NOT_NEEDED = {
     "cryptography": "7 MiB; comes with the first leaf certificate",

@@ -226,7 +226,7 @@ def test_remove_leaves_what_is_not_ours(tmp_path: Path) -> None:
     [
         "from cli.demo_stage import free_offset as f; f = f(3, 2)",
         "from cli.demo_stage import free_ports as f; f = f(8080, 2)",
-        "from tests.support.cluster import free_ports as f; f = f(2)",
+        "from tests.support.ports import free_ports as f; f = f(2)",
     ],
 )
 def test_two_processes_never_take_the_same_ports(ask: str) -> None:

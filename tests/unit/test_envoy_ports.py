@@ -10,7 +10,7 @@ import pytest
 
 from cli import envoy
 from cli.errors import CliError
-from tests.support.cluster import free_ports
+from tests.support.ports import free_ports
 
 
 @pytest.fixture
@@ -67,6 +67,7 @@ def test_nobody_but_envoy_gets_it(first: int) -> None:
 
 def test_what_listens_is_not_chosen(first: int) -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("0.0.0.0", first))
         taken.listen()
