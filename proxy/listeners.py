@@ -27,6 +27,7 @@ from proxy.mux import ALPN, frames
 from proxy.mux.core import MAX_STREAMS
 from proxy.mux.flow import MemoryBudget
 from proxy.mux.session import MuxSession
+from proxy.plain import KEEPALIVE
 from proxy.relay import SocketChannel
 from proxy.secure import SecureTransport
 from proxy.tasks import Tasks
@@ -90,6 +91,10 @@ def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((host, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # handed down to what is accepted
+        # So is this: who has gone while its answer is awaited is not told from one that merely sends no more.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         sock.listen(BACKLOG)  # from now on nobody else can have the port
         sock.setblocking(False)
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy import http_app
+from proxy import http_app, listeners
 from raftstate.model.intention import HTTPMatch, Intention, Permission
 from tests.support.http_filter import Answer, App, Seen, simple
 from tests.support.loops import with_mesh
@@ -311,6 +311,32 @@ async def test_connections_of_the_app_are_bounded(mesh: Mesh, protocol: str, mon
         await hang_up(writer)
     await until(lambda: not upstream.connections)
     assert (await ask(client, get()))[0][0] == 200
+
+
+@with_mesh
+@pytest.mark.parametrize("protocol", ["http", "tcp"])
+async def test_who_went_away_is_told_from_who_merely_sends_no_more(
+    mesh: Mesh, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An app that never answers would hold a connection for ever for each client that gave up."""
+    monkeypatch.setattr(listeners, "KEEPALIVE", ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)))
+    held = Held()
+    client, servers = await fleet(mesh, held.app)
+    await client.route("backend", servers[0].endpoint, protocol=protocol)
+    upstream = client.sidecar._upstreams["backend"]
+    _, gone = await client.dial()
+    sock: socket.socket = gone.get_extra_info("socket")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 1)  # seconds that the kernel remembers what was closed
+    gone.write(get())
+    reader, waiting = await client.dial()
+    waiting.write(get())
+    waiting.write_eof()
+    await until(lambda: held.now == 2)
+    gone.close()
+    await until(lambda: len(upstream.connections) == 1)
+    held.let(2)
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 OK\r\n")
+    await hang_up(waiting)
 
 
 @with_mesh
