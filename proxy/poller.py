@@ -210,17 +210,16 @@ class Poller:
         others: list[Ready] = []
         if self.flushes or self._ends:
             self._settle()
-        busy = False
+        gathers = False
         now = _monotonic()
         for _ in range(BATCHES):
             wait_s = host.due - now
             if wait_s < 0.0 or self._again or host.called:
                 wait_s = 0.0
             ready = poll(wait_s, BATCH)
-            if busy and wait_s > 0.0 and ready:
+            if gathers and wait_s > 0.0 and ready:
                 # More has come since, as a rule: what is handled together leaves together.
                 ready += poll(0.0, BATCH)
-            busy = len(ready) > 1
             self.inside = True
             try:
                 if self._again:
@@ -234,6 +233,8 @@ class Poller:
                         handler.on_ready(events)
                     except Exception as error:  # noqa: BLE001 - a bug in one must not end the others
                         self._failed(handler, error)
+                # Where nobody has anything to flush, nothing leaves together, and to look twice is for nothing.
+                gathers = len(ready) > 1 and len(self.flushes) > 0
                 if self.flushes or self._ends:
                     self._settle()
             finally:

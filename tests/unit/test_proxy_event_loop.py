@@ -454,3 +454,35 @@ def test_the_selector_refuses_what_it_does_not_know() -> None:
     ours.close()
     assert selector.unregister(fd).fd == fd
     loop.close()
+
+
+@on_own_loop
+async def test_it_looks_twice_for_what_is_to_leave_together_and_once_where_nothing_is(pair: Pair) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SidecarLoop)
+    host, real, due = loop.host, loop.host.poll, loop.host.due
+    receiver = Receiver()
+    event = (pair.near.fileno(), select.EPOLLIN)
+    batches: list[list[tuple[int, int]]] = []
+    waited: list[bool] = []
+
+    def poll(timeout_s: float, _: int) -> list[tuple[int, int]]:
+        waited.append(timeout_s > 0.0)
+        if batches:
+            return batches.pop(0)
+        host.called = True
+        return []
+
+    for told, expected in (
+        (lambda: pair.poller.flush_later(receiver), [True, True, False, True]),
+        (lambda: None, [True, True, True, True]),
+    ):
+        pair.told = told
+        batches[:] = [[event, event], [event], [event]]
+        waited.clear()
+        host.poll, host.due, host.called = poll, time.monotonic() + LONG_S, False
+        try:
+            pair.poller.lead(host)
+        finally:
+            host.poll, host.due, host.called = real, due, True
+        assert waited == expected
