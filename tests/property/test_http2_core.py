@@ -408,7 +408,9 @@ def apply(pair: Pair, step: tuple[Any, ...]) -> None:
                 if len(block) <= 6:
                     return  # of this the package thinks otherwise: it takes no padding of an empty block
             data = frame(1, flags | 4, at, block)
-        pair.come(data, strict=stricter(pair, step, data), lenient=late_hint(pair, step))
+        # A stream that was passed over, and reset for what came on it: ours heeds nothing more of it.
+        lenient = late_hint(pair, step) or (step[1] in pair.cancelled and step[1] not in pair.theirs.streams)
+        pair.come(data, strict=stricter(pair, step, data), lenient=lenient)
     elif what == "data":
         at, body, end, pad = rest
         flags = int(end) | (8 if pad >= 0 else 0)
@@ -457,6 +459,9 @@ def apply(pair: Pair, step: tuple[Any, ...]) -> None:
 @settings(max_examples=400, deadline=None)
 @given(history=st.lists(steps, max_size=25))
 @example(history=[("headers", 3, A_REQUEST, False, ""), ("window", 1, 0)])
+@example(
+    history=[("headers", 3, A_REQUEST, False, ""), ("data", 1, b"a", False, -1), ("headers", 1, A_REQUEST, False, "")]
+)
 def test_every_history_is_what_the_package_makes_of_it(client: bool, history: list[tuple[Any, ...]]) -> None:
     pair = Pair(client)
     for step in history:
