@@ -282,8 +282,7 @@ class Core(Sending):
         if stream.came_end:
             self._refuse_more(stream_id, events)
             return
-        if self._decoder.problem:
-            raise malformed(self._decoder.problem)
+        self._decoder.check()
         if stream.came_head:
             seen = check_trailers(fields)
             if not end:
@@ -302,8 +301,7 @@ class Core(Sending):
                 raise Http2Error(ErrorCodes.ENHANCE_YOUR_CALM, f"more than {self._streams_max} streams")
             self._cancel(stream_id, ErrorCodes.REFUSED_STREAM)
             return
-        if self._decoder.problem:
-            raise malformed(self._decoder.problem)
+        self._decoder.check()
         seen = check_request(fields)
         stream = Stream(stream_id, self._stream_window, self._peer_window)
         stream.came_head = True

@@ -20,8 +20,8 @@ from hpack.struct import NeverIndexedHeaderTuple
 from hpack.table import HeaderTable
 
 from proxy.http.head import Field
-from proxy.http2.errors import Http2Error
-from proxy.http2.fields import name_problem, value_problem
+from proxy.http2.errors import Http2Error, StreamError
+from proxy.http2.fields import malformed, name_problem, value_problem
 
 TABLE_BYTES: Final = 4096
 """How large either table grows: what HTTP/2 begins with (RFC 9113, section 6.5.2). We never offer more, and use no
@@ -91,7 +91,9 @@ class Decoder:
         self._size = 0
         self._size_max = TABLE_BYTES
         self.problem = ""
-        """What is wrong with a field of the last block; empty when they are all well-formed."""
+        """What is wrong with the last block's list: a field that is not well-formed, or that there are too many."""
+        self._too_long = False
+        """It is that."""
         self._suspect = False
         """The table may hold fields that are not."""
         self._block = b""
@@ -103,9 +105,10 @@ class Decoder:
         return self._entries[: self._first - 1 if self._first else None : -1]
 
     def decode(self, block: bytes) -> list[Field]:
-        """Return the fields of a whole header block, be they well-formed or not (:attr:`problem`). Raises
+        """Return the fields of a whole header block, of which :meth:`check` says whether they may be used. Raises
         :class:`Http2Error`."""
         self.problem = ""
+        self._too_long = False
         self._block = block
         self._at = 0
         end = len(block)
@@ -120,7 +123,7 @@ class Decoder:
                 field = self._literal(0x3F)
                 self._add(field)
             elif octet & 0x20:
-                if fields:
+                if size:
                     raise _broken("a change of the table's size after a field")
                 self._resize(self._integer(0x1F))
                 continue
@@ -131,15 +134,24 @@ class Decoder:
             name: bytes = field[0]
             value: bytes = field[1]
             size += len(name) + len(value) + ENTRY_BYTES
-            if size > self._list_bytes_max:
-                raise Http2Error(
-                    ErrorCodes.ENHANCE_YOUR_CALM, f"a header list of more than {self._list_bytes_max} bytes"
-                )
-            fields.append(field)
+            if size <= self._list_bytes_max:
+                fields.append(field)
+            elif fields:
+                fields.clear()  # nothing is kept of what unfolds; the table goes on (RFC 9113, section 10.5.1)
         self._block = b""
-        if self._suspect and not self.problem:
+        if size > self._list_bytes_max:
+            self.problem = f"a header list of more than {self._list_bytes_max} bytes"
+            self._too_long = True
+        elif self._suspect and not self.problem:
             self.problem = _problem_of(fields)
         return fields
+
+    def check(self) -> None:
+        """Raise :class:`StreamError` when the last block's fields may not be used."""
+        if self._too_long:
+            raise StreamError(ErrorCodes.ENHANCE_YOUR_CALM, self.problem)
+        if self.problem:
+            raise malformed(self.problem)
 
     def _integer(self, mask: int) -> int:
         """Read an integer at the place in the block, whose prefix is ``mask`` (RFC 7541, section 5.1)."""

@@ -13,7 +13,7 @@ from hpack.huffman_table import decode_huffman
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.http2.errors import Http2Error
+from proxy.http2.errors import Http2Error, StreamError
 from proxy.http2.fields import name_problem, value_problem
 from proxy.http2.hpack import TABLE_BYTES, Decoder, Encoder, is_never_indexed, unhuffman
 
@@ -136,10 +136,18 @@ def test_a_list_beyond_the_limit_is_refused_however_short_its_block_is() -> None
     entry = b"\x40\x01a\x7f\xa1\x1e" + b"v" * 4000
     ours = Decoder(LIST_BYTES_MAX)
     ours.decode(entry)
-    ours.decode(b"\xbe" * 16)
-    with pytest.raises(Http2Error) as caught:
-        ours.decode(b"\xbe" * 17)
+    assert len(ours.decode(b"\xbe" * 16)) == 16
+    ours.check()
+    assert ours.decode(b"\xbe" * 17 + b"\x40\x01b\x01c") == [], "nothing of it is kept"
+    with pytest.raises(StreamError) as caught:
+        ours.check()
     assert caught.value.code == ErrorCodes.ENHANCE_YOUR_CALM
+    assert ours.table[0] == (b"b", b"c"), "but what it adds to the table, as the other end's does"
+    assert ours.decode(b"\xbe") == [(b"b", b"c")]
+    ours.check()
+    ours.decode(entry)
+    with pytest.raises(Http2Error):
+        ours.decode(b"\xbe" * 17 + b"\x20")
 
 
 def test_the_table_stays_within_its_size_whatever_comes() -> None:

@@ -25,6 +25,7 @@ from tests.support.http2_cases import (
     HOST,
     HTTP,
     HUFFMAN,
+    LARGE_FIELD,
     LENGTH_3,
     MALFORMED,
     MAX,
@@ -267,12 +268,20 @@ BY_CLIENTS = [
     malformed("10.3 a method of nothing", literal(b":method", b"") + HTTP + ROOT + HOST),
     malformed("10.3 a scheme that is a URL", POST + literal(b":scheme", b"http://x/?") + ROOT + HOST),
     malformed("10.3 a path in the authority", POST + HTTP + ROOT + literal(b":authority", b"db/x?")),
-    # 10.5.1 A list beyond what we said to take; the connection is ended, since it was told.
+    # 10.5.1 A list beyond what we said to take: what it adds to the table counts all the same.
     Case(
         "10.5.1 a list beyond 64 KiB",
-        headers(ASK + b"\x40\x01x\x7f\xa1\x1e" + b"v" * 4000) + headers(ASK + b"\xbe" * 20, stream=3),
-        Connection(E.ENHANCE_YOUR_CALM),
+        headers(ASK + LARGE_FIELD) + headers(ASK + b"\xbe" * 20, stream=3) + headers(ASK + b"\xbe", stream=5),
+        Stream(E.ENHANCE_YOUR_CALM, id=3),
+        asked=2,
     ),
+    Case(
+        "10.5.1 a list beyond 64 KiB that adds to the table",
+        headers(ASK + LARGE_FIELD + b"\xbe" * 20 + b"\x40\x01y\x01z") + headers(ASK + b"\xbe", stream=3),
+        Stream(E.ENHANCE_YOUR_CALM),
+        asked=1,
+    ),
+    Case("10.5.1 a long list that cannot be decoded", headers(ASK + LARGE_FIELD + b"\xbe" * 20 + b"\x80"), BLOCK),
     # RFC 7541: header compression
     Case("RFC 7541 2.3.3 index 0", headers(ASK + b"\x80"), BLOCK),
     Case("RFC 7541 2.3.3 an index beyond both tables", headers(ASK + b"\xbe"), BLOCK),

@@ -278,9 +278,18 @@ async def test_a_header_list_that_unfolds(direction: str) -> None:
     async with attacked(direction) as v:
         large = b"\x40\x01x\x7f\xa1\x1e" + b"v" * 4000
         v.send(frame(1, 4, v._next, ASKED + large))
-        v.send(frame(1, 4, v._next + 2, ASKED + b"\xbf" * 10_000))
+        at = v._next + 2
+        v.send(frame(1, 4, at, ASKED + b"\xbf" * 10_000))
+        assert v.client.resets == [(at, ErrorCodes.ENHANCE_YOUR_CALM)]
+        assert v.far.frames[1] == 2
+        assert v.connection._client.core._decoder._block == b""
+        held = v.side.memory.held
+        for n in range(2 * v.connection.resets_max):
+            v.send(frame(1, 4, at + 2 + 2 * n, ASKED + b"\xbf" * 100))
+        assert v.client.aborted
         assert v.client.codes == [ErrorCodes.ENHANCE_YOUR_CALM]
         assert v.far.frames[1] == 2
+        assert v.side.memory.held <= held
 
 
 @both

@@ -68,6 +68,8 @@ CUT = POST + HTTP
 X = literal(b"x", b"y")
 HUFFMAN = b"\x00\x01x"
 """A field's name, whose value follows in Huffman's code."""
+LARGE_FIELD = b"\x40\x01x\x7f\xa1\x1e" + b"v" * 4000
+"""It goes into the table, as its newest entry."""
 LENGTH_3 = literal(b"content-length", b"3")
 
 
