@@ -408,7 +408,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="direct,haproxy,envoy,lictor")
     parser.add_argument("--loads", default="requests,connections,bulk", help="also: latency")
-    parser.add_argument("--idle", type=int, default=1000)
+    parser.add_argument("--idle", type=int, default=1000, help="idle connections to hold, 0: none")
     parser.add_argument("--report", type=Path, help="a Markdown file to put table and picture into")
     parser.add_argument("--section", default="data-plane", help="their place in it, and the picture's name")
     parser.add_argument("--sidecar", help=argparse.SUPPRESS)
@@ -440,7 +440,7 @@ def main() -> None:
                     if target.processes or not what.startswith("CPU"):
                         rounds[target.name][what].append(value)
         for target in targets:
-            if target.processes:
+            if target.processes and options.idle:
                 costs = idle_cost(target, options.idle)
                 rounds[target.name]["KiB per idle connection"] = [max(costs)]
     print(data_plane_report.table(rounds), end="")
