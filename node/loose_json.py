@@ -2,7 +2,8 @@
 
 Consul accepts keys in any case and in snake_case (``enabletagoverride``, ``tagged_addresses``), ``null`` for
 "not given", and durations as Go strings or nanoseconds. :func:`loads` folds all of that into a struct; keys of
-user-owned maps (``Meta``, ``Config``) are left as they are, unknown keys are ignored as Consul does.
+user-owned maps (``Meta``, ``Config``) are left as they are, unknown keys are ignored as Consul does,
+unless the struct forbids them.
 
 Most clients spell every key as Consul does. A value whose keys are all exact needs no folding, and to see that takes
 a few set operations: it is converted as it is.
@@ -100,12 +101,14 @@ def _conform(value: Any, hint: Any, depth: int) -> Any:
     return value
 
 
-def _conform_struct(value: dict[Any, Any], kind: type, depth: int) -> dict[str, Any]:
+def _conform_struct(value: dict[Any, Any], kind: type[msgspec.Struct], depth: int) -> dict[str, Any]:
     fields = _fields(kind)
     result: dict[str, Any] = {}
     for key, item in value.items():
         known = fields.get(_fold(str(key)))
         if known is None:
+            if item is not None and kind.__struct_config__.forbid_unknown_fields:
+                raise BadJson(f"Request decode failed: {str(key)[:80]!r}: there is no such field")
             continue
         name, hint, nullable = known
         if item is None and not nullable:

@@ -18,7 +18,7 @@ from node.http.respond import json_response
 from node.http.writing import body_as, write
 from proxy.authz import check_permission, compile_policy
 from raftstate.model.identity import Identity
-from raftstate.model.intention import ALLOW, WILDCARD, HTTPMatch, Intention, Permission
+from raftstate.model.intention import ALLOW, WILDCARD, HeaderMatch, HTTPMatch, Intention, Permission
 from raftstate.state import commands
 
 routes = Routes("intentions")
@@ -95,9 +95,20 @@ def _prepared(body: Intention, **changes: Any) -> Intention:
     )
 
 
-class PermissionBody(Permission, frozen=True, kw_only=True):
+class HeaderBody(HeaderMatch, frozen=True, forbid_unknown_fields=True):
+    """A condition as a request gives it. What is misspelt in it is refused: without it more would be allowed."""
+
+
+class HTTPBody(HTTPMatch, frozen=True, forbid_unknown_fields=True):
+    """The same for what a permission covers."""
+
+    header: tuple[HeaderBody, ...] = ()
+
+
+class PermissionBody(Permission, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A permission as a request gives it, with what would be a condition of it and can't be had."""
 
+    http: HTTPBody = HTTPBody()
     jwt: dict[str, Any] | None = msgspec.field(default=None, name="JWT")
 
 
@@ -115,7 +126,7 @@ class IntentionBody(Intention, frozen=True, kw_only=True):
                 raise BadRequest(
                     f"Permissions[{number}].JWT: there are no JWTs here: who calls is known by certificate"
                 )
-        plain = tuple(Permission(one.action, one.http) for one in self.permissions)
+        plain = tuple(msgspec.convert(msgspec.to_builtins(one), Permission) for one in self.permissions)
         return Intention(**{**msgspec.structs.asdict(self), "permissions": plain})
 
 

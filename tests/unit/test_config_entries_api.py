@@ -102,6 +102,9 @@ async def test_an_intention_that_is_misspelt_opens_nothing(tmp_path: Path) -> No
             ({"Action": "allow"}, "Permissions[0].HTTP must say"),
             ({**allow, "JWT": {"Providers": [{"Name": "okta"}]}}, "Permissions[0].JWT"),
             ({"Action": "allow", "HTTP": {"Header": [{"Name": "x", "Regex": "a", "IgnoreCase": True}]}}, "case"),
+            ({**allow, "HTP": {}}, "HTP"),
+            ({"Action": "allow", "HTTP": {**every, "Methds": ["GET"]}}, "Methds"),
+            ({"Action": "allow", "HTTP": {"Header": [{"Name": "x", "Exact": "y", "Invrt": True}]}}, "Invrt"),
         ):
             at = node.url + "/v1/connect/intentions/exact?source=cli&destination=api"
             async with node.http.put(at, json={"Permissions": [permission]}) as answer:
