@@ -7,18 +7,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cli import envoy
-from cli.client import API_FLAGS, Api, quote
+from cli.client import API_FLAGS, Api
+from cli.envoy import registered
 from cli.errors import CliError, UsageError
 from cli.flags import Args, Command, Family, Flag, duration, port, ratio, whole
 from cli.proxyfile import MAX_WORKERS, ProxyService, choose, read_proxy_file
 from cli.registered_sidecar import as_proxy_service, kept
 from cli.upstreams import merge, parse_upstreams
-
-
-def _registered(api: Api, instance: str) -> dict[str, Any] | None:
-    """Return the agent's own registration of an instance."""
-    answer = api.get(f"/v1/agent/service/{quote(instance)}", allow_404=True)
-    return None if answer.status == 404 else answer.json()
 
 
 def _names(args: Args) -> tuple[str, str, ProxyService | None]:
@@ -47,7 +42,7 @@ def _names(args: Args) -> tuple[str, str, ProxyService | None]:
 
 def _service(api: Api, args: Args, name: str, instance: str, entry: ProxyService | None) -> tuple[str, int]:
     """Return the service's name and the app's port; registers it if ``-register`` asks for it and it is not there."""
-    there = _registered(api, instance)
+    there = registered(api, instance)
     if there is not None:
         where = f"the agent has {instance} registered as {there['Service']} on port {there['Port']}"
         if there.get("Kind"):
@@ -81,7 +76,7 @@ def _registered_sidecar(args: Args) -> dict[str, Any]:
         raise UsageError(
             f"lictor connect: -sidecar-for runs the sidecar as it is registered, and -{clash[0]} says it anew"
         )
-    row = _registered(Api.of(args), f"{instance}-sidecar-proxy")
+    row = registered(Api.of(args), f"{instance}-sidecar-proxy")
     if row is None:
         raise CliError(
             f"no sidecar of {instance} is registered with this agent. Register the service with"
@@ -180,7 +175,7 @@ def connect(args: Args) -> int:
 def env(args: Args) -> int:
     """Print the upstream variables of a running sidecar, for a shell to evaluate."""
     instance = args.text("service-id")
-    there = _registered(Api.of(args), f"{instance}-sidecar-proxy")
+    there = registered(Api.of(args), f"{instance}-sidecar-proxy")
     if there is None:
         raise CliError(
             f"no sidecar of {instance} is registered with this agent. Start it: lictor connect -service-id …"

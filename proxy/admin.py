@@ -110,8 +110,7 @@ class AdminServer:
         sidecar = self._sidecar
         if sidecar.ready:
             return web.Response(text="ready\n")
-        awaited = [*sidecar.config.missing(), *([] if sidecar.config.registered else ["a new registration"])]
-        why = "draining" if sidecar.draining else "awaiting " + (", ".join(awaited) or "start")
+        why = "draining" if sidecar.draining else "awaiting " + (", ".join(sidecar.config.missing()) or "start")
         return web.Response(status=503, text=why + "\n")
 
     async def _stats(self, request: web.Request) -> web.Response:

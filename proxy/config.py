@@ -60,6 +60,7 @@ class Configuration:
             "leaf certificate": self.material,
             "intentions": self.policy,
             "revocations": self.revocations,
+            "a new registration": self.registered or None,
         }
         return [name for name, value in known.items() if value is None]
 
