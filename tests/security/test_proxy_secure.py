@@ -55,6 +55,19 @@ class Recorder(Receiver):
         self.error = exc
 
 
+def shaken(incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, sock: socket.socket) -> ssl.SSLObject:
+    """Be the called end of a handshake, with its bytes in hand."""
+    tls = PEER.wrap_bio(incoming, outgoing, server_side=True)
+    while True:
+        try:
+            tls.do_handshake()
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+        else:
+            return tls
+
+
 async def with_peer(
     peer: Callable[[socket.socket], Any], recorder: Recorder | None = None
 ) -> tuple[Recorder, SecureTransport, asyncio.Future[Any]]:
@@ -147,14 +160,7 @@ async def test_what_comes_after_the_peers_end_is_not_kept_either() -> None:
 
     def peer(sock: socket.socket) -> bytes:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = PEER.wrap_bio(incoming, outgoing, server_side=True)
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                sock.sendall(outgoing.read())
-                incoming.write(sock.recv(65536))
+        tls = shaken(incoming, outgoing, sock)
         tls.write(b"bye")
         with pytest.raises(ssl.SSLWantReadError):
             tls.unwrap()
@@ -210,7 +216,7 @@ async def test_each_direction_ends_by_itself() -> None:
 async def test_the_peers_end_by_tls_leaves_our_direction_and_its_end_by_tcp_alone_does_not() -> None:
     def by_tls(sock: socket.socket) -> bytes:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = PEER.wrap_bio(incoming, outgoing, server_side=True)
+        tls = shaken(incoming, outgoing, sock)
 
         def read() -> bytes:
             while True:
@@ -222,13 +228,6 @@ async def test_the_peers_end_by_tls_leaves_our_direction_and_its_end_by_tcp_alon
                     sock.sendall(outgoing.read())
                     incoming.write(sock.recv(65536))
 
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                sock.sendall(outgoing.read())
-                incoming.write(sock.recv(65536))
         tls.write(b"bye")
         with pytest.raises(ssl.SSLWantReadError):
             tls.unwrap()
